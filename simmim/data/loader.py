@@ -1,0 +1,149 @@
+"""Batches in an order that is a pure function of (seed, step).
+
+The training set is one endless line of samples: all of epoch 0 in its order, then epoch 1, and so
+on. Step s takes the next ``batch_size`` of them, across the border of epochs too; so the batch size
+is always exact, no sample is dropped, and a run continues at any step without replaying anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from simmim.counter_rng import permutation, uniform
+from simmim.data.sources import UNREADABLE, Source
+from simmim.data.transforms import CenterCrop, RandomCrop
+
+Batch = dict[str, Any]
+MAX_BROKEN_IN_A_ROW = 20
+
+
+class Samples(Dataset):
+    """``(epoch, index)`` keys -> a batch: ``image`` uint8 ``(n, c, H, W)``, ``epoch`` and ``index``
+    int64 ``(n,)``, ``broken`` a list of ``(name, reason)``. Without ``image`` when too many are broken.
+
+    A broken image is replaced by the next one of the source, so that batches keep their size; twenty
+    in a row end the run.
+    """
+
+    def __init__(self, source: Source, transform: RandomCrop | CenterCrop, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
+        draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws)
+        broken: list[tuple[str, str]] = []
+        images = []
+        for number, u in zip(index.tolist(), draws, strict=True):
+            image = self._read(number, broken)
+            if image is None:
+                return {"broken": broken}
+            images.append(self.transform(image, u))
+        return {"image": torch.stack(images), "epoch": epoch, "index": index, "broken": broken}
+
+    def _read(self, number: int, broken: list[tuple[str, str]]) -> Tensor | None:
+        for attempt in range(MAX_BROKEN_IN_A_ROW):
+            candidate = (number + attempt) % len(self.source)
+            try:
+                return self.source.read(candidate)
+            except UNREADABLE as error:
+                broken.append((self.source.name(candidate), _first_line(error)))
+        return None  # an exception would reach the main process wrapped in the worker's traceback
+
+
+class StepKeys:
+    """Keys of every micro-batch of one process, from ``start_step`` to ``end_step``."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        end_step: int,
+    ) -> None:
+        assert batch_size % (micro_batch_size * world_size) == 0
+        self.size, self.seed = size, seed
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.start_step, self.end_step = start_step, end_step
+
+    def __len__(self) -> int:
+        per_step = self.batch_size // (self.micro_batch_size * self.world_size)
+        return (self.end_step - self.start_step) * per_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_epoch, order = -1, None
+        stride = self.micro_batch_size * self.world_size
+        first = self.start_step * self.batch_size + self.rank * self.micro_batch_size
+        for start in range(first, self.end_step * self.batch_size, stride):
+            keys = []
+            for position in range(start, start + self.micro_batch_size):
+                epoch, place = divmod(position, self.size)
+                if epoch != order_epoch:
+                    order_epoch, order = epoch, permutation(self.seed, epoch, self.size)
+                keys.append((epoch, int(order[place])))
+            yield keys
+
+
+def training_batches(
+    source: Source, transform: RandomCrop, *, seed: int, num_workers: int = 0, pin_memory: bool = False, **steps: int
+) -> Batches:
+    """Micro-batches of one process; ``steps`` are the arguments of :class:`StepKeys`.
+
+    Raises:
+        ValueError: while iterating, when too many images in a row are broken.
+    """
+    keys = StepKeys(len(source), seed=seed, **steps)
+    return Batches(Samples(source, transform, seed), keys, num_workers, pin_memory)
+
+
+def evaluation_batches(source: Source, transform: CenterCrop, *, batch_size: int) -> Batches:
+    """Every image once, in order, as epoch 0 of seed 0: the same crops and masks every time."""
+    keys = [(0, number) for number in range(len(source))]
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    return Batches(Samples(source, transform, seed=0), batches)
+
+
+class Batches:
+    """A DataLoader that names the broken images when it has to give up; can be iterated again."""
+
+    def __init__(self, samples: Samples, keys: Any, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self.loader = DataLoader(
+            samples,
+            batch_sampler=keys,
+            collate_fn=_identity,  # samples come as a batch already
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_one_thread,
+            prefetch_factor=4 if num_workers else None,
+            # The base seed of workers would be drawn from the global generator; nothing here uses it.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if "image" not in batch:
+                names = "; ".join(f"{name}: {reason}" for name, reason in batch["broken"][-3:])
+                raise ValueError(f"{MAX_BROKEN_IN_A_ROW} images in a row could not be read, the last: {names}")
+            yield batch
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

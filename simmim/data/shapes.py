@@ -1,0 +1,127 @@
+"""``builtin:shapes``: labelled pictures out of nothing, for trying things out without any data.
+
+In front of a background of dead leaves (overlapping discs of plain colours, the model of natural
+image statistics of Matheron; Lee, Mumford and Huang, IJCV 2001) stands one large shape that carries
+one texture. The label says which texture on which shape. Colours, place, size, rotation, phase and
+light are random: neither colour nor brightness tells the label.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from simmim.counter_rng import uniform
+
+SHAPES = ("disc", "square", "triangle", "cross")
+TEXTURES = ("plain", "stripes", "checks", "rings")
+NUM_CLASSES = len(SHAPES) * len(TEXTURES)
+_NUM_LEAVES = 12
+_LEAF_DRAWS = 3  # and a colour
+_OBJECT_DRAWS = 8  # and two colours
+_HELD_OUT_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
+
+
+class Shapes:
+    """A source of ``num_images`` pictures of ``size`` ``(H, W)``; the same for the same number, for ever.
+
+    Lengths are relative to the shorter side: a larger picture shows the same scene.
+    """
+
+    def __init__(
+        self, num_images: int, size: tuple[int, int] = (64, 64), channels: int = 3, *, held_out: bool = False
+    ) -> None:
+        self.num_images, self.size, self.channels = num_images, size, channels
+        self.start = _HELD_OUT_START if held_out else 0
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def name(self, number: int) -> str:
+        return f"builtin:shapes/{self.start + number}"
+
+    def label(self, number: int) -> int:
+        """``texture x len(SHAPES) + shape``"""
+        shape, texture = self._classes(self._draws(number))
+        return texture * len(SHAPES) + shape
+
+    def read(self, number: int) -> Tensor:
+        draws = self._draws(number)
+        shape, texture = self._classes(draws)
+        leaves, rest = draws[2:].split([_NUM_LEAVES * (_LEAF_DRAWS + self.channels), _OBJECT_DRAWS + 2 * self.channels])
+        y, x = _coordinates(self.size)
+        image = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
+        image = _draw_object(image, rest, y, x, shape, texture)
+        return (image * 255).round().to(torch.uint8)
+
+    def _draws(self, number: int) -> Tensor:
+        count = 2 + _NUM_LEAVES * (_LEAF_DRAWS + self.channels) + _OBJECT_DRAWS + 2 * self.channels
+        index = torch.tensor([self.start + number])
+        return uniform("shapes", 0, torch.zeros_like(index), index, count)[0].float()
+
+    def _classes(self, draws: Tensor) -> tuple[int, int]:
+        return int(draws[0] * len(SHAPES)), int(draws[1] * len(TEXTURES))
+
+
+def _coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pixel centres, 0 in the middle, -1 to 1 along the shorter side."""
+    half = min(size) / 2
+    y, x = ((torch.arange(n) + 0.5 - n / 2) / half for n in size)
+    return torch.meshgrid(y, x, indexing="ij")
+
+
+def _dead_leaves(draws: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Discs of plain colour over each other, the last on top: float ``(channels, H, W)`` in [0, 1]."""
+    radius = 0.25 * (1 / 6) ** (draws[:, 2] - 1)  # log-uniform from 0.25 to 1.5
+    inside = (y - y.max() * (2 * draws[:, 0, None, None] - 1)) ** 2 + (
+        x - x.max() * (2 * draws[:, 1, None, None] - 1)
+    ) ** 2 < radius[:, None, None] ** 2
+    inside[0] = True  # the first leaf is the ground
+    top = (inside * torch.arange(1, len(draws) + 1)[:, None, None]).argmax(dim=0)
+    return draws[:, _LEAF_DRAWS:][top].permute(2, 0, 1)
+
+
+def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int, texture: int) -> Tensor:
+    place, size, angle, period, phase, tilt, light = draws[:2], *draws[2:8].tolist()
+    channels = image.shape[0]
+    first, second = draws[_OBJECT_DRAWS:].view(2, channels)
+    # Two colours of one texture that are far enough apart to be seen: mirrored in the cube where not.
+    second = torch.where((first - second).abs() < 0.35, (first + 0.5) % 1, second)
+    radius = 0.65 + 0.3 * size
+    offset = (2 * place - 1) * 0.2
+    dy, dx = y - offset[0], x - offset[1]
+    u, v = _rotate(dy / radius, dx / radius, 2 * math.pi * angle)
+    inside = _inside(shape, u, v)
+    s, t = _rotate(dy, dx, math.pi * tilt)
+    pattern = _pattern(texture, s, t, period=0.34 + 0.16 * period, phase=phase)
+    colour = torch.where(pattern, first[:, None, None], second[:, None, None])
+    shading = 1 + 0.25 * (u * math.cos(6.28 * light) + v * math.sin(6.28 * light))
+    return torch.where(inside, (colour * shading).clamp(0, 1), image)
+
+
+def _rotate(y: Tensor, x: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+    return y * math.cos(angle) + x * math.sin(angle), x * math.cos(angle) - y * math.sin(angle)
+
+
+def _inside(shape: int, u: Tensor, v: Tensor) -> Tensor:
+    """Bool, in coordinates where each shape fits the unit disc."""
+    if SHAPES[shape] == "disc":
+        return u**2 + v**2 < 0.8
+    if SHAPES[shape] == "square":
+        return torch.maximum(u.abs(), v.abs()) < 0.75
+    if SHAPES[shape] == "triangle":
+        return (u > -0.5) & (u + math.sqrt(3) * v.abs() < 1)
+    return torch.minimum(u.abs(), v.abs()).lt(0.3) & torch.maximum(u.abs(), v.abs()).lt(0.95)
+
+
+def _pattern(texture: int, s: Tensor, t: Tensor, *, period: float, phase: float) -> Tensor:
+    """Bool: which of the two colours."""
+    if TEXTURES[texture] == "plain":
+        return torch.ones_like(s, dtype=torch.bool)
+    if TEXTURES[texture] == "stripes":
+        return (s / period + phase) % 1 < 0.5
+    if TEXTURES[texture] == "checks":
+        return ((s / period + phase) % 1 < 0.5) ^ ((t / period + phase) % 1 < 0.5)
+    return (torch.sqrt(s**2 + t**2) / period + phase) % 1 < 0.5

@@ -1,0 +1,120 @@
+"""Where images come from. A source has a length and gives uint8 images ``(c, H, W)`` by number."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from simmim.counter_rng import derive_seed
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What Pillow raises for a file that is not a good image."""
+
+
+class Source(Protocol):
+    """Images by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> Tensor:
+        """uint8 ``(c, H, W)``. Raises one of ``UNREADABLE`` for a broken image."""
+
+    def name(self, number: int) -> str:
+        """What a person would call this image: a path, usually."""
+
+
+class Folder:
+    """All images below a folder, flat or nested, in the order of their sorted paths; no labels needed.
+
+    Raises:
+        ValueError: no such folder, no image in it, or a number of channels that no image file has.
+    """
+
+    def __init__(self, path: str | Path, channels: int = 3) -> None:
+        self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            raise ValueError(f"data.path {str(path)!r} is not a folder: set data.path=FOLDER_OF_IMAGES")
+        if channels not in MODES:
+            raise ValueError(
+                f"image files have 1, 3 or 4 channels, but the encoder wants in_chans={channels}"
+            )
+        self.mode = MODES[channels]
+        self.paths, num_others = _scan(self.root)
+        if not self.paths:
+            raise ValueError(
+                f"no images in {self.root} or below it ({num_others} other files): expected "
+                f"{' '.join(sorted(EXTENSIONS))}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, number: int) -> str:
+        return str(self.root / self.paths[number])
+
+    def read(self, number: int) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(self.root / self.paths[number]) as file:
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I;16"):  # Pillow clips these instead of scaling them
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                pixels = np.array(image.convert(self.mode))
+        return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+class Subset:
+    """Some of the images of a source, in a given order."""
+
+    def __init__(self, source: Source, numbers: list[int]) -> None:
+        self.source = source
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, number: int) -> Tensor:
+        return self.source.read(self.numbers[number])
+
+    def name(self, number: int) -> str:
+        return self.source.name(self.numbers[number])
+
+
+def split_holdout(source: Source, holdout_images: int) -> tuple[Source, Source | None]:
+    """Take a fixed random set of images out of training: ``(training, holdout)``.
+
+    The same images for every seed and recipe, so that held-out losses compare. Never more than a
+    tenth of the source; None when that leaves nothing.
+    """
+    count = min(holdout_images, len(source) // 10)
+    if count == 0:
+        return source, None
+    generator = torch.Generator().manual_seed(derive_seed("holdout", 0))
+    order = torch.randperm(len(source), generator=generator).tolist()
+    return Subset(source, sorted(order[count:])), Subset(source, order[:count])
+
+
+def _scan(root: Path) -> tuple[list[str], int]:
+    """Image paths relative to ``root``, sorted, and how many files are something else."""
+    paths, num_others = [], 0
+    for folder, _, files in os.walk(root, onerror=_raise):
+        for file in files:
+            path = Path(folder, file)
+            if path.suffix.lower() in EXTENSIONS and not file.startswith("."):
+                paths.append(str(path.relative_to(root)))
+            else:
+                num_others += 1
+    return sorted(paths), num_others
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,79 @@
+"""uint8 image of any size -> uint8 image of the wanted size. Pure functions of the drawn numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_ATTEMPTS = 10
+
+
+class RandomCrop:
+    """A crop of random area and aspect ratio, resized with antialiasing, flipped at random.
+
+    The same distribution as torchvision's ``RandomResizedCrop``: up to ten draws of an area share
+    and a log-uniform aspect ratio, then the largest central crop inside the ratio limits.
+
+    Args:
+        size: ``(H, W)`` of the result in pixels.
+        scale: range of the share of the image's area.
+        ratio: range of width over height.
+        flip: probability of a horizontal flip.
+    """
+
+    num_draws = 4 * _ATTEMPTS + 1
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float] = (0.67, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+    ) -> None:
+        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        """``image`` uint8 ``(c, H, W)``, ``draws`` float64 ``(num_draws,)`` in [0, 1)."""
+        values = draws.tolist()
+        top, left, height, width = self.box(image.shape[1], image.shape[2], values[1:])
+        result = resize(image[:, top : top + height, left : left + width], self.size)
+        return result.flip(-1) if values[0] < self.flip else result
+
+    def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
+        """``(top, left, height, width)`` of the crop."""
+        low, high = (math.log(r) for r in self.ratio)
+        for attempt in range(_ATTEMPTS):
+            u_area, u_ratio, u_top, u_left = draws[4 * attempt : 4 * attempt + 4]
+            area = height * width * (self.scale[0] + u_area * (self.scale[1] - self.scale[0]))
+            ratio = math.exp(low + u_ratio * (high - low))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
+        return _central_box(height, width, min(max(width / height, self.ratio[0]), self.ratio[1]))
+
+
+class CenterCrop:
+    """The largest central crop of the wanted aspect ratio, resized: the fixed view for evaluation."""
+
+    num_draws = 0
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        top, left, height, width = _central_box(image.shape[1], image.shape[2], self.size[1] / self.size[0])
+        return resize(image[:, top : top + height, left : left + width], self.size)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Antialiased bilinear resize of uint8 ``(c, H, W)``."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def _central_box(height: int, width: int, ratio: float) -> tuple[int, int, int, int]:
+    h, w = min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -1,0 +1,1 @@
+"""What is trained for: modules that take a batch and return a loss and numbers."""

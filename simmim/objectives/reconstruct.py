@@ -1,0 +1,184 @@
+"""SimMIM: mask tokens between embed and encode, one linear layer, L1 on the masked pixels.
+
+Letters: b batch, h w token grid, c channels, k masked tokens, p q pixels inside a token, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from simmim import visualize
+from simmim.masking import MaskGenerator, expand_mask
+from swin import SwinEncoder
+
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+class Reconstruction(NamedTuple):
+    """What a picture needs; all but ``pixel_mask`` are float ``(b, c, H, W)`` in normalised pixels."""
+
+    images: Tensor
+    target: Tensor
+    prediction: Tensor
+    pixel_mask: Tensor
+    """bool ``(b, 1, H, W)``, True = masked."""
+
+
+class Reconstruct(nn.Module):
+    """Masked image modelling around any encoder with ``embed`` and ``encode`` (arXiv 2111.09886, section 3).
+
+    Args:
+        mean, std: channel statistics of pixels in [0, 1], one number per channel.
+        loss: ``l1``, ``l2`` or ``smooth_l1``, averaged over masked pixels and channels.
+        norm_target_window: side of the sliding window, in pixels, over which the target is
+            normalised; None predicts plain pixels. The published Swin V2 models use 47.
+
+    Raises:
+        ValueError: statistics that do not match the channels, an even window, or cells that do not
+            hold whole tokens.
+    """
+
+    def __init__(
+        self,
+        encoder: SwinEncoder,
+        masks: MaskGenerator,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        loss: str = "l1",
+        norm_target_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        config = encoder.config
+        if len(mean) != config.in_chans or len(std) != config.in_chans:
+            raise ValueError(
+                f"mean and std have {len(mean)} and {len(std)} numbers for {config.in_chans} channels: "
+                "give one number per channel"
+            )
+        if masks.mask_patch_size % config.patch_size:
+            raise ValueError(
+                f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size "
+                f"{config.patch_size} px"
+            )
+        if norm_target_window is not None and norm_target_window % 2 == 0:
+            raise ValueError(f"the window of a normalised target must be odd, got {norm_target_window}")
+        self.encoder = encoder
+        self.masks = masks
+        self.elementwise_loss = LOSSES[loss]
+        self.norm_target_window = norm_target_window
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
+        self.head = nn.Linear(config.num_features, config.stride**2 * config.in_chans)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
+        return self.loss(*self.inputs(batch))
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Normalised images ``(b, c, H, W)`` and their ``cell_mask (b, hm, wm)``."""
+        images = (batch["image"].to(self.mean.dtype) / 255 - self.mean) / self.std
+        return images, self.masks(batch["epoch"], batch["index"])
+
+    def loss(self, images: Tensor, cell_mask: Tensor) -> Tensor:
+        """Mean error over masked pixels; only tokens that hold any are predicted."""
+        features = self._encode(images, cell_mask)
+        mask = self._patchify(self._pixel_mask(cell_mask), features)
+        needed = mask.any(dim=-1)
+        prediction = self.head(features[needed])  # (k, c p q)
+        with torch.autocast(images.device.type, enabled=False):
+            target = self._patchify(self._target(images), features)[needed]
+            error = self.elementwise_loss(prediction.to(target.dtype), target, reduction="none")
+            error = rearrange(error, "k (c pq) -> k c pq", c=images.shape[1])
+            weight = mask[needed].to(error.dtype)[:, None]
+            return (error * weight).sum() / (weight.sum() * images.shape[1])
+
+    def reconstruct(self, images: Tensor, cell_mask: Tensor) -> Reconstruction:
+        """Predict every pixel, masked or not."""
+        prediction = self.head(self._encode(images, cell_mask))
+        stride = self.encoder.config.stride
+        prediction = rearrange(prediction, "b h w (c p q) -> b c (h p) (w q)", p=stride, q=stride)
+        prediction = prediction[:, :, : images.shape[2], : images.shape[3]].to(images.dtype)
+        return Reconstruction(images, self._target(images), prediction, self._pixel_mask(cell_mask))
+
+    @torch.no_grad()
+    def picture(self, batch: Mapping[str, Tensor]) -> Image.Image:
+        """Original | masked | reconstruction. The last shows the prediction under the mask only.
+
+        A normalised target says nothing of local brightness, so its prediction is shown beside the
+        normalised target, at its own scale, and never mixed with the original.
+        """
+        result = self.reconstruct(*self.inputs(batch))
+        original = self._to_pixels(result.images)
+        columns = [("original", original), ("masked", visualize.hide(original, result.pixel_mask))]
+        if self.norm_target_window is None:
+            prediction = self._to_pixels(result.prediction)
+            columns.append(("reconstruction", torch.where(result.pixel_mask, prediction, original)))
+        else:
+            target, prediction = (visualize.to_rgb(x / 4 + 0.5) for x in (result.target, result.prediction))
+            pasted = torch.where(result.pixel_mask, prediction, target)
+            columns += [("normalised target", target), ("its reconstruction", pasted)]
+        return visualize.panels(columns)
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        return visualize.to_rgb(images * self.std + self.mean)
+
+    def no_decay_parameters(self) -> set[nn.Parameter]:
+        """The encoder's, the mask token and the bias of the head."""
+        return self.encoder.no_decay_parameters() | {self.mask_token, self.head.bias}
+
+    def _encode(self, images: Tensor, cell_mask: Tensor) -> Tensor:
+        tokens = self.encoder.embed(images)
+        token_mask = expand_mask(cell_mask, self.masks.mask_patch_size // self.encoder.config.patch_size)
+        tokens = torch.where(token_mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+        return self.encoder.encode(tokens)
+
+    def _target(self, images: Tensor) -> Tensor:
+        if self.norm_target_window is None:
+            return images
+        return normalize_locally(images, self.norm_target_window)
+
+    def _pixel_mask(self, cell_mask: Tensor) -> Tensor:
+        return expand_mask(cell_mask, self.masks.mask_patch_size)[:, None]
+
+    def _patchify(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """``(b, c, H, W)`` -> ``(b, h, w, c p q)`` on the grid of the features, zeros beyond the image."""
+        stride = self.encoder.config.stride
+        bottom = features.shape[1] * stride - pixels.shape[2]
+        right = features.shape[2] * stride - pixels.shape[3]
+        if bottom or right:
+            pixels = F.pad(pixels, (0, right, 0, bottom))
+        return rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=stride, q=stride)
+
+
+def normalize_locally(images: Tensor, window: int) -> Tensor:
+    """Every pixel minus the mean, over the standard deviation, of the window around it, per channel.
+
+    The window is cut off at the border and the variance is unbiased (official SimMIM code for
+    Swin V2). ``images`` is ``(b, c, H, W)``; so is the result.
+    """
+
+    def window_mean(x: Tensor) -> Tensor:
+        # Two passes along one axis each: the mean over a rectangle is separable, also at the border.
+        for kernel in ((window, 1), (1, window)):
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            x = F.avg_pool2d(x, kernel, stride=1, padding=padding, count_include_pad=False)
+        return x
+
+    # E[x^2] - E[x]^2 cancels where the picture is flat; around the image's own mean it cancels less.
+    images = images - images.mean(dim=(2, 3), keepdim=True)
+    mean = window_mean(images)
+    ones = torch.ones_like(images[:1, :1])
+    count = F.avg_pool2d(ones, window, 1, window // 2, count_include_pad=True) * window**2
+    variance = (window_mean(images**2) - mean**2).clamp(min=0) * count / (count - 1)
+    return (images - mean) / (variance + 1e-6).sqrt()

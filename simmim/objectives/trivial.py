@@ -1,0 +1,44 @@
+"""Predictors without any learning: what a masked loss has to be compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mean_of_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
+    """Every pixel predicted as the mean of the visible ones of its image and channel.
+
+    Args:
+        images: ``(b, c, H, W)``
+        pixel_mask: bool ``(b, 1, H, W)``, True = masked.
+    """
+    visible = (~pixel_mask).to(images.dtype)
+    mean = (images * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
+    return mean.expand_as(images)
+
+
+def copy_nearest_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
+    """Every pixel predicted as a copy of the nearest visible pixel (Euclidean distance).
+
+    Exact, by two passes: nearest visible row within every column, then the best column of a row.
+    """
+    return torch.stack([_copy_nearest(i, m[0]) for i, m in zip(images, pixel_mask, strict=True)])
+
+
+def _copy_nearest(image: Tensor, mask: Tensor) -> Tensor:
+    height, width = mask.shape
+    rows = torch.arange(height, device=mask.device)
+    columns = torch.arange(width, device=mask.device)
+    far = height + width
+    distance = (rows[:, None] - rows[None, :]).abs()[:, :, None] + far * mask[None]  # (row, source row, column)
+    row_distance, source_row = distance.min(dim=1)
+    across = (columns[:, None] - columns[None, :]) ** 2  # (column, source column)
+    source_column = (across[None] + row_distance[:, None, :] ** 2).argmin(dim=2)
+    return image[:, source_row.gather(1, source_column), source_column]
+
+
+def masked_l1(prediction: Tensor, images: Tensor, pixel_mask: Tensor) -> Tensor:
+    """Mean absolute error over masked pixels and channels."""
+    weight = pixel_mask.expand_as(images)
+    return (prediction - images).abs()[weight].mean()

@@ -1,0 +1,69 @@
+"""AdamW over two parameter groups, and learning rates as pure functions of the optimizer step."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+REFERENCE_BATCH_SIZE = 512
+
+LearningRate = Callable[[int], float]
+"""Optimizer step, from 0 -> learning rate of that step."""
+
+
+def make_optimizer(
+    model: nn.Module,
+    no_decay: set[nn.Parameter],
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.AdamW:
+    """AdamW that leaves the given parameters (by identity, not by name) undecayed.
+
+    The learning rate starts at 0: the loop sets it before every step.
+    """
+    decayed = [p for p in model.parameters() if p.requires_grad and p not in no_decay]
+    undecayed = [p for p in model.parameters() if p.requires_grad and p in no_decay]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+
+
+def make_lr(
+    name: str,
+    *,
+    batch_size: int,
+    steps_per_epoch: float,
+    total_steps: int,
+    base_lr: float,
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float = 0.0,
+    milestones_epochs: Sequence[float] = (),
+    gamma: float = 0.1,
+) -> LearningRate:
+    """``lr_at(step)``: linear warm-up from ``warmup_lr``, then cosine to ``min_lr`` or steps by ``gamma``.
+
+    All three rates are given for 512 images per step and scaled with ``batch_size`` (the linear rule
+    of the official recipes). The cosine begins where the warm-up ends, without a jump.
+    """
+    lr, warmup, floor = (rate * batch_size / REFERENCE_BATCH_SIZE for rate in (base_lr, warmup_lr, min_lr))
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    milestones = [round(epochs * steps_per_epoch) for epochs in milestones_epochs]
+
+    def lr_at(step: int) -> float:
+        if step < warmup_steps:
+            return warmup + (lr - warmup) * step / warmup_steps
+        if name == "multistep":
+            return lr * gamma ** bisect.bisect_right(milestones, step)
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return lr_at

@@ -1,0 +1,118 @@
+"""What a run leaves to read: console lines, ``metrics.jsonl``, ``environment.json``, pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+PACKAGES = ("simmim", "torch", "timm", "accelerate", "datasets", "pillow", "einops", "safetensors", "numpy")
+
+
+class RunLog:
+    """Writes into the folder of a stage; on processes other than the main one it writes nothing.
+
+    Broken images are the exception: each process names its own.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool) -> None:
+        self.folder, self.is_main = folder, is_main
+        self.metrics_file = folder / "metrics.jsonl"
+        self.broken_file = folder / "bad_images.csv"
+        self._bar: tqdm | None = None
+        self._broken: set[str] = set()
+        if self.broken_file.exists():
+            with self.broken_file.open(newline="", encoding="utf-8") as file:
+                self._broken = {row[0] for row in csv.reader(file) if row}
+        self._images, self._since = 0, time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line to the console, above the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Begin (or continue) at ``step``: metrics of later steps belong to work that was lost."""
+        if not self.is_main:
+            return
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.metrics_file.write_text("".join(kept), encoding="utf-8")
+        self._images, self._since = 0, time.perf_counter()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+        self._first_step, self._total_steps, self._begin = step, total_steps, self._since
+
+    def count(self, num_images: int) -> None:
+        """One optimizer step over ``num_images`` is done."""
+        self._images += num_images
+        if self._bar:
+            self._bar.update()
+
+    def metrics(self, step: int, numbers: dict[str, float]) -> None:
+        """Append a line to ``metrics.jsonl`` and show it."""
+        if not self.is_main:
+            return
+        now = time.perf_counter()
+        numbers = dict(numbers)
+        if self._images:
+            numbers["images_per_s"] = self._images / (now - self._since)
+            self._images, self._since = 0, now
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        if self._bar:
+            self._bar.set_postfix_str(text, refresh=False)
+        else:
+            done, left = step - self._first_step, self._total_steps - step
+            eta = f"  eta {(now - self._begin) / done * left:.0f} s" if done and left else ""
+            self.say(f"step {step}/{self._total_steps}  {text}{eta}")
+
+    def broken(self, images: list[tuple[str, str]]) -> None:
+        """Name every broken image once, in ``bad_images.csv`` and on the console."""
+        for name, reason in images:
+            if name in self._broken:
+                continue
+            self._broken.add(name)
+            with self.broken_file.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([name, reason])
+            tqdm.write(f"skipped a broken image: {name} ({reason})", file=sys.stdout)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Save a picture as ``reconstructions/step_00001000.png``."""
+        if self.is_main:
+            path = self.folder / "reconstructions" / f"step_{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+
+    def end(self) -> None:
+        """Close the progress bar and sum up."""
+        if self._bar:
+            self._bar.close()
+        if self._broken:
+            self.say(f"{len(self._broken)} broken image(s) skipped so far, named in {self.broken_file}")
+
+
+def write_environment(folder: Path, **facts: Any) -> None:
+    """``environment.json``: what the run ran on."""
+    environment = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "packages": {package: version(package) for package in PACKAGES},
+        **facts,
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""The parts of a stage: patch embedding, residual-post-norm block, patch merging.
+
+Letters: b batch, h w token grid, c channels.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from swin.attention import CosineAttention
+from swin.config import Pair
+from swin.windows import attention_mask, fit_windows, merge, partition
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the branch of a whole sample with probability ``rate`` (arXiv 1603.09382).
+
+    What survives is divided by the survival rate, so that the expectation stays.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Pixels -> tokens: non-overlapping patches through one linear map, then a norm."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(b, in_chans, H, W)`` -> ``(b, h, w, c)``; a remainder is padded with zeros at bottom and right."""
+        bottom, right = -images.shape[-2] % self.patch_size, -images.shape[-1] % self.patch_size
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom))
+        return self.norm(rearrange(self.proj(images), "b c h w -> b h w c"))
+
+
+class PatchMerging(nn.Module):
+    """Halve the grid, double the channels; in V2 the norm follows the reduction."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
+        bottom, right = x.shape[1] % 2, x.shape[2] % 2
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        # Column by column inside a 2 x 2 cell: the order of the official weights.
+        x = rearrange(x, "b (h two_h) (w two_w) c -> b h w (two_w two_h c)", two_h=2, two_w=2)
+        return self.norm(self.reduction(x))
+
+
+class SwinBlock(nn.Module):
+    """Residual-post-norm block (Swin V2, figure 1): ``x + LN(attention(x))``, then ``x + LN(mlp(x))``.
+
+    Both branch norms start at weight 0: the block is the identity at first and every branch grows
+    from nothing (official initialisation). With ``extra_norm`` the main branch is normalised at the
+    end, which Huge and 3b need to stay stable.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Pair,
+        reference_window: Pair,
+        *,
+        shifted: bool,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        extra_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shifted = shifted
+        self.attn = CosineAttention(dim, num_heads, reference_window)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
+        x = x + self.drop_path(self.norm1(self._attend(x)))
+        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        return self.norm3(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        grid = (x.shape[1], x.shape[2])
+        windows = fit_windows(grid, self.window_size, self.shifted)
+        mask = attention_mask(grid, windows, x.device)
+        return merge(self.attn(partition(x, windows), windows.window, mask), windows, grid)

@@ -1,0 +1,162 @@
+"""What an encoder is: one frozen description and the table of published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+Pair = tuple[int, int]
+
+# Widths, depths and heads of Swin Transformer V2 (arXiv 2111.09883, section 3.6); every head is 32 wide.
+# `swinv2_giant` is the 1.06 B model of the data-scaling study (448 channels, arXiv 2206.04664);
+# `swinv2_3b` is the model that the V2 paper calls G (512 channels).
+# `extra_norm_interval` n: one more LayerNorm on the main branch after every n-th block of a stage.
+SIZES: dict[str, dict[str, Any]] = {
+    "swinv2_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swinv2_small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swinv2_base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "swinv2_large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+    "swinv2_huge": dict(
+        embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), extra_norm_interval=6
+    ),
+    "swinv2_giant": dict(embed_dim=448, depths=(2, 2, 18, 2), num_heads=(14, 28, 56, 112)),
+    "swinv2_3b": dict(
+        embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128), extra_norm_interval=6
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """Everything that is needed to build a :class:`swin.SwinEncoder`.
+
+    ``image_size`` (pixels) and ``window_size`` (tokens) are ``(height, width)``. The encoder accepts
+    images of any size; ``image_size`` only says at which size the windows of each stage are clamped
+    to the grid when ``reference_windows`` is left open.
+
+    ``reference_windows`` holds, per stage, the window at which the log-spaced position bias was
+    trained: its coordinates are measured against it. It must survive every change of resolution.
+
+    ``extra_norm_interval`` 0 means no extra norm. ``drop_path`` is the rate at the last block; it
+    grows linearly from 0 at the first.
+
+    Raises:
+        ValueError: a value or a combination that cannot be built.
+    """
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    image_size: Pair = (192, 192)
+    window_size: Pair = (12, 12)
+    reference_windows: tuple[Pair, ...] | None = None
+    in_chans: int = 3
+    patch_size: int = 4
+    mlp_ratio: float = 4.0
+    extra_norm_interval: int = 0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        # JSON and YAML bring lists and single numbers; the config itself holds tuples only.
+        for name in ("image_size", "window_size"):
+            object.__setattr__(self, name, as_pair(getattr(self, name), name))
+        for name in ("depths", "num_heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check()
+        windows = self.reference_windows
+        if windows is None:
+            windows = tuple(effective_window(grid, self.window_size) for grid in self.grids())
+        windows = tuple(as_pair(window, "reference_windows") for window in windows)
+        if len(windows) != len(self.depths):
+            raise ValueError(
+                f"reference_windows has {len(windows)} entries, but the encoder has {len(self.depths)} stages"
+            )
+        object.__setattr__(self, "reference_windows", windows)
+
+    def _check(self) -> None:
+        if not self.depths or len(self.depths) != len(self.num_heads):
+            raise ValueError(
+                f"depths {self.depths} and num_heads {self.num_heads} must name the same stages, at least one"
+            )
+        for name in ("embed_dim", "in_chans", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.depths) < 1 or min(self.num_heads) < 1:
+            raise ValueError(f"depths {self.depths} and num_heads {self.num_heads} must be at least 1")
+        for stage, heads in enumerate(self.num_heads):
+            channels = self.embed_dim * 2**stage
+            if channels % heads:
+                raise ValueError(
+                    f"stage {stage} has {channels} channels, which {heads} heads do not divide: "
+                    "change embed_dim or num_heads"
+                )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        if self.mlp_ratio <= 0 or self.extra_norm_interval < 0:
+            raise ValueError(
+                f"mlp_ratio must be above 0 and extra_norm_interval at least 0, got {self.mlp_ratio} "
+                f"and {self.extra_norm_interval}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of one token of the last stage."""
+        return self.patch_size * 2 ** (len(self.depths) - 1)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    def grids(self) -> tuple[Pair, ...]:
+        """Token grid ``(h, w)`` of every stage at ``image_size``; a remainder is padded up."""
+        h, w = (-(-side // self.patch_size) for side in self.image_size)
+        grids = []
+        for _ in self.depths:
+            grids.append((h, w))
+            h, w = -(-h // 2), -(-w // 2)
+        return tuple(grids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict for JSON; ``SwinConfig.from_dict`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SwinConfig:
+        """Build from a plain dict.
+
+        Raises:
+            ValueError: unknown keys, or values that cannot be built.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown encoder settings {unknown}: written by a newer version?")
+        return cls(**values)
+
+
+def make_config(name: str, **settings: Any) -> SwinConfig:
+    """The configuration of a named size, with ``settings`` replacing what the table says.
+
+    Raises:
+        ValueError: unknown name, or settings that cannot be built.
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown encoder {name!r}: expected one of {', '.join(SIZES)}")
+    return SwinConfig(**(SIZES[name] | settings))
+
+
+def as_pair(value: Any, name: str) -> Pair:
+    """``12`` -> ``(12, 12)``; ``[8, 12]`` -> ``(8, 12)``.
+
+    Raises:
+        ValueError: not one or two positive integers.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"{name} must be one or two positive integers (height, width), got {value!r}")
+    return pair
+
+
+def effective_window(grid: Pair, window: Pair) -> Pair:
+    """The window that is used on a grid: never larger than the grid, on either axis."""
+    return min(grid[0], window[0]), min(grid[1], window[1])

@@ -1,0 +1,156 @@
+"""The hierarchical encoder: pixels -> tokens -> features, at any image size.
+
+Letters: b batch, h w token grid, c channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from swin.blocks import PatchEmbed, PatchMerging, SwinBlock
+from swin.config import SwinConfig, make_config
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, every other one shifted, then the merging that leads to the next."""
+
+    def __init__(self, blocks: list[SwinBlock], downsample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, h, w, c)``, before merging."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class SwinEncoder(nn.Module):
+    """Swin Transformer V2.
+
+    ``forward`` is :meth:`embed` followed by :meth:`encode`; whoever wants to change tokens before
+    the first block works between the two. Grids are read off the tensors, so any image size can be
+    given at any time.
+    """
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.config = config
+        assert config.reference_windows is not None
+        num_blocks = sum(config.depths)
+        rates = torch.linspace(0, config.drop_path, num_blocks, device="cpu").tolist()
+        self.patch_embed = PatchEmbed(config.in_chans, config.embed_dim, config.patch_size)
+        stages = []
+        for index, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
+            dim = config.embed_dim * 2**index
+            is_last = index == len(config.depths) - 1
+            blocks = [
+                SwinBlock(
+                    dim,
+                    heads,
+                    config.window_size,
+                    config.reference_windows[index],
+                    shifted=block % 2 == 1,
+                    mlp_ratio=config.mlp_ratio,
+                    drop_path=rates[sum(config.depths[:index]) + block],
+                    extra_norm=bool(config.extra_norm_interval)
+                    and (block + 1) % config.extra_norm_interval == 0,
+                )
+                for block in range(depth)
+            ]
+            stages.append(Stage(blocks, nn.Identity() if is_last else PatchMerging(dim)))
+        self.layers = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(config.num_features)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Truncated normal (std 0.02) for linear weights, zero biases, block norms at weight 0.
+
+        The patch embedding keeps the default of a convolution, as in the official code.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SwinBlock):
+                nn.init.zeros_(module.norm1.weight)
+                nn.init.zeros_(module.norm2.weight)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Pixels ``(b, in_chans, H, W)`` -> tokens ``(b, h, w, c)``, h = ceil(H / patch_size)."""
+        return self.patch_embed(images)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(b, h, w, c)`` -> normalised features of the last stage ``(b, h', w', num_features)``."""
+        for stage in self.layers:
+            tokens = stage.downsample(stage(tokens))
+        return self.norm(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels ``(b, in_chans, H, W)`` -> features ``(b, h', w', num_features)``."""
+        return self.encode(self.embed(images))
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """The output of every stage before merging: ``(b, c, h, w)`` at strides 4, 8, 16, 32.
+
+        The maps are not normalised; a detector or segmenter brings its own norm per map. The last
+        map followed by ``norm`` equals :meth:`forward`.
+        """
+        tokens, maps = self.embed(images), []
+        for stage in self.layers:
+            tokens = stage(tokens)
+            maps.append(rearrange(tokens, "b h w c -> b c h w"))
+            tokens = stage.downsample(tokens)
+        return maps
+
+    def depth_of_parameters(self) -> dict[str, int]:
+        """How deep each parameter sits, by name, for layer-wise learning-rate decay.
+
+        0 for the patch embedding; blocks count from 1 through all stages; a merging layer belongs
+        to the last block before it; the final norm is ``sum(depths) + 1``.
+        """
+        depths = {f"patch_embed.{name}": 0 for name, _ in self.patch_embed.named_parameters()}
+        block_number = 0
+        for index, stage in enumerate(self.layers):
+            for block_index, block in enumerate(stage.blocks):
+                block_number += 1
+                for name, _ in block.named_parameters():
+                    depths[f"layers.{index}.blocks.{block_index}.{name}"] = block_number
+            for name, _ in stage.downsample.named_parameters():
+                depths[f"layers.{index}.downsample.{name}"] = block_number
+        for name, _ in self.norm.named_parameters():
+            depths[f"norm.{name}"] = block_number + 1
+        return depths
+
+    def no_decay_parameters(self) -> set[nn.Parameter]:
+        """Parameters that weight decay must leave alone, as objects.
+
+        All vectors (norms and biases), the temperatures and the position-bias networks.
+        """
+        no_decay = {parameter for parameter in self.parameters() if parameter.ndim <= 1}
+        for module in self.modules():
+            if isinstance(module, SwinBlock):
+                no_decay |= {module.attn.logit_scale, *module.attn.cpb_mlp.parameters()}
+        return no_decay
+
+
+def make_encoder(name: str, **settings: Any) -> SwinEncoder:
+    """Build a named encoder with fresh weights.
+
+    Args:
+        name: ``swinv2_`` + ``tiny, small, base, large, huge, giant`` or ``3b``.
+        settings: any field of :class:`swin.SwinConfig`, for instance ``image_size=192``,
+            ``window_size=12``, ``in_chans=3``, ``drop_path=0.1``. One number means a square.
+
+    Raises:
+        ValueError: unknown name or settings that cannot be built.
+    """
+    return SwinEncoder(make_config(name, **settings))

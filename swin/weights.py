@@ -1,0 +1,75 @@
+"""An encoder on disk: ``encoder.safetensors`` and the ``encoder.json`` that says how to rebuild it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swin.config import SwinConfig
+from swin.encoder import SwinEncoder
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
+
+
+def save_encoder(
+    encoder: SwinEncoder, folder: Path, *, about: dict[str, Any], weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write weights and description into ``folder``.
+
+    Args:
+        about: what else a later reader should know, under keys of its own: channel statistics, how
+            the weights were trained. Must be plain JSON.
+        weights: the state to write instead of the encoder's own, for gathered or averaged weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = encoder.state_dict() if weights is None else weights
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    description = {"format": FORMAT, "encoder": encoder.config.to_dict(), **about}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load_description(folder: Path) -> dict[str, Any]:
+    """Read ``encoder.json``.
+
+    Raises:
+        ValueError: missing, unreadable, or from a newer format.
+    """
+    path = Path(folder) / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        written = description["format"]
+    except FileNotFoundError:
+        raise ValueError(f"no {DESCRIPTION} in {folder}: give the export folder of a run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an encoder description ({error})") from None
+    if written != FORMAT:
+        raise ValueError(f"{path} has format {written}, this version reads {FORMAT}: update the toolkit")
+    return description
+
+
+def load_encoder(folder: Path | str) -> SwinEncoder:
+    """Rebuild an exported encoder with its weights, on the CPU.
+
+    Raises:
+        ValueError: a missing or damaged file, or weights that do not fit the description.
+    """
+    folder = Path(folder)
+    config = SwinConfig.from_dict(load_description(folder)["encoder"])
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"cannot read {folder / WEIGHTS}: {error}") from None
+    with torch.device("meta"):
+        encoder = SwinEncoder(config)
+    try:
+        encoder.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit its {DESCRIPTION}: {error}") from None
+    return encoder
