@@ -6,6 +6,7 @@ Letters: b batch, n windows, t tokens per window, c channels, m heads, d head wi
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class CosineAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = rearrange(qkv, "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             weights = self._attention(_at_least_fp32(q), _at_least_fp32(k), window, mask)
         x = rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
         return self.proj(x)
@@ -67,6 +68,12 @@ class CosineAttention(nn.Module):
         bias = bias.masked_fill(~mask[:, None], -math.inf)  # (n, m, t, t), shared by the batch
         logits = rearrange(logits, "(b n) m t s -> b n m t s", n=n) + bias
         return rearrange(logits.softmax(dim=-1), "b n m t s -> (b n) m t s")
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    """The meta device, where shapes are planned, has no autocast to switch off."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def log_coordinates(window: Pair, reference: Pair, device: torch.device) -> Tens
     """
 
     def axis(size: int, reference_size: int) -> Tensor:
-        offset = torch.arange(-(size - 1), size, dtype=torch.float32)
+        offset = torch.arange(-(size - 1), size, dtype=torch.float32, device="cpu")
         u = offset / max(reference_size - 1, 1) * 8
         return torch.sign(u) * torch.log2(1 + u.abs()) / math.log2(8)
 

@@ -9,7 +9,7 @@ shifted windows of a padded grid still contain neighbours only.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ def attention_mask(grid: Pair, windows: Windows, device: torch.device) -> Tensor
 
 def _side(grid: int, padding: int, window: int, shift: int) -> Tensor:
     """Along one axis after the roll: 0 for tokens in place, 1 for those rolled round, -1 for padding."""
-    position = torch.roll(torch.arange(grid + padding), -shift)
+    position = torch.roll(torch.arange(grid + padding, device="cpu"), -shift)
     return torch.where(position >= grid, -1, (position < shift).long())
 
 
@@ -94,7 +94,8 @@ def relative_index(window: Pair, device: torch.device) -> Tensor:
     Row ``(dy + wh - 1) * (2 ww - 1) + (dx + ww - 1)`` with ``(dy, dx)`` = query minus key.
     """
     wh, ww = window
+    axis = partial(torch.arange, device="cpu")
     with torch.inference_mode(False):
-        y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij"))
+        y, x = (part.flatten() for part in torch.meshgrid(axis(wh), axis(ww), indexing="ij"))
         dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
         return ((dy + wh - 1) * (2 * ww - 1) + dx + ww - 1).to(device)

@@ -1,6 +1,6 @@
 """``builtin:shapes``: labelled pictures out of nothing, for trying things out without any data.
 
-In front of a background of dead leaves (overlapping discs of plain colours, the model of natural
+In front of a background of dead leaves (overlapping shaded discs, the model of natural
 image statistics of Matheron; Lee, Mumford and Huang, IJCV 2001) stands one large shape that carries
 one texture. The label says which texture on which shape. Colours, place, size, rotation, phase and
 light are random: neither colour nor brightness tells the label.
@@ -19,7 +19,7 @@ SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
 _NUM_LEAVES = 12
-_LEAF_DRAWS = 3  # and a colour
+_LEAF_DRAWS = 5  # and a colour
 _OBJECT_DRAWS = 8  # and two colours
 _HELD_OUT_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
 
@@ -73,14 +73,16 @@ def _coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _dead_leaves(draws: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Discs of plain colour over each other, the last on top: float ``(channels, H, W)`` in [0, 1]."""
+    """Shaded discs over each other, the last on top: float ``(channels, H, W)`` in [0, 1]."""
     radius = 0.25 * (1 / 6) ** (draws[:, 2] - 1)  # log-uniform from 0.25 to 1.5
     inside = (y - y.max() * (2 * draws[:, 0, None, None] - 1)) ** 2 + (
         x - x.max() * (2 * draws[:, 1, None, None] - 1)
     ) ** 2 < radius[:, None, None] ** 2
     inside[0] = True  # the first leaf is the ground
     top = (inside * torch.arange(1, len(draws) + 1)[:, None, None]).argmax(dim=0)
-    return draws[:, _LEAF_DRAWS:][top].permute(2, 0, 1)
+    angle, strength = 2 * math.pi * draws[:, 3], 0.5 * draws[:, 4]
+    light = 1 + strength[top] * (y * angle.sin()[top] + x * angle.cos()[top])
+    return (draws[:, _LEAF_DRAWS:][top].permute(2, 0, 1) * light).clamp(0, 1)
 
 
 def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int, texture: int) -> Tensor:

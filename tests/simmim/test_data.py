@@ -1,0 +1,194 @@
+"""Sources, crops, and an order that depends on the seed and the step only."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim.counter_rng import uniform
+from simmim.data import CenterCrop, Folder, RandomCrop, Shapes, evaluation_batches, split_holdout, training_batches
+from simmim.data.loader import StepKeys
+from simmim.data.shapes import NUM_CLASSES
+
+
+def write_images(folder, count=5, size=(40, 30), suffix=".png", start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}{suffix}")
+
+
+def test_a_folder_is_read_flat_and_nested_in_sorted_order(tmp_path):
+    write_images(tmp_path / "b" / "deep", 2)
+    write_images(tmp_path / "a", 1, suffix=".JPEG")
+    write_images(tmp_path, 1, suffix=".jpg")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    folder = Folder(tmp_path)
+    assert folder.paths == ["000.jpg", "a/000.JPEG", "b/deep/000.png", "b/deep/001.png"]
+    assert folder.read(2).shape == (3, 30, 40)
+    expected = np.asarray(Image.open(tmp_path / "b/deep/001.png"))
+    assert np.array_equal(folder.read(3).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_every_mode_is_converted_to_the_wanted_channels(tmp_path, channels, mode):
+    for number, source in enumerate(["L", "RGB", "RGBA", "P", "CMYK", "1", "LA"]):
+        Image.new(source, (8, 6), 1).save(tmp_path / f"{number}.{'tif' if source == 'CMYK' else 'png'}")
+    folder = Folder(tmp_path, channels)
+    assert {folder.read(number).shape for number in range(len(folder))} == {(channels, 6, 8)}
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert Folder(tmp_path, 1).read(0).unique().tolist() == [0x80]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image, exif = Image.new("RGB", (20, 10)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert Folder(tmp_path).read(0).shape == (3, 20, 10)
+
+
+def test_an_image_bomb_is_refused(tmp_path):
+    Image.new("1", (15_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(Image.DecompressionBombWarning):
+        Folder(tmp_path).read(0)
+
+
+def test_folders_that_cannot_work_are_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        Folder(tmp_path / "missing")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"no images in .* \(1 other files\)"):
+        Folder(tmp_path)
+    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
+        Folder(tmp_path, 7)
+
+
+def test_broken_images_are_replaced_and_named(tmp_path):
+    write_images(tmp_path, 6)
+    (tmp_path / "002.png").write_bytes((tmp_path / "002.png").read_bytes()[:300])
+    (tmp_path / "004.png").write_bytes(b"")
+    steps = {"batch_size": 6, "micro_batch_size": 6, "end_step": 1}
+    (batch,) = training_batches(Folder(tmp_path), RandomCrop((16, 16)), seed=0, **steps)
+    assert batch["image"].shape == (6, 3, 16, 16)
+    assert sorted(name[-7:] for name, _ in batch["broken"]) == ["002.png", "004.png"]
+    for number in range(6):
+        (tmp_path / f"{number:03d}.png").write_text("not an image")
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError, match="20 images in a row could not be read"):
+            list(training_batches(Folder(tmp_path), RandomCrop((16, 16)), seed=0, num_workers=num_workers, **steps))
+
+
+def test_batches_do_not_depend_on_workers_or_micro_batches(tmp_path):
+    write_images(tmp_path, 7)
+
+    def samples(**arguments):
+        arguments = {"batch_size": 6, "micro_batch_size": 6, "end_step": 4} | arguments
+        batches = list(training_batches(Folder(tmp_path), RandomCrop((16, 16)), seed=3, **arguments))
+        return torch.cat([b["index"] for b in batches]), torch.cat([b["image"] for b in batches])
+
+    index, images = samples()
+    for arguments in ({"num_workers": 2}, {"micro_batch_size": 2}, {"num_workers": 1, "micro_batch_size": 3}):
+        other_index, other_images = samples(**arguments)
+        assert torch.equal(other_index, index) and torch.equal(other_images, images)
+    resumed_index, resumed_images = samples(start_step=2)
+    assert torch.equal(resumed_index, index[12:]) and torch.equal(resumed_images, images[12:])
+
+
+def test_the_order_shows_every_image_once_per_epoch_across_batches():
+    keys = [key for batch in StepKeys(10, seed=1, batch_size=4, micro_batch_size=4, end_step=5) for key in batch]
+    assert sorted(index for epoch, index in keys if epoch == 0) == list(range(10))
+    assert sorted(index for epoch, index in keys if epoch == 1) == list(range(10))
+    first, second = ([index for epoch, index in keys if epoch == e] for e in (0, 1))
+    assert first != second and first != list(range(10))
+
+
+def test_processes_share_the_batch_of_one():
+    def keys(**arguments):
+        return list(StepKeys(50, seed=1, batch_size=12, micro_batch_size=3, start_step=1, end_step=3, **arguments))
+
+    alone, shared = keys(), [keys(rank=rank, world_size=2) for rank in range(2)]
+    assert sum(alone, []) == sum((a + b for a, b in zip(*shared, strict=True)), [])
+
+
+def test_crops_follow_their_ranges():
+    crop = RandomCrop((16, 16), (0.25, 0.5), (0.5, 2.0))
+    draws = uniform("crop", 0, torch.zeros(500, dtype=torch.int64), torch.arange(500), crop.num_draws)
+    boxes = [crop.box(300, 400, u[1:].tolist()) for u in draws]
+    areas = np.array([h * w / 120_000 for _, _, h, w in boxes])
+    ratios = np.array([w / h for _, _, h, w in boxes])
+    assert areas.min() > 0.24 and areas.max() < 0.51 and 0.36 < areas.mean() < 0.39
+    assert ratios.min() > 0.49 and ratios.max() < 2.02 and abs(np.log(ratios).mean()) < 0.06
+    assert all(0 <= top <= 300 - h and 0 <= left <= 400 - w for top, left, h, w in boxes)
+    assert max(top + h for top, _, h, _ in boxes) == 300 and max(left + w for _, left, _, w in boxes) == 400
+
+
+def test_an_impossible_ratio_falls_back_to_the_central_crop():
+    crop = RandomCrop((16, 16), (0.9, 1.0), (0.75, 4 / 3))
+    assert crop.box(100, 900, [0.5] * 40) == (0, 383, 100, 133)
+
+
+def test_crops_resize_and_flip():
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).repeat(5, 1, 1)
+    draws = torch.full((RandomCrop.num_draws,), 0.999, dtype=torch.float64)
+    whole = RandomCrop((8, 8), (1, 1), (1, 1))
+    assert torch.equal(whole(image, draws), image)
+    draws[0] = 0.0
+    assert torch.equal(whole(image, draws), image.flip(-1))
+    assert CenterCrop((4, 8))(image, draws).shape == (5, 4, 8)
+    assert torch.equal(CenterCrop((4, 8))(image, draws), image[:, 2:6])
+
+
+def test_the_holdout_is_disjoint_and_never_more_than_a_tenth(tmp_path):
+    write_images(tmp_path, 30)
+    training, holdout = split_holdout(Folder(tmp_path), 64)
+    assert len(training) == 27 and len(holdout) == 3
+    assert not set(training.numbers) & set(holdout.numbers)
+    write_images(tmp_path / "few", 9)
+    training, holdout = split_holdout(Folder(tmp_path / "few"), 64)
+    assert len(training) == 9 and holdout is None
+
+
+def test_evaluation_shows_every_image_once_and_can_be_repeated(tmp_path):
+    write_images(tmp_path, 5)
+    batches = evaluation_batches(Folder(tmp_path), CenterCrop((16, 16)), batch_size=2)
+    assert [b["index"].tolist() for b in batches] == [[0, 1], [2, 3], [4]]
+    assert len(list(batches)) == 3
+
+
+def test_shapes_are_the_same_for_ever_and_the_splits_differ():
+    shapes, held_out = Shapes(100), Shapes(100, held_out=True)
+    assert torch.equal(shapes.read(7), Shapes(8).read(7))
+    assert not torch.equal(shapes.read(7), held_out.read(7))
+    assert not torch.equal(shapes.read(7), shapes.read(8))
+    assert shapes.read(0).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("size", "channels"), [((64, 64), 3), ((32, 80), 1), ((96, 48), 6)])
+def test_shapes_of_any_size_and_channel_count(size, channels):
+    assert Shapes(3, size, channels).read(1).shape == (channels, *size)
+
+
+def test_shapes_show_the_same_scene_at_any_size():
+    small = Shapes(3, (64, 64)).read(1).float()
+    large = Shapes(3, (128, 128)).read(1).float()
+    pooled = torch.nn.functional.avg_pool2d(large, 2)
+    assert (pooled - small).abs().mean() < 8
+
+
+def test_labels_are_balanced_and_colour_does_not_tell_them():
+    shapes = Shapes(3000, (16, 16))
+    labels = torch.tensor([shapes.label(number) for number in range(3000)])
+    counts = labels.bincount(minlength=NUM_CLASSES)
+    assert len(counts) == NUM_CLASSES and counts.min() > 0.7 * 3000 / NUM_CLASSES
+    means = torch.stack([shapes.read(number).float().mean(dim=(1, 2)) for number in range(1000)])
+    by_class = torch.stack([means[labels[:1000] == label].mean(dim=0) for label in range(NUM_CLASSES)])
+    spread = means.std(dim=0).mean() / math.sqrt(1000 / NUM_CLASSES)
+    assert by_class.std(dim=0).mean() < 2 * spread

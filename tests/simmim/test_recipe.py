@@ -1,0 +1,123 @@
+"""Recipes: what is accepted, and what is said of what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from simmim.recipe import dump_recipe, encoder_config, load_recipe, shipped_recipes
+from swin import SwinEncoder
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_buildable(path):
+    recipe = load_recipe(str(path))
+    assert recipe.name == path.stem
+    with torch.device("meta"):
+        SwinEncoder(encoder_config(recipe.encoder, recipe.stages.pretrain))
+    text = path.read_text()
+    assert text.startswith("#") and ("simmim pretrain" in text or "tools/pretrain.py" in text.splitlines()[0])
+
+
+def test_the_shipped_sizes():
+    names = {path.stem for path in shipped_recipes()}
+    assert names >= {"demo"} | {f"simmim_swinv2_{size}" for size in "tsblh"}
+
+
+def test_the_official_base_recipe():
+    recipe = load_recipe("simmim_swinv2_b")
+    stage = recipe.stages.pretrain
+    assert (stage.image_size, stage.window_size, stage.batch_size, stage.drop_path) == (192, 12, 2048, 0.1)
+    assert (stage.mask.patch_size, stage.mask.ratio, stage.target.norm_window) == (32, 0.6, 47)
+    schedule = stage.schedule
+    assert (schedule.name, schedule.epochs, schedule.milestones_epochs, schedule.base_lr) == ("multistep", 800, [700], 1e-4)
+
+
+def test_overrides_are_yaml(write):
+    path = write("data: {path: images}\n")
+    recipe = load_recipe(
+        path, ["stages.pretrain.schedule.base_lr=2e-4", "stages.pretrain.image_size=[64, 96]", "name=other"]
+    )
+    assert recipe.stages.pretrain.schedule.base_lr == 2e-4
+    assert recipe.stages.pretrain.image_size == (64, 96)
+    assert recipe.name == "other" and recipe.data.path == "images"
+
+
+def test_a_dumped_recipe_reads_the_same(write, tmp_path):
+    recipe = load_recipe("simmim_swinv2_h")
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("data: {pth: x}", [], r"data.pth: unknown key, did you mean 'path'\? \(known here: path, mean"),
+        ("maks: 1", [], r"maks: unknown key"),
+        ("{}", ["stages.pretrain.mask.ration=0.5"], r"did you mean 'ratio'.*\[stages.pretrain.mask.ration=0.5\]"),
+        ("{}", ["stages.pretrain.batch_size=many"], r"stages.pretrain.batch_size: Input should be a valid integer"),
+        ("{}", ["stages.pretrain.batch_size=true"], r"stages.pretrain.batch_size: Input should be a valid integer"),
+        ("{}", ["stages.pretrain.mask.ratio=1.5"], r"mask.ratio: Input should be less than 1 \(got 1.5\)"),
+        ("{}", ["stages.pretrain.schedule.base_lr=.nan"], r"base_lr: Input should be a finite number"),
+        ("{}", ["stages.pretrain.image_size=200"], r"does not divide the image size 200 x 200: take one of 4, 5, 8"),
+        ("{}", ["stages.pretrain.image_size=97"], r"take one of 97|no cell"),
+        ("{}", ["stages.pretrain.mask.patch_size=6"], r"must be a multiple of encoder.patch_size 4"),
+        ("{}", ["stages.pretrain.target.norm_window=46"], r"norm_window must be odd, got 46"),
+        ("{}", ["stages.pretrain.schedule.warmup_epochs=200"], r"warmup_epochs 200 must be below epochs 100"),
+        ("{}", ["stages.pretrain.schedule.name=multistep"], r"needs milestones_epochs"),
+        ("{}", ["stages.pretrain.crop.scale=[1, 0.5]"], r"scale must go from low to high"),
+        ("{}", ["encoder.in_chans=4"], r"data.mean has 3 numbers, but encoder.in_chans is 4"),
+        ("{}", ["encoder.num_heads=[3, 5, 7, 9]"], r"128 channels, which 3 heads do not divide"),
+        ("{}", ["encoder.name=swinv2_bas"], r"encoder.name: Input should be 'swinv2_tiny'"),
+        ("{}", ["stages.finetune.epochs=3"], r"stages.finetune: unknown key"),
+        ("{}", ["seed"], r"override 'seed': expected key.path=value"),
+        ("{}", ["seed.a=1", "seed.a.b=1"], r"a holds a value, not further keys"),
+        ("{}", ["seed=[1"], r"is not valid YAML"),
+        ("- a\n- b", [], r"holds no recipe: expected keys such as name, seed"),
+        ("seed: 1\nseed: 2", [], r"seed is given twice"),
+        ("a: !!python/object/apply:os.system [ls]", [], r"not valid YAML.*could not determine a constructor"),
+        ("data: {path: x", [], r"is not valid YAML"),
+    ],
+)
+def test_problems_are_named(write, text, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(text), overrides)
+
+
+def test_all_problems_come_at_once(write):
+    with pytest.raises(ValueError, match=r"(?s)3 problem\(s\).*seed.*pth.*base_lr"):
+        load_recipe(write("data: {pth: x}\nseed: -1\nstages: {pretrain: {schedule: {base_lr: 0}}}"))
+
+
+def test_a_missing_recipe_suggests_a_shipped_one(tmp_path):
+    with pytest.raises(ValueError, match=r"did you mean simmim_swinv2_b\?"):
+        load_recipe("simmim_swin2_b.yaml")
+    with pytest.raises(ValueError, match="shipped recipes: demo"):
+        load_recipe(str(tmp_path / "zzz"))
+
+
+def test_a_file_that_is_no_recipe(tmp_path):
+    path = tmp_path / "big.yaml"
+    path.write_text("a" * 1_000_001)
+    with pytest.raises(ValueError, match="larger than 1,000,000 bytes"):
+        load_recipe(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not a text file"):
+        load_recipe(str(path))
+
+
+def test_plain_exponents_are_numbers_though_yaml_says_text(write):
+    assert yaml.safe_load("1e-3") == "1e-3"
+    assert load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}")).stages.pretrain.schedule.base_lr == 1e-3

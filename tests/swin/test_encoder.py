@@ -1,0 +1,243 @@
+"""The encoder: sizes, shapes, invariances, groups, and what may influence what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import swin
+from swin.attention import CosineAttention
+from swin.blocks import DropPath, SwinBlock
+
+WITH_HEAD = {
+    "swinv2_tiny": 28_347_154,
+    "swinv2_small": 49_728_418,
+    "swinv2_base": 87_918_816,
+    "swinv2_large": 196_739_932,
+    "swinv2_huge": 658_036_370,
+    "swinv2_giant": 1_064_561_996,
+    "swinv2_3b": 3_001_940_680,
+}
+
+
+def small_encoder(**settings) -> swin.SwinEncoder:
+    settings = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "image_size": 32, "window_size": 4} | settings
+    torch.manual_seed(0)
+    encoder = swin.make_encoder("swinv2_tiny", **settings).double()
+    wake(encoder)
+    return encoder
+
+
+def wake(module: torch.nn.Module) -> None:
+    """Block norms start at 0; give every branch something to say."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+@pytest.mark.parametrize("name", WITH_HEAD)
+def test_parameter_counts_with_a_head_of_1000_classes(name):
+    with torch.device("meta"):
+        encoder = swin.make_encoder(name)
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    assert count + (encoder.config.num_features + 1) * 1000 == WITH_HEAD[name]
+
+
+def test_every_block_is_the_identity_at_first():
+    block = swin.make_encoder("swinv2_tiny", embed_dim=16, depths=(2,), num_heads=(2,), window_size=4).layers[0]
+    x = torch.randn(2, 8, 8, 16)
+    assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (30, 41), (4, 4), (5, 60)])
+def test_any_image_size_gives_finite_maps_of_the_right_size(size):
+    encoder = small_encoder()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    h, w = -(-size[0] // 4), -(-size[1] // 4)
+    features, maps = encoder(images), encoder.pyramid(images)
+    assert features.shape == (2, -(-h // 2), -(-w // 2), 32)
+    assert [m.shape for m in maps] == [(2, 16, h, w), (2, 32, -(-h // 2), -(-w // 2))]
+    assert features.isfinite().all()
+    torch.testing.assert_close(encoder.norm(maps[-1].permute(0, 2, 3, 1)), features)
+
+
+def test_pyramid_of_a_published_size_has_strides_4_8_16_32():
+    with torch.device("meta"):
+        encoder = swin.make_encoder("swinv2_tiny")
+    maps = encoder.pyramid(torch.empty(1, 3, 224, 160, device="meta"))
+    assert [tuple(m.shape) for m in maps] == [(1, 96, 56, 40), (1, 192, 28, 20), (1, 384, 14, 10), (1, 768, 7, 5)]
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    encoder = small_encoder()
+    images = torch.randn(3, 3, 36, 28, dtype=torch.float64)
+    order = [2, 0, 1]
+    torch.testing.assert_close(encoder(images[order]), encoder(images)[order], rtol=1e-12, atol=1e-12)
+
+
+def test_logits_ignore_the_length_of_queries_and_keys():
+    attention = CosineAttention(16, 2, (4, 4)).double()
+    wake(attention)
+    q, k = torch.randn(2, 3, 2, 16, 8, dtype=torch.float64).unbind()
+    expected = attention._attention(q, k, (4, 4), None)
+    torch.testing.assert_close(attention._attention(7 * q, 0.1 * k, (4, 4), None), expected)
+
+
+def test_temperature_never_falls_below_a_hundredth():
+    attention = CosineAttention(16, 2, (2, 2)).double()
+    q, k = torch.randn(2, 1, 2, 4, 8, dtype=torch.float64).unbind()
+    with torch.no_grad():
+        attention.logit_scale.fill_(torch.tensor(100.0).log())
+        expected = attention._attention(q, k, (2, 2), None)
+        attention.logit_scale.fill_(50.0)
+        torch.testing.assert_close(attention._attention(q, k, (2, 2), None), expected)
+
+
+def test_attention_weights_are_computed_in_fp32_under_autocast():
+    attention = CosineAttention(16, 2, (4, 4))
+    wake(attention)
+    seen = []
+    normalize, softmax = torch.nn.functional.normalize, torch.Tensor.softmax
+    x = torch.randn(3, 16, 16)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch.nn.functional, "normalize", lambda t, **k: seen.append(t.dtype) or normalize(t, **k))
+        patch.setattr(torch.Tensor, "softmax", lambda t, **k: seen.append(t.dtype) or softmax(t, **k))
+        result = attention(x, (4, 4), None)
+    assert seen == [torch.float32] * 3
+    torch.testing.assert_close(result.float(), attention(x, (4, 4), None), rtol=0.05, atol=0.05)
+
+
+def test_extra_norms_sit_after_every_nth_block_of_a_stage():
+    encoder = swin.make_encoder(
+        "swinv2_tiny", embed_dim=8, depths=(2, 7), num_heads=(1, 1), extra_norm_interval=3, image_size=32
+    )
+    with_norm = [
+        (stage, index)
+        for stage, layer in enumerate(encoder.layers)
+        for index, block in enumerate(layer.blocks)
+        if isinstance(block.norm3, torch.nn.LayerNorm)
+    ]
+    assert with_norm == [(1, 2), (1, 5)]
+    x = torch.randn(1, 4, 4, 16) * 50
+    out = encoder.layers[1].blocks[2](x)
+    torch.testing.assert_close(out.var(dim=-1, correction=0), torch.ones(1, 4, 4), rtol=1e-3, atol=1e-3)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    kept = drop(torch.ones(4000, 2, 2, 3))
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert torch.equal(kept, kept[:, :1, :1, :1].expand_as(kept))
+    assert kept.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop.eval()(kept), kept)
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    encoder = swin.make_encoder("swinv2_tiny", drop_path=0.2, image_size=64)
+    rates = [block.drop_path.rate for layer in encoder.layers for block in layer.blocks]
+    assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
+
+
+def test_every_parameter_has_one_depth():
+    encoder = swin.make_encoder("swinv2_tiny", image_size=64)
+    depths = encoder.depth_of_parameters()
+    assert set(depths) == {name for name, _ in encoder.named_parameters()}
+    assert depths["patch_embed.proj.weight"] == 0
+    assert depths["layers.0.blocks.0.attn.logit_scale"] == 1
+    assert depths["layers.0.downsample.reduction.weight"] == 2
+    assert depths["layers.2.blocks.5.mlp.fc1.weight"] == 10
+    assert depths["norm.weight"] == 13
+
+
+def test_what_is_not_decayed():
+    encoder = small_encoder()
+    no_decay = encoder.no_decay_parameters()
+    for name, parameter in encoder.named_parameters():
+        expected = parameter.ndim <= 1 or "logit_scale" in name or "cpb_mlp" in name
+        assert (parameter in no_decay) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": (3, 4)}, "16 channels, which 3 heads do not divide"),
+        ({"num_heads": (2,)}, "must name the same stages"),
+        ({"window_size": 0}, "window_size must be one or two positive integers"),
+        ({"image_size": (32, 32, 3)}, "image_size must be one or two positive integers"),
+        ({"in_chans": 0}, "in_chans must be at least 1"),
+        ({"drop_path": 1.0}, "drop_path must be in"),
+        ({"reference_windows": (4,)}, "1 entries, but the encoder has 2 stages"),
+    ],
+)
+def test_settings_that_cannot_be_built_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        small_encoder(**settings)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown encoder 'swinv3'.*swinv2_3b"):
+        swin.make_encoder("swinv3")
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("window", [(4, 4), (3, 5), (2, 4), (1, 1), (7, 7), (9, 2)])
+@pytest.mark.parametrize("grid", [(7, 7), (8, 8), (5, 9), (4, 6), (1, 3), (12, 4)])
+def test_one_token_reaches_exactly_its_window(grid, window, shifted):
+    """Perturb each token of a grid; what changes after one block is what the definition says."""
+    torch.manual_seed(0)
+    block = SwinBlock(8, 2, window, window, shifted=shifted).double()
+    wake(block)
+    with torch.no_grad():  # soft attention: what is allowed must also be seen
+        block.attn.logit_scale.zero_()
+        block.attn.cpb_mlp[2].weight.mul_(0.1)
+    h, w = grid
+    x = torch.randn(1, h, w, 8, dtype=torch.float64)
+    perturbed = x.repeat(h * w, 1, 1, 1)
+    for number in range(h * w):
+        perturbed[number, number // w, number % w] += torch.randn(8, dtype=torch.float64)
+    with torch.no_grad():
+        changed = ((block(perturbed) - block(x)).abs().amax(dim=-1) > 1e-9).view(h * w, h * w)
+    expected = torch.tensor(
+        [
+            [same_window((i // w, i % w), (j // w, j % w), grid, window, shifted) for j in range(h * w)]
+            for i in range(h * w)
+        ]
+    )
+    assert torch.equal(changed, expected)
+
+
+def same_window(a, b, grid, window, shifted) -> bool:
+    """Two tokens share a window: on each axis they lie between the same two cuts.
+
+    Cuts are at multiples of the window, moved by half a window in a shifted block; a window that
+    covers the axis is not cut.
+    """
+    for i, j, size, side in zip(a, b, grid, window, strict=True):
+        if side < size:
+            shift = side // 2 if shifted else 0
+            if (i - shift) // side != (j - shift) // side:
+                return False
+    return True
+
+
+def test_tables_cached_in_inference_mode_can_be_trained_with():
+    block = SwinBlock(8, 2, (3, 3), (3, 3), shifted=True)
+    x = torch.randn(1, 7, 5, 8)
+    with torch.inference_mode():
+        block(x)
+    block(x).sum().backward()
+
+
+def test_the_coordinates_are_the_closed_form():
+    from swin.position_bias import log_coordinates
+
+    cpu = torch.device("cpu")
+    table = log_coordinates((12, 12), (12, 12), cpu).view(23, 23, 2)
+    assert table.max().item() == pytest.approx(1.0566, abs=1e-4)
+    torch.testing.assert_close(table.flip(0, 1), -table)
+    assert (table[1:, :, 0] > table[:-1, :, 0]).all()
+    larger = log_coordinates((16, 20), (12, 12), cpu).view(31, 39, 2)
+    assert torch.equal(larger[4:-4, 8:-8], table)
+    assert log_coordinates((1, 1), (1, 1), cpu).tolist() == [[0.0, 0.0]]
