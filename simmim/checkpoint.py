@@ -74,9 +74,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     current = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     current["state"] = {
-        number: saved[names[parameter]]
-        for number, parameter in enumerate(parameters)
-        if names[parameter] in saved
+        number: saved[names[parameter]] for number, parameter in enumerate(parameters) if names[parameter] in saved
     }
     optimizer.load_state_dict(current)
 

@@ -49,7 +49,9 @@ class Encoder(Settings):
     num_heads: list[Count] | None = None
     patch_size: Count | None = Field(None, description="side of a token of the first stage, px")
     mlp_ratio: Positive | None = None
-    extra_norm_interval: int | None = Field(None, ge=0, description="blocks between norms on the main branch; 0 for none")
+    extra_norm_interval: int | None = Field(
+        None, ge=0, description="blocks between norms on the main branch; 0 for none"
+    )
 
 
 class Crop(Settings):

@@ -25,6 +25,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, is_main: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.is_main = folder, is_main
         self.metrics_file = folder / "metrics.jsonl"
         self.broken_file = folder / "bad_images.csv"

@@ -12,7 +12,16 @@ from accelerate import Accelerator
 
 from simmim.checkpoint import different_settings, list_checkpoints, load_checkpoint, load_state
 from simmim.counter_rng import derive_seed
-from simmim.data import CenterCrop, Folder, RandomCrop, Shapes, Source, evaluation_batches, split_holdout, training_batches
+from simmim.data import (
+    CenterCrop,
+    Folder,
+    RandomCrop,
+    Shapes,
+    Source,
+    evaluation_batches,
+    split_holdout,
+    training_batches,
+)
 from simmim.data.loader import Batches
 from simmim.engine import evaluate, fit, to_device
 from simmim.masking import MaskGenerator

@@ -5,7 +5,8 @@ Letters: b batch, h w token grid, c channels, H W pixels.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -58,8 +59,7 @@ class SwinEncoder(nn.Module):
                     shifted=block % 2 == 1,
                     mlp_ratio=config.mlp_ratio,
                     drop_path=rates[sum(config.depths[:index]) + block],
-                    extra_norm=bool(config.extra_norm_interval)
-                    and (block + 1) % config.extra_norm_interval == 0,
+                    extra_norm=bool(config.extra_norm_interval) and (block + 1) % config.extra_norm_interval == 0,
                 )
                 for block in range(depth)
             ]
@@ -90,7 +90,7 @@ class SwinEncoder(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens ``(b, h, w, c)`` -> normalised features of the last stage ``(b, h', w', num_features)``."""
-        for stage in self.layers:
+        for stage in cast(Iterable[Stage], self.layers):
             tokens = stage.downsample(stage(tokens))
         return self.norm(tokens)
 
@@ -105,7 +105,7 @@ class SwinEncoder(nn.Module):
         map followed by ``norm`` equals :meth:`forward`.
         """
         tokens, maps = self.embed(images), []
-        for stage in self.layers:
+        for stage in cast(Iterable[Stage], self.layers):
             tokens = stage(tokens)
             maps.append(rearrange(tokens, "b h w c -> b c h w"))
             tokens = stage.downsample(tokens)
@@ -119,7 +119,7 @@ class SwinEncoder(nn.Module):
         """
         depths = {f"patch_embed.{name}": 0 for name, _ in self.patch_embed.named_parameters()}
         block_number = 0
-        for index, stage in enumerate(self.layers):
+        for index, stage in enumerate(cast(Iterable[Stage], self.layers)):
             for block_index, block in enumerate(stage.blocks):
                 block_number += 1
                 for name, _ in block.named_parameters():

@@ -51,7 +51,7 @@ class LogCPB(nn.Sequential):
 
     def forward(self, window: Pair) -> Tensor:
         """The bias of every pair of tokens in a window: ``(heads, t, t)``."""
-        weight = self[0].weight
+        weight: Tensor = self[0].weight  # type: ignore[assignment]
         coordinates = log_coordinates(window, self.reference_window, weight.device).to(weight.dtype)
         table = 16 * torch.sigmoid(super().forward(coordinates))
         return table[relative_index(window, weight.device)].permute(2, 0, 1)

@@ -81,7 +81,7 @@ class StepKeys:
         return (self.end_step - self.start_step) * per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_epoch, order = -1, None
+        order_epoch, order = -1, torch.empty(0)
         stride = self.micro_batch_size * self.world_size
         first = self.start_step * self.batch_size + self.rank * self.micro_batch_size
         for start in range(first, self.end_step * self.batch_size, stride):
@@ -137,7 +137,7 @@ class Batches:
             yield batch
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: Any) -> Any:
     return batch
 
 

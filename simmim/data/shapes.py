@@ -18,7 +18,7 @@ from simmim.counter_rng import uniform
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
-_NUM_LEAVES = 12
+_NUM_LEAVES = 7
 _LEAF_DRAWS = 5  # and a colour
 _OBJECT_DRAWS = 8  # and two colours
 _HELD_OUT_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
@@ -69,18 +69,18 @@ def _coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Pixel centres, 0 in the middle, -1 to 1 along the shorter side."""
     half = min(size) / 2
     y, x = ((torch.arange(n) + 0.5 - n / 2) / half for n in size)
-    return torch.meshgrid(y, x, indexing="ij")
+    return y[:, None].expand(size), x[None, :].expand(size)
 
 
 def _dead_leaves(draws: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Shaded discs over each other, the last on top: float ``(channels, H, W)`` in [0, 1]."""
-    radius = 0.25 * (1 / 6) ** (draws[:, 2] - 1)  # log-uniform from 0.25 to 1.5
+    radius = 0.3 * 5 ** draws[:, 2]  # log-uniform from 0.3 to 1.5
     inside = (y - y.max() * (2 * draws[:, 0, None, None] - 1)) ** 2 + (
         x - x.max() * (2 * draws[:, 1, None, None] - 1)
     ) ** 2 < radius[:, None, None] ** 2
     inside[0] = True  # the first leaf is the ground
     top = (inside * torch.arange(1, len(draws) + 1)[:, None, None]).argmax(dim=0)
-    angle, strength = 2 * math.pi * draws[:, 3], 0.5 * draws[:, 4]
+    angle, strength = 2 * math.pi * draws[:, 3], 0.9 * draws[:, 4]
     light = 1 + strength[top] * (y * angle.sin()[top] + x * angle.cos()[top])
     return (draws[:, _LEAF_DRAWS:][top].permute(2, 0, 1) * light).clamp(0, 1)
 
@@ -97,9 +97,9 @@ def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int,
     u, v = _rotate(dy / radius, dx / radius, 2 * math.pi * angle)
     inside = _inside(shape, u, v)
     s, t = _rotate(dy, dx, math.pi * tilt)
-    pattern = _pattern(texture, s, t, period=0.34 + 0.16 * period, phase=phase)
+    pattern = _pattern(texture, s, t, period=0.42 + 0.16 * period, phase=phase)
     colour = torch.where(pattern, first[:, None, None], second[:, None, None])
-    shading = 1 + 0.25 * (u * math.cos(6.28 * light) + v * math.sin(6.28 * light))
+    shading = 1 + 0.4 * (u * math.cos(6.28 * light) + v * math.sin(6.28 * light))
     return torch.where(inside, (colour * shading).clamp(0, 1), image)
 
 

@@ -44,9 +44,7 @@ class Folder:
         if not self.root.is_dir():
             raise ValueError(f"data.path {str(path)!r} is not a folder: set data.path=FOLDER_OF_IMAGES")
         if channels not in MODES:
-            raise ValueError(
-                f"image files have 1, 3 or 4 channels, but the encoder wants in_chans={channels}"
-            )
+            raise ValueError(f"image files have 1, 3 or 4 channels, but the encoder wants in_chans={channels}")
         self.mode = MODES[channels]
         self.paths, num_others = _scan(self.root)
         if not self.paths:

@@ -45,6 +45,9 @@ class Reconstruct(nn.Module):
             hold whole tokens.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         encoder: SwinEncoder,
@@ -64,8 +67,7 @@ class Reconstruct(nn.Module):
             )
         if masks.mask_patch_size % config.patch_size:
             raise ValueError(
-                f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size "
-                f"{config.patch_size} px"
+                f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size {config.patch_size} px"
             )
         if norm_target_window is not None and norm_target_window % 2 == 0:
             raise ValueError(f"the window of a normalised target must be odd, got {norm_target_window}")

@@ -76,9 +76,7 @@ def test_logits_with_reference_windows(name):
             parameter.copy_(values[key])
         features = encoder(golden.image(entry["image_size"])).mean(dim=(1, 2))
         logits = features @ values["head.weight"].T + values["head.bias"]
-    torch.testing.assert_close(
-        logits, torch.tensor(entry["logits"], dtype=torch.float64), rtol=RELATIVE, atol=1e-12
-    )
+    torch.testing.assert_close(logits, torch.tensor(entry["logits"], dtype=torch.float64), rtol=RELATIVE, atol=1e-12)
 
 
 def official_name(name: str) -> str:

@@ -41,7 +41,12 @@ def test_the_official_base_recipe():
     assert (stage.image_size, stage.window_size, stage.batch_size, stage.drop_path) == (192, 12, 2048, 0.1)
     assert (stage.mask.patch_size, stage.mask.ratio, stage.target.norm_window) == (32, 0.6, 47)
     schedule = stage.schedule
-    assert (schedule.name, schedule.epochs, schedule.milestones_epochs, schedule.base_lr) == ("multistep", 800, [700], 1e-4)
+    assert (schedule.name, schedule.epochs, schedule.milestones_epochs, schedule.base_lr) == (
+        "multistep",
+        800,
+        [700],
+        1e-4,
+    )
 
 
 def test_overrides_are_yaml(write):
@@ -120,4 +125,6 @@ def test_a_file_that_is_no_recipe(tmp_path):
 
 def test_plain_exponents_are_numbers_though_yaml_says_text(write):
     assert yaml.safe_load("1e-3") == "1e-3"
-    assert load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}")).stages.pretrain.schedule.base_lr == 1e-3
+    assert (
+        load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}")).stages.pretrain.schedule.base_lr == 1e-3
+    )

@@ -31,7 +31,14 @@ def make_batch(size=(64, 64), channels=3, n=3) -> dict[str, torch.Tensor]:
     return {"image": image, "epoch": torch.zeros(n, dtype=torch.int64), "index": torch.arange(n)}
 
 
-SHAPES = [((64, 64), 16, 3), ((64, 64), 4, 1), ((32, 96), 32, 5), ((40, 24), 8, 2), ((36, 60), 12, 14), ((56, 56), 28, 3)]
+SHAPES = [
+    ((64, 64), 16, 3),
+    ((64, 64), 4, 1),
+    ((32, 96), 32, 5),
+    ((40, 24), 8, 2),
+    ((36, 60), 12, 14),
+    ((56, 56), 28, 3),
+]
 
 
 @pytest.mark.parametrize(("size", "cell", "channels"), SHAPES)
@@ -140,7 +147,9 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 def test_cells_hold_whole_tokens():
     with pytest.raises(ValueError, match="must be a multiple of the token size 4 px"):
-        Reconstruct(make_encoder("swinv2_tiny", image_size=60), MaskGenerator((60, 60), 6, 0.5), mean=[0] * 3, std=[1] * 3)
+        Reconstruct(
+            make_encoder("swinv2_tiny", image_size=60), MaskGenerator((60, 60), 6, 0.5), mean=[0] * 3, std=[1] * 3
+        )
 
 
 def test_trivial_predictors():

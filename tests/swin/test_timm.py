@@ -27,13 +27,24 @@ def from_timm(state: dict) -> dict:
 def test_outputs_and_gradients(image_size, window_size):
     torch.manual_seed(0)
     theirs = timm.models.swin_transformer_v2.SwinTransformerV2(
-        img_size=image_size, window_size=window_size, embed_dim=24, depths=(2, 2, 2), num_heads=(2, 4, 8), num_classes=0, drop_path_rate=0.0
+        img_size=image_size,
+        window_size=window_size,
+        embed_dim=24,
+        depths=(2, 2, 2),
+        num_heads=(2, 4, 8),
+        num_classes=0,
+        drop_path_rate=0.0,
     ).double()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     ours = swin.make_encoder(
-        "swinv2_tiny", embed_dim=24, depths=(2, 2, 2), num_heads=(2, 4, 8), image_size=image_size, window_size=window_size
+        "swinv2_tiny",
+        embed_dim=24,
+        depths=(2, 2, 2),
+        num_heads=(2, 4, 8),
+        image_size=image_size,
+        window_size=window_size,
     ).double()
     ours.load_state_dict(from_timm(theirs.state_dict()), strict=True)
 

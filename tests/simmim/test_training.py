@@ -1,0 +1,278 @@
+"""The loop: equal however the batch is cut, exact when it continues, silent about nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+import swin
+from simmim import engine, stages
+from simmim.data import RandomCrop, Shapes, evaluation_batches, training_batches
+from simmim.data.transforms import CenterCrop
+from simmim.masking import MaskGenerator
+from simmim.objectives.reconstruct import Reconstruct
+from simmim.optim import make_lr, make_optimizer
+from simmim.recipe import load_recipe
+from simmim.runlog import RunLog
+
+ROOT = Path(__file__).parents[2]
+
+TINY = [
+    "data.path=builtin:shapes",
+    "data.num_images=40",
+    "data.holdout_images=4",
+    "data.num_workers=0",
+    "encoder.embed_dim=8",
+    "encoder.depths=[2, 2]",
+    "encoder.num_heads=[1, 2]",
+    "stages.pretrain.image_size=32",
+    "stages.pretrain.window_size=4",
+    "stages.pretrain.drop_path=0.2",
+    "stages.pretrain.batch_size=8",
+    "stages.pretrain.micro_batch_size=4",
+    "stages.pretrain.mask.patch_size=8",
+    "stages.pretrain.schedule.epochs=2",
+    "stages.pretrain.schedule.warmup_epochs=0.4",
+    "stages.pretrain.schedule.base_lr=0.05",
+    "stages.pretrain.log.metrics_every_steps=1",
+    "stages.pretrain.log.pictures_every_steps=4",
+    "stages.pretrain.log.checkpoint_every_steps=3",
+]
+
+
+def tiny_recipe(*overrides: str):
+    return load_recipe("demo", ["name=tiny", *TINY, *overrides])
+
+
+def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> Reconstruct:
+    torch.manual_seed(0)
+    encoder = swin.make_encoder(
+        "swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4
+    )
+    model = Reconstruct(encoder, MaskGenerator((32, 32), 8, 0.6), mean=[0.5] * 3, std=[0.3] * 3).double()
+    optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    source = Shapes(20, (32, 32))
+    batches = training_batches(
+        source, RandomCrop((32, 32)), seed=0, batch_size=8, micro_batch_size=micro_batch_size, end_step=3
+    )
+    arguments = {"clip_grad_norm": 0.05, "lr_at": lambda step: 0.01} | arguments
+    engine.fit(
+        accelerator,
+        prepared,
+        optimizer,
+        batches,
+        start_step=0,
+        total_steps=3,
+        accumulation=8 // micro_batch_size,
+        images_per_epoch=20,
+        seed=0,
+        log=RunLog(tmp_path, is_main=True),
+        checkpoints=tmp_path / "checkpoints",
+        settings={},
+        keep_checkpoints=1,
+        metrics_every_steps=1,
+        pictures_every_steps=100,
+        checkpoint_every_steps=100,
+        holdout=[],
+        preview=next(iter(evaluation_batches(source, CenterCrop((32, 32)), batch_size=2))),
+        **arguments,
+    )
+    return model
+
+
+def test_one_batch_of_eight_is_two_of_four_is_four_of_two(tmp_path):
+    whole = train_in_float64(tmp_path / "8", 8)
+    before = whole.head.weight.detach().clone()
+    for micro_batch_size in (4, 2):
+        parts = train_in_float64(tmp_path / str(micro_batch_size), micro_batch_size)
+        for (name, expected), parameter in zip(whole.named_parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-12, msg=name)
+    other = train_in_float64(tmp_path / "other", 8, clip_grad_norm=None)
+    assert not torch.allclose(other.head.weight, before)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+    original = Reconstruct.loss
+    calls = []
+
+    def loss(self, images, cell_mask):
+        calls.append(1)
+        return original(self, images, cell_mask) * (float("nan") if len(calls) == 2 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reconstruct, "loss", loss)
+        with pytest.raises(engine.NonFiniteLoss, match=r"step 2: loss nan.*the step was not taken"):
+            train_in_float64(tmp_path, 8)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def run_interrupted(out: Path, at_step: int, monkeypatch) -> None:
+    def interrupting(**arguments):
+        lr_at = make_lr(**arguments)
+
+        def lr(step):
+            if step == at_step:
+                raise KeyboardInterrupt
+            return lr_at(step)
+
+        return lr
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "make_lr", interrupting)
+        stages.pretrain(tiny_recipe(), out)
+
+
+def comparable_metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+
+
+def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, monkeypatch):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    stages.pretrain(tiny_recipe(), straight)
+    run_interrupted(resumed, 5, monkeypatch)  # after the checkpoint of step 3; steps 4 and 5 are lost
+    run_interrupted(resumed, 8, monkeypatch)
+    stages.pretrain(tiny_recipe("data.num_workers=1"), resumed)
+    a, b = straight / "tiny" / "pretrain", resumed / "tiny" / "pretrain"
+    for name in ("model", "optimizer"):
+        one = load_file(a / f"checkpoints/step_00000010/{name}.safetensors")
+        two = load_file(b / f"checkpoints/step_00000010/{name}.safetensors")
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert comparable_metrics(a) == comparable_metrics(b)
+    assert [path.name for path in sorted((b / "checkpoints").iterdir())] == ["step_00000009", "step_00000010"]
+
+
+def test_what_a_run_leaves(tmp_path, capsys):
+    export = stages.pretrain(tiny_recipe(), tmp_path)
+    folder = tmp_path / "tiny" / "pretrain"
+    assert export == folder / "export"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in metrics if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 11))
+    assert set(training[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s"}
+    assert training[-1]["epoch"] == 2
+    assert [line["step"] for line in metrics if "holdout_loss" in line] == [4, 8, 10]
+    assert load_recipe(str(folder / "recipe.yaml")) == tiny_recipe()
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
+    pictures = sorted((folder / "reconstructions").iterdir())
+    assert [path.stem for path in pictures] == ["step_00000004", "step_00000008", "step_00000010"]
+    assert Image.open(pictures[-1]).width > 300
+
+    encoder = swin.load_encoder(export)
+    trained = load_file(folder / "checkpoints/step_00000010/model.safetensors")
+    assert all(torch.equal(value, trained[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
+    description = swin.load_description(export)
+    assert description["pixels"]["mean"] == [0.5, 0.5, 0.5] and description["trained"]["steps"] == 10
+
+    summary = json.loads((folder / "summary.json").read_text())["holdout_masked_l1"]
+    assert set(summary) == {"predict zero", "mean of the visible pixels", "copy the nearest visible pixel", "model"}
+    printed = capsys.readouterr().out
+    assert "held-out masked L1" in printed and f"{summary['model']:.4f}  model" in printed
+    assert summary["model"] == pytest.approx(metrics[-1]["holdout_loss"], rel=1e-5)
+
+
+def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
+    stages.pretrain(tiny_recipe(), tmp_path)
+    checkpoint = tmp_path / "tiny/pretrain/checkpoints/step_00000010/model.safetensors"
+    written = checkpoint.stat().st_mtime_ns
+    stages.pretrain(tiny_recipe("stages.pretrain.log.metrics_every_steps=5"), tmp_path)
+    assert checkpoint.stat().st_mtime_ns == written
+    assert "continues at step 10" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
+        stages.pretrain(tiny_recipe("seed=1"), tmp_path)
+
+
+def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
+    recipe = tiny_recipe(
+        "encoder.in_chans=5",
+        "data.mean=[0.5, 0.5, 0.5, 0.5, 0.5]",
+        "data.std=[0.3, 0.3, 0.3, 0.3, 0.3]",
+        "stages.pretrain.image_size=[32, 56]",
+        "stages.pretrain.target.norm_window=9",
+    )
+    export = stages.pretrain(recipe, tmp_path, precision="bf16")
+    assert swin.load_encoder(export).config.in_chans == 5
+    summary = json.loads((export.parent / "summary.json").read_text())
+    assert set(summary["holdout_masked_l1"]) == {"predict zero", "model"}
+
+
+def test_accumulation_must_divide():
+    assert stages.derive_accumulation(2048, 128, 4) == 4
+    with pytest.raises(ValueError, match="take a micro_batch_size of 1, 2, 3, 4, 6, 12"):
+        stages.derive_accumulation(24, 5, 2)
+    with pytest.raises(ValueError, match="does not divide among 7 processes"):
+        stages.derive_accumulation(24, 2, 7)
+
+
+def test_learning_rates():
+    arguments = {
+        "batch_size": 2048,
+        "steps_per_epoch": 10,
+        "total_steps": 1000,
+        "base_lr": 1e-4,
+        "warmup_epochs": 10,
+        "warmup_lr": 5e-7,
+    }
+    steps = make_lr("multistep", milestones_epochs=[70], gamma=0.1, **arguments)
+    assert steps(0) == pytest.approx(2e-6) and steps(50) == pytest.approx((2e-6 + 4e-4) / 2)
+    assert steps(100) == steps(699) == pytest.approx(4e-4) and steps(700) == pytest.approx(4e-5)
+    cosine = make_lr("cosine", min_lr=1e-6, **arguments)
+    assert cosine(100) == pytest.approx(4e-4) and cosine(550) == pytest.approx((4e-4 + 4e-6) / 2)
+    assert cosine(1000) == pytest.approx(4e-6)
+    values = [cosine(step) for step in range(1001)]
+    assert all(a > b for a, b in pairwise(values[100:])) and all(a < b for a, b in pairwise(values[:101]))
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = stages.make_objective(tiny_recipe(), tiny_recipe().stages.pretrain, (32, 32))
+    optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert {name.split(".")[-1] for name in names} == {"weight"}
+    assert not any("cpb_mlp" in name or "norm" in name for name in names)
+    assert "head.weight" in names and "mask_token" not in names
+
+
+@pytest.mark.parametrize("launch", ["one", "two"])
+def test_launched_processes(launch, tmp_path, one_process_weights):
+    """Started through accelerate, alone and as two gloo processes: the same weights as in this process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--num_processes", "2", "--multi_gpu", "--main_process_port", "0"] if launch == "two" else []
+    command += [str(ROOT / "tools/pretrain.py"), "demo", "name=tiny", *TINY, *NO_DROP_PATH, "--out", str(tmp_path)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"{1 if launch == 'one' else 2} process(es)" in result.stdout
+    assert result.stdout.count("held-out masked L1") == 1
+    weights = load_file(tmp_path / "tiny/pretrain/export/encoder.safetensors")
+    for name, expected in one_process_weights.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+NO_DROP_PATH = ["stages.pretrain.drop_path=0", "stages.pretrain.schedule.base_lr=0.002"]
+
+
+@pytest.fixture(scope="module")
+def one_process_weights(tmp_path_factory):
+    export = stages.pretrain(tiny_recipe(*NO_DROP_PATH), tmp_path_factory.mktemp("one"))
+    return load_file(export / "encoder.safetensors")
+
+
+def test_copies_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but each of them believes to be alone"):
+        stages.make_accelerator(None)

@@ -1,0 +1,128 @@
+"""The laws of the house: imports go down, files stay short, the documents tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    {"swin", "simmim", "simmim.masking", "simmim.counter_rng"},
+    {"simmim.recipe", "simmim.data", "simmim.optim", "simmim.visualize", "simmim.checkpoint", "simmim.runlog"},
+    {"simmim.objectives"},
+    {"simmim.engine"},
+    {"simmim.stages"},
+    {"simmim.cli"},
+    {"tools"},
+]
+SWIN_MAY_USE = {"torch", "einops", "safetensors", "swin"}
+FILES = [file for package in ("swin", "simmim", "tools") for file in sorted((ROOT / package).rglob("*.py"))]
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """The part of the house that a module belongs to: the longest listed prefix."""
+    rooms = {room for floor in FLOORS for room in floor}
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in rooms:
+            return ".".join(parts[:length])
+    raise AssertionError(f"{module} stands on no floor")
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_go_down_only(file):
+    here = room_of(module_of(file))
+    for imported in imports_of(file):
+        if imported.split(".")[0] not in ("swin", "simmim"):
+            continue
+        there = room_of(imported)
+        if there in (here, "simmim"):
+            continue
+        assert floor_of(there) < floor_of(here), f"{here} imports {there}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if module_of(f).startswith("swin")], ids=module_of)
+def test_the_encoder_needs_little(file):
+    standard = {
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "functools",
+        "json",
+        "math",
+        "pathlib",
+        "typing",
+    }
+    assert {name.split(".")[0] for name in imports_of(file)} <= SWIN_MAY_USE | standard
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_files_and_functions_stay_short(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name not in ("fit", "pretrain"):
+            assert node.end_lineno - node.lineno <= 70, node.name
+
+
+def test_no_room_for_leftovers():
+    assert not [file for file in FILES if file.stem in ("utils", "common", "base", "helpers", "misc")]
+
+
+def test_nothing_is_unpickled():
+    for file in FILES:
+        text = file.read_text()
+        assert "pickle" not in {name.split(".")[0] for name in imports_of(file)}, file
+        assert "weights_only=False" not in text and "yaml.unsafe_load" not in text, file
+
+
+def test_the_readme_names_commands_and_files_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {target for target in re.findall(r"\bmake ([a-z-]+)", readme)} <= targets
+    for path in re.findall(r"\b(?:recipes|tools|docs|swin|simmim|notebooks)/[\w./-]*\w", readme):
+        assert (ROOT / path).exists(), path
+    for target in ("demo", "test", "check"):
+        assert f"make {target}" in readme
+
+
+def test_versions_agree():
+    from simmim import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_dependency_is_pinned_in_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    assert {re.split(r"[<>=]", name)[0].lower() for name in wanted} <= pinned
+    assert "://" not in (ROOT / "constraints.txt").read_text()
