@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from simmim.checkpoint import different_settings, list_checkpoints, load_checkpoint, load_state
 from simmim.counter_rng import derive_seed
@@ -127,7 +128,7 @@ def make_accelerator(precision: str | None) -> Accelerator:
 
     Raises:
         ValueError: several independent copies were started instead of one distributed run, or a
-            precision that is not supported.
+            kind of distribution or precision that is not supported.
     """
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision or "", precision))
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -135,6 +136,11 @@ def make_accelerator(precision: str | None) -> Accelerator:
         raise ValueError(
             f"{started} processes were started, but each of them believes to be alone: on a machine without "
             "GPUs start with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported yet: "
+            "start with --multi_gpu, or correct `accelerate config`"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(

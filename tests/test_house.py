@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"swin", "simmim", "simmim.masking", "simmim.counter_rng"},
-    {"simmim.recipe", "simmim.data", "simmim.optim", "simmim.visualize", "simmim.checkpoint", "simmim.runlog"},
-    {"simmim.objectives"},
+    {"swin", "simmim", "simmim.counter_rng"},
+    {"simmim.masking", "simmim.data", "simmim.optim", "simmim.visualize", "simmim.checkpoint", "simmim.runlog"},
+    {"simmim.recipe", "simmim.objectives"},
     {"simmim.engine"},
     {"simmim.stages"},
     {"simmim.cli"},
@@ -126,3 +126,10 @@ def test_every_dependency_is_pinned_in_the_constraints():
     }
     assert {re.split(r"[<>=]", name)[0].lower() for name in wanted} <= pinned
     assert "://" not in (ROOT / "constraints.txt").read_text()
+
+
+def test_every_package_is_shipped():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {module_of(file).removesuffix(".__init__") for file in FILES if file.name == "__init__.py"}
+    assert set(setuptools["packages"]) == found | {"simmim.recipes"}
+    assert setuptools["package-dir"] == {"simmim.recipes": "recipes"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -275,4 +276,17 @@ def one_process_weights(tmp_path_factory):
 def test_copies_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, but each of them believes to be alone"):
+        stages.make_accelerator(None)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("distributed_type", DistributedType.FSDP, "configured for FSDP, which is not supported yet"),
+        ("mixed_precision", "fp16", "mixed precision 'fp16' is not supported: use bf16"),
+    ],
+)
+def test_what_accelerate_is_configured_for_is_checked(attribute, value, message, monkeypatch):
+    monkeypatch.setattr(Accelerator, attribute, value)
+    with pytest.raises(ValueError, match=message):
         stages.make_accelerator(None)
