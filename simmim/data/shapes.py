@@ -2,8 +2,8 @@
 
 In front of a background of dead leaves (overlapping shaded discs, the model of natural
 image statistics of Matheron; Lee, Mumford and Huang, IJCV 2001) stands one large shape that carries
-one texture. The label says which texture on which shape. Colours, place, size, rotation, phase and
-light are random: neither colour nor brightness tells the label.
+one texture, under the grain of a sensor. The label says which texture on which shape. Colours,
+place, size, rotation, phase and light are random: neither colour nor brightness tells the label.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from simmim.counter_rng import uniform
+from simmim.counter_rng import random_bits, uniform
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
+GRAIN = 0.1
 _NUM_LEAVES = 7
 _LEAF_DRAWS = 5  # and a colour
 _OBJECT_DRAWS = 8  # and two colours
@@ -54,7 +55,15 @@ class Shapes:
         y, x = _coordinates(self.size)
         image = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
         image = _draw_object(image, rest, y, x, shape, texture)
-        return (image * 255).round().to(torch.uint8)
+        return ((image + self._grain(number)).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _grain(self, number: int) -> Tensor:
+        """Noise of a sensor, uniform within ``GRAIN``: one byte of a random word for each value."""
+        shape = (self.channels, *self.size)
+        index = torch.tensor([self.start + number])
+        words = random_bits("grain", 0, torch.zeros_like(index), index, -(-math.prod(shape) // 8))
+        values = words.view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
+        return (values / 127.5 - 1) * GRAIN
 
     def _draws(self, number: int) -> Tensor:
         count = 2 + _NUM_LEAVES * (_LEAF_DRAWS + self.channels) + _OBJECT_DRAWS + 2 * self.channels
