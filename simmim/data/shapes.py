@@ -103,7 +103,7 @@ def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int,
     radius = 0.65 + 0.3 * size
     offset = (2 * place - 1) * 0.2
     dy, dx = y - offset[0], x - offset[1]
-    u, v = _rotate(dy / radius, dx / radius, 2 * math.pi * angle)
+    u, v = _rotate(dy / radius, dx / radius, 0.5 * (2 * angle - 1))  # up to half a radian
     inside = _inside(shape, u, v)
     s, t = _rotate(dy, dx, math.pi * tilt)
     pattern = _pattern(texture, s, t, period=0.42 + 0.16 * period, phase=phase)
