@@ -80,6 +80,7 @@ def pretrain(recipe: Recipe, out: Path, *, precision: str | None = None) -> Path
     views = make_views(holdout, size, stage.micro_batch_size)
     shown = training if holdout is None else holdout
     preview = next(iter(make_views(shown, size, min(PREVIEW_IMAGES, len(shown)))))
+    log.broken(preview["broken"])
     model, optimizer = accelerator.prepare(objective, optimizer)
     if start_step < total_steps:
         fit(
@@ -269,6 +270,7 @@ def sum_up(objective: Reconstruct, views: Batches | list, log: RunLog, device: t
     sums = {"predict zero": 0.0, "mean of the visible pixels": 0.0, "copy the nearest visible pixel": 0.0}
     count = 0
     for batch in views:
+        log.broken(batch["broken"])
         shown = objective.reconstruct(*objective.inputs(to_device(batch, device)))
         predictions = {"predict zero": torch.zeros_like(shown.target)}
         if objective.norm_target_window is None:

@@ -100,6 +100,10 @@ def test_one_batch_of_eight_is_two_of_four_is_four_of_two(tmp_path):
         parts = train_in_float64(tmp_path / str(micro_batch_size), micro_batch_size)
         for (name, expected), parameter in zip(whole.named_parameters(), parts.parameters(), strict=True):
             torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-12, msg=name)
+        for expected, got in zip(
+            comparable_metrics(tmp_path / "8"), comparable_metrics(tmp_path / str(micro_batch_size)), strict=True
+        ):
+            assert got == pytest.approx(expected, rel=1e-9)
     other = train_in_float64(tmp_path / "other", 8, clip_grad_norm=None)
     assert not torch.allclose(other.head.weight, before)
 
