@@ -179,7 +179,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     trained = load_file(folder / "checkpoints/step_00000010/model.safetensors")
     assert all(torch.equal(value, trained[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
     description = swin.load_description(export)
-    assert description["pixels"]["mean"] == [0.5, 0.5, 0.5] and description["trained"]["steps"] == 10
+    assert description["pixels"]["mean"] == [0.49, 0.49, 0.49] and description["trained"]["steps"] == 10
 
     summary = json.loads((folder / "summary.json").read_text())["holdout_masked_l1"]
     assert set(summary) == {"predict zero", "mean of the visible pixels", "copy the nearest visible pixel", "model"}

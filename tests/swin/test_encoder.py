@@ -241,3 +241,18 @@ def test_the_coordinates_are_the_closed_form():
     larger = log_coordinates((16, 20), (12, 12), cpu).view(31, 39, 2)
     assert torch.equal(larger[4:-4, 8:-8], table)
     assert log_coordinates((1, 1), (1, 1), cpu).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_padding_is_never_attended(shifted):
+    """The rest window at the border of a grid gives what a grid of its own size gives."""
+    torch.manual_seed(0)
+    block = SwinBlock(8, 2, (4, 4), (4, 4), shifted=shifted).double()
+    wake(block)
+    alone = SwinBlock(8, 2, (4, 4), (4, 4), shifted=False).double()
+    alone.load_state_dict(block.state_dict())
+    x = torch.randn(1, 7, 9, 8, dtype=torch.float64)
+    # Cuts at 4 8 unshifted, at 2 6 10 shifted.
+    rest = (slice(6, 7), slice(6, 9)) if shifted else (slice(4, 7), slice(8, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x)[:, *rest], alone(x[:, *rest]), rtol=1e-12, atol=1e-12)
