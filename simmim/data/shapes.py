@@ -1,9 +1,9 @@
 """``builtin:shapes``: labelled pictures out of nothing, for trying things out without any data.
 
-In front of a background of dead leaves (overlapping shaded discs, the model of natural
-image statistics of Matheron; Lee, Mumford and Huang, IJCV 2001) stands one large shape that carries
-one texture, under the grain of a sensor. The label says which texture on which shape. Colours,
-place, size, rotation, phase and light are random: neither colour nor brightness tells the label.
+In front of a background of dead leaves (overlapping shaded discs, the model of natural image
+statistics of Matheron; Lee, Mumford and Huang, IJCV 2001) stands one large shape that carries one
+texture, under the grain of a sensor. The label is the texture. Shape, colours, place, size, rotation,
+phase and light are random and tell nothing of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from simmim.counter_rng import random_bits, uniform
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
-NUM_CLASSES = len(SHAPES) * len(TEXTURES)
+NUM_CLASSES = len(TEXTURES)
 GRAIN = 0.1
 _NUM_LEAVES = 7
 _LEAF_DRAWS = 5  # and a colour
@@ -44,9 +44,8 @@ class Shapes:
         return f"builtin:shapes/{self.start + number}"
 
     def label(self, number: int) -> int:
-        """``texture x len(SHAPES) + shape``"""
-        shape, texture = self._classes(self._draws(number))
-        return texture * len(SHAPES) + shape
+        """The number of its texture in ``TEXTURES``."""
+        return self._classes(self._draws(number))[1]
 
     def read(self, number: int) -> Tensor:
         draws = self._draws(number)
@@ -71,6 +70,7 @@ class Shapes:
         return uniform("shapes", 0, torch.zeros_like(index), index, count)[0].float()
 
     def _classes(self, draws: Tensor) -> tuple[int, int]:
+        """Shape and texture."""
         return int(draws[0] * len(SHAPES)), int(draws[1] * len(TEXTURES))
 
 
