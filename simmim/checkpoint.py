@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,14 +59,29 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """``step`` and ``settings`` of a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """``step`` and ``settings`` of a checkpoint.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing or damaged.
+    """
+    try:
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint, error) from None
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved weights and optimizer state into ``model`` and ``optimizer``."""
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
-    moments = load_file(checkpoint / "optimizer.safetensors")
+    """Put the saved weights and optimizer state into ``model`` and ``optimizer``.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing or damaged.
+    """
+    try:
+        weights = load_file(checkpoint / "model.safetensors")
+        moments = load_file(checkpoint / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from None
+    model.load_state_dict(weights, strict=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     saved: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
@@ -89,6 +105,10 @@ def different_settings(saved: dict[str, Any], current: dict[str, Any], prefix: s
         elif old != new:
             lines.append(f"{prefix}{key}: {old} -> {new}")
     return lines
+
+
+def _damaged(checkpoint: Path, error: Exception) -> ValueError:
+    return ValueError(f"checkpoint {checkpoint} is damaged ({error}): remove it to continue from the one before")
 
 
 def _flush(path: Path) -> None:

@@ -199,6 +199,18 @@ def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
         stages.pretrain(tiny_recipe("seed=1"), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(name, tmp_path):
+    stages.pretrain(tiny_recipe(), tmp_path)
+    file = tmp_path / "tiny/pretrain/checkpoints/step_00000010" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"step_00000010 is damaged .*: remove it to continue from the one before"):
+        stages.pretrain(tiny_recipe(), tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        stages.pretrain(tiny_recipe(), tmp_path)
+
+
 def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
     recipe = tiny_recipe(
         "encoder.in_chans=5",
