@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from simmim.masking import MaskGenerator
@@ -15,7 +15,7 @@ from swin import SIZES, SwinConfig, make_config
 from swin.config import as_pair
 
 MAX_BYTES = 1_000_000
-Size = int | tuple[int, int]
+Size = Annotated[tuple[int, int], BeforeValidator(lambda value: as_pair(value, "this"))]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0, strict=True)]
@@ -128,8 +128,8 @@ class Log(Settings):
 class Pretrain(Settings):
     """Masked image modelling."""
 
-    image_size: Size = Field(192, description="px; one number or [height, width]")
-    window_size: Size = Field(12, description="tokens; one number or [height, width]")
+    image_size: Size = Field((192, 192), description="px; one number or [height, width]")
+    window_size: Size = Field((12, 12), description="tokens; one number or [height, width]")
     drop_path: float = Field(0.0, ge=0, lt=1)
     batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
     micro_batch_size: Count = Field(128, description="images per forward pass of one process")
@@ -142,8 +142,7 @@ class Pretrain(Settings):
 
     @model_validator(mode="after")
     def _masks_fit(self) -> Pretrain:
-        MaskGenerator(as_pair(self.image_size, "image_size"), self.mask.patch_size, self.mask.ratio)
-        as_pair(self.window_size, "window_size")
+        MaskGenerator(self.image_size, self.mask.patch_size, self.mask.ratio)
         if self.target.norm_window is not None and self.target.norm_window % 2 == 0:
             raise ValueError(f"target.norm_window must be odd, got {self.target.norm_window}")
         return self
@@ -158,7 +157,11 @@ class Stages(Settings):
 class Recipe(Settings):
     """The whole file."""
 
-    name: str = Field("", description="folder of the run below the output folder; the file's name by default")
+    name: str = Field(
+        "",
+        pattern=r"^[\w+-][\w .+-]*$|^$",
+        description="folder of the run below the output folder; the file's name by default",
+    )
     seed: int = Field(0, ge=0)
     data: Data = Data()
     encoder: Encoder = Encoder()
@@ -295,7 +298,7 @@ def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 
 def _explain(detail: ErrorDetails, origin: dict[str, str], file: str) -> str:
-    location = ".".join(str(part) for part in detail["loc"] if part not in ("int", "tuple[int, int]"))
+    location = ".".join(str(part) for part in detail["loc"])
     where = f"   [{origin.get(location, file)}]"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])

@@ -32,7 +32,7 @@ from simmim.optim import LearningRate, make_lr, make_optimizer
 from simmim.recipe import Data, Pretrain, Recipe, dump_recipe, encoder_config
 from simmim.runlog import RunLog, write_environment
 from swin import SwinEncoder, save_encoder
-from swin.config import Pair, as_pair
+from swin.config import Pair
 
 PREVIEW_IMAGES = 8
 
@@ -52,7 +52,7 @@ def pretrain(recipe: Recipe, out: Path, *, precision: str | None = None) -> Path
     """
     stage = recipe.stages.pretrain
     accelerator = make_accelerator(precision)
-    size = as_pair(stage.image_size, "image_size")
+    size = stage.image_size
     training, holdout = make_sources(recipe.data, size, recipe.encoder.in_chans)
     accumulation = derive_accumulation(stage.batch_size, stage.micro_batch_size, accelerator.num_processes)
     total_steps = max(1, round(stage.schedule.epochs * len(training) / stage.batch_size))

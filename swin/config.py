@@ -147,8 +147,8 @@ def as_pair(value: Any, name: str) -> Pair:
     Raises:
         ValueError: not one or two positive integers.
     """
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise ValueError(f"{name} must be one or two positive integers (height, width), got {value!r}")
     return pair
 

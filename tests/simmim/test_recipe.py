@@ -38,7 +38,8 @@ def test_the_shipped_sizes():
 def test_the_official_base_recipe():
     recipe = load_recipe("simmim_swinv2_b")
     stage = recipe.stages.pretrain
-    assert (stage.image_size, stage.window_size, stage.batch_size, stage.drop_path) == (192, 12, 2048, 0.1)
+    assert (stage.image_size, stage.window_size) == ((192, 192), (12, 12))
+    assert (stage.batch_size, stage.drop_path) == (2048, 0.1)
     assert (stage.mask.patch_size, stage.mask.ratio, stage.target.norm_window) == (32, 0.6, 47)
     schedule = stage.schedule
     assert (schedule.name, schedule.epochs, schedule.milestones_epochs, schedule.base_lr) == (
@@ -83,6 +84,13 @@ def test_a_dumped_recipe_reads_the_same(write, tmp_path):
         ("{}", ["stages.pretrain.schedule.warmup_epochs=200"], r"warmup_epochs 200 must be below epochs 100"),
         ("{}", ["stages.pretrain.schedule.name=multistep"], r"needs milestones_epochs"),
         ("{}", ["stages.pretrain.crop.scale=[1, 0.5]"], r"scale must go from low to high"),
+        (
+            "{}",
+            ["stages.pretrain.image_size=[32]"],
+            r"1 problem.*\n  stages.pretrain.image_size: this must be one or two positive",
+        ),
+        ("{}", ["stages.pretrain.window_size=true"], r"window_size: this must be one or two positive integers"),
+        ("{}", ["name=../other"], r"name: String should match pattern"),
         ("{}", ["encoder.in_chans=4"], r"data.mean has 3 numbers, but encoder.in_chans is 4"),
         ("{}", ["encoder.num_heads=[3, 5, 7, 9]"], r"128 channels, which 3 heads do not divide"),
         ("{}", ["encoder.name=swinv2_bas"], r"encoder.name: Input should be 'swinv2_tiny'"),
