@@ -64,7 +64,7 @@ def pretrain(recipe: Recipe, out: Path, *, precision: str | None = None) -> Path
     )
 
     folder = out / recipe.name / "pretrain"
-    settings = decisive_settings(recipe, len(training))
+    settings = decisive_settings(recipe, len(training), accelerator.mixed_precision)
     checkpoint, start_step = starting_point(folder, settings)
     log = open_folder(folder, recipe, accelerator)
     log.say(
@@ -209,7 +209,7 @@ def schedule_of(stage: Pretrain, num_images: int, total_steps: int) -> LearningR
     )
 
 
-def decisive_settings(recipe: Recipe, num_images: int) -> dict[str, Any]:
+def decisive_settings(recipe: Recipe, num_images: int, precision: str) -> dict[str, Any]:
     """What must not change when a run continues: everything but names, places and bookkeeping."""
     settings = recipe.model_dump(
         mode="json",
@@ -219,7 +219,7 @@ def decisive_settings(recipe: Recipe, num_images: int) -> dict[str, Any]:
             "stages": {"pretrain": {"log": True, "micro_batch_size": True}},
         },
     )
-    return {**settings, "num_training_images": num_images}
+    return {**settings, "num_training_images": num_images, "precision": precision}
 
 
 def starting_point(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, int]:

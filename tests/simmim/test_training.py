@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
@@ -197,6 +198,9 @@ def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
     assert "continues at step 10" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
         stages.pretrain(tiny_recipe("seed=1"), tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=r"other settings \(precision: no -> bf16\)"):
+        stages.pretrain(tiny_recipe(), tmp_path, precision="bf16")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
