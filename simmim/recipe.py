@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from simmim.masking import MaskGenerator
 from swin import SIZES, SwinConfig, make_config
-from swin.config import as_pair
+from swin.config import Attention, Norm, PositionBias, as_pair
 
 MAX_BYTES = 1_000_000
 Size = Annotated[tuple[int, int], BeforeValidator(lambda value: as_pair(value, "this"))]
@@ -52,6 +52,9 @@ class Encoder(Settings):
     extra_norm_interval: int | None = Field(
         None, ge=0, description="blocks between norms on the main branch; 0 for none"
     )
+    attention: Attention | None = Field(None, description="similarity of tokens: cosine in V2, dot in V1")
+    norm: Norm | None = Field(None, description="norms of the branches: res-post in V2, pre in V1")
+    position_bias: PositionBias | None = Field(None, description="log_cpb in V2, table in V1")
 
 
 class Crop(Settings):

@@ -1,4 +1,4 @@
-"""Scaled cosine attention inside windows (Swin V2, section 3.2, equation 2).
+"""Attention inside windows: scaled cosine (Swin V2, section 3.2, equation 2) and scaled dot product (V1).
 
 Letters: b batch, n windows, t tokens per window, c channels, m heads, d head width.
 """
@@ -14,28 +14,29 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swin.config import Pair
-from swin.position_bias import LogCPB
+from swin.position_bias import ContinuousBias, PositionBias
 
 MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 
 
-class CosineAttention(nn.Module):
-    """``softmax(cos(q, k) / tau + B) v`` with one learnable tau per head and a continuous position bias.
+class WindowAttention(nn.Module):
+    """``softmax(similarity(q, k) + B) v``; the two kinds below say how tokens become q, k, v and logits.
 
-    The key has no bias of its own (official code). Normalisation, logits and softmax are computed in
-    at least fp32, whatever autocast says: in half precision the normalisation underflows and logits
-    of up to 100 lose their differences.
+    Logits and softmax are computed in at least fp32, whatever autocast says.
     """
 
-    def __init__(self, dim: int, num_heads: int, reference_window: Pair) -> None:
+    def __init__(self, dim: int, num_heads: int, position_bias: PositionBias, *, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
-        self.cpb_mlp = LogCPB(num_heads, reference_window)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
+        # Official weights call the network of a continuous bias `cpb_mlp`.
+        self._bias_name = "cpb_mlp" if isinstance(position_bias, ContinuousBias) else "relative_position_bias"
+        self.add_module(self._bias_name, position_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+
+    @property
+    def position_bias(self) -> PositionBias:
+        return getattr(self, self._bias_name)
 
     def forward(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
         """Attend inside windows.
@@ -48,26 +49,72 @@ class CosineAttention(nn.Module):
         Returns:
             ``(b n, t, c)``
         """
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        q, k, v = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
         with _no_autocast(x.device.type):
-            weights = self._attention(_at_least_fp32(q), _at_least_fp32(k), window, mask)
+            logits = self.similarity(_at_least_fp32(q), _at_least_fp32(k))
+            weights = _softmax(logits, self.position_bias(window), mask)
         x = rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
         return self.proj(x)
 
-    def _attention(self, q: Tensor, k: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
-        """Attention weights ``(bn, m, t, t)`` that sum to one over the last axis."""
+    def project(self, x: Tensor) -> Tensor:
+        """Tokens ``(b n, t, c)`` -> queries, keys and values side by side ``(b n, t, 3 c)``."""
+        return self.qkv(x)
+
+    def similarity(self, q: Tensor, k: Tensor) -> Tensor:
+        """Queries and keys ``(b n, m, t, d)`` -> logits ``(b n, m, t, t)``."""
+        raise NotImplementedError
+
+    def no_decay_parameters(self) -> set[nn.Parameter]:
+        """Parameters with more than one axis that are no weights of a linear map over channels."""
+        return set(self.position_bias.parameters())
+
+
+class DotAttention(WindowAttention):
+    """``q k / sqrt(d)`` with full biases (Swin V1, equation 4)."""
+
+    def __init__(self, dim: int, num_heads: int, position_bias: PositionBias) -> None:
+        super().__init__(dim, num_heads, position_bias, qkv_bias=True)
+
+    def similarity(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+
+
+class CosineAttention(WindowAttention):
+    """``cos(q, k) / tau`` with one learnable tau per head (Swin V2, equation 2).
+
+    The key has no bias of its own (official code). In half precision the normalisation would
+    underflow and logits of up to 100 lose their differences.
+    """
+
+    def __init__(self, dim: int, num_heads: int, position_bias: PositionBias) -> None:
+        super().__init__(dim, num_heads, position_bias, qkv_bias=False)
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+
+    def project(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+
+    def similarity(self, q: Tensor, k: Tensor) -> Tensor:
         inverse_tau = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         # Scaling q touches t x d numbers, scaling the logits would touch t x t.
-        logits = (F.normalize(q, dim=-1) * inverse_tau) @ F.normalize(k, dim=-1).transpose(-2, -1)
-        bias = self.cpb_mlp(window)
-        if mask is None:
-            return (logits + bias).softmax(dim=-1)
-        n = mask.shape[0]
-        bias = bias.masked_fill(~mask[:, None], -math.inf)  # (n, m, t, t), shared by the batch
-        logits = rearrange(logits, "(b n) m t s -> b n m t s", n=n) + bias
-        return rearrange(logits.softmax(dim=-1), "b n m t s -> (b n) m t s")
+        return (F.normalize(q, dim=-1) * inverse_tau) @ F.normalize(k, dim=-1).transpose(-2, -1)
+
+    def no_decay_parameters(self) -> set[nn.Parameter]:
+        return super().no_decay_parameters() | {self.logit_scale}
+
+
+ATTENTIONS: dict[str, type[DotAttention] | type[CosineAttention]] = {"cosine": CosineAttention, "dot": DotAttention}
+
+
+def _softmax(logits: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention weights ``(b n, m, t, t)`` that sum to one over the last axis."""
+    if mask is None:
+        return (logits + bias).softmax(dim=-1)
+    n = mask.shape[0]
+    bias = bias.masked_fill(~mask[:, None], -math.inf)  # (n, m, t, t), shared by the batch
+    logits = rearrange(logits, "(b n) m t s -> b n m t s", n=n) + bias
+    return rearrange(logits.softmax(dim=-1), "b n m t s -> (b n) m t s")
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:

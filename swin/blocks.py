@@ -1,4 +1,4 @@
-"""The parts of a stage: patch embedding, residual-post-norm block, patch merging.
+"""The parts of a stage: patch embedding, blocks with the norm before or after a branch, patch merging.
 
 Letters: b batch, h w token grid, c channels.
 """
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.attention import CosineAttention
+from swin.attention import WindowAttention
 from swin.config import Pair
 from swin.windows import attention_mask, fit_windows, merge, partition
 
@@ -65,7 +65,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve the grid, double the channels; in V2 the norm follows the reduction."""
+    """Halve the grid, double the channels; the norm follows the reduction (Swin V2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -74,28 +74,43 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
-        bottom, right = x.shape[1] % 2, x.shape[2] % 2
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        # Column by column inside a 2 x 2 cell: the order of the official weights.
-        x = rearrange(x, "b (h two_h) (w two_w) c -> b h w (two_w two_h c)", two_h=2, two_w=2)
-        return self.norm(self.reduction(x))
+        return self.norm(self.reduction(gather_cells(x)))
+
+
+class PreNormPatchMerging(nn.Module):
+    """Halve the grid, double the channels; the norm precedes the reduction (Swin V1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
+        return self.reduction(self.norm(gather_cells(x)))
+
+
+def gather_cells(x: Tensor) -> Tensor:
+    """The four tokens of every 2 x 2 cell side by side: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 4c)``."""
+    bottom, right = x.shape[1] % 2, x.shape[2] % 2
+    if bottom or right:
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    # Column by column inside a cell: the order of the official weights.
+    return rearrange(x, "b (h two_h) (w two_w) c -> b h w (two_w two_h c)", two_h=2, two_w=2)
 
 
 class SwinBlock(nn.Module):
-    """Residual-post-norm block (Swin V2, figure 1): ``x + LN(attention(x))``, then ``x + LN(mlp(x))``.
+    """Attention inside windows and an MLP, each on a residual branch; the kinds below place the norms.
 
-    Both branch norms start at weight 0: the block is the identity at first and every branch grows
-    from nothing (official initialisation). With ``extra_norm`` the main branch is normalised at the
-    end, which Huge and 3b need to stay stable.
+    With ``extra_norm`` the main branch is normalised at the end, which Huge and 3b need to stay
+    stable (Swin V2, section 3.6).
     """
 
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        attn: WindowAttention,
         window_size: Pair,
-        reference_window: Pair,
         *,
         shifted: bool,
         mlp_ratio: float = 4.0,
@@ -105,21 +120,40 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.shifted = shifted
-        self.attn = CosineAttention(dim, num_heads, reference_window)
+        self.attn = attn
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
-        x = x + self.drop_path(self.norm1(self._attend(x)))
-        x = x + self.drop_path(self.norm2(self.mlp(x)))
-        return self.norm3(x)
-
-    def _attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, h, w, c)``, every token mixed with those of its window."""
         grid = (x.shape[1], x.shape[2])
         windows = fit_windows(grid, self.window_size, self.shifted)
         mask = attention_mask(grid, windows, x.device)
         return merge(self.attn(partition(x, windows), windows.window, mask), windows, grid)
+
+
+class ResPostNormBlock(SwinBlock):
+    """``x + LN(attention(x))``, then ``x + LN(mlp(x))`` (Swin V2, figure 1).
+
+    Both branch norms start at weight 0: the block is the identity at first and every branch grows
+    from nothing (official initialisation).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
+        x = x + self.drop_path(self.norm1(self.attend(x)))
+        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        return self.norm3(x)
+
+
+class PreNormBlock(SwinBlock):
+    """``x + attention(LN(x))``, then ``x + mlp(LN(x))`` (Swin V1, equation 3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.norm3(x)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 Pair = tuple[int, int]
+Attention = Literal["cosine", "dot"]
+Norm = Literal["res-post", "pre"]
+PositionBias = Literal["log_cpb", "log_cpb_paper", "linear_cpb", "table"]
 
-# Widths, depths and heads of Swin Transformer V2 (arXiv 2111.09883, section 3.6); every head is 32 wide.
+# Swin Transformer V1 (arXiv 2103.14030), at the geometry of its ImageNet training.
+_V1: dict[str, Any] = dict(attention="dot", norm="pre", position_bias="table", image_size=224, window_size=7)
+
+# Widths, depths and heads of V1 (section 3.3) and V2 (arXiv 2111.09883, section 3.6); every head is 32 wide.
 # `swinv2_giant` is the 1.06 B model of the data-scaling study (448 channels, arXiv 2206.04664);
 # `swinv2_3b` is the model that the V2 paper calls G (512 channels).
 # `extra_norm_interval` n: one more LayerNorm on the main branch after every n-th block of a stage.
 SIZES: dict[str, dict[str, Any]] = {
+    "swin_tiny": _V1 | dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swin_small": _V1 | dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin_base": _V1 | dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "swin_large": _V1 | dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
     "swinv2_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "swinv2_small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "swinv2_base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
@@ -30,8 +40,13 @@ class SwinConfig:
     images of any size; ``image_size`` only says at which size the windows of each stage are clamped
     to the grid when ``reference_windows`` is left open.
 
-    ``reference_windows`` holds, per stage, the window at which the log-spaced position bias was
-    trained: its coordinates are measured against it. It must survive every change of resolution.
+    ``reference_windows`` holds, per stage, the window at which the position bias was trained. A
+    continuous bias measures its coordinates against it, so it must survive every change of
+    resolution; a table has one row per offset of it.
+
+    V1 and V2 are two points of one space: ``attention`` (scaled dot product or scaled cosine),
+    ``norm`` (before each branch and before merging, or after) and ``position_bias`` can be combined
+    at will, which gives every arm of the V2 paper's ablations (tables 1 and 2).
 
     ``extra_norm_interval`` 0 means no extra norm. ``drop_path`` is the rate at the last block; it
     grows linearly from 0 at the first.
@@ -51,6 +66,9 @@ class SwinConfig:
     mlp_ratio: float = 4.0
     extra_norm_interval: int = 0
     drop_path: float = 0.0
+    attention: Attention = "cosine"
+    norm: Norm = "res-post"
+    position_bias: PositionBias = "log_cpb"
 
     def __post_init__(self) -> None:
         # JSON and YAML bring lists and single numbers; the config itself holds tuples only.
@@ -74,6 +92,10 @@ class SwinConfig:
             raise ValueError(
                 f"depths {self.depths} and num_heads {self.num_heads} must name the same stages, at least one"
             )
+        for name, choices in (("attention", Attention), ("norm", Norm), ("position_bias", PositionBias)):
+            if getattr(self, name) not in get_args(choices):
+                expected = ", ".join(get_args(choices))
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: expected one of {expected}")
         for name in ("embed_dim", "in_chans", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -138,7 +160,25 @@ def make_config(name: str, **settings: Any) -> SwinConfig:
     """
     if name not in SIZES:
         raise ValueError(f"unknown encoder {name!r}: expected one of {', '.join(SIZES)}")
-    return SwinConfig(**(SIZES[name] | settings))
+    config = SwinConfig(**(SIZES[name] | settings))
+    if "window_size" in settings:
+        check_window(config)
+    return config
+
+
+def check_window(config: SwinConfig) -> None:
+    """Refuse a window that no stage can use; one that only later, smaller grids clamp is fine.
+
+    Raises:
+        ValueError: the window is larger than the first grid.
+    """
+    grid, window = config.grids()[0], config.window_size
+    if window[0] > grid[0] or window[1] > grid[1]:
+        raise ValueError(
+            f"window_size {window[0]} x {window[1]} is larger than the {grid[0]} x {grid[1]} tokens of an image of "
+            f"{config.image_size[0]} x {config.image_size[1]} px: use at most {min(grid[0], window[0])} x "
+            f"{min(grid[1], window[1])}, or a larger image_size"
+        )
 
 
 def as_pair(value: Any, name: str) -> Pair:

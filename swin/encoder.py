@@ -12,8 +12,23 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.blocks import PatchEmbed, PatchMerging, SwinBlock
+from swin.attention import ATTENTIONS
+from swin.blocks import (
+    PatchEmbed,
+    PatchMerging,
+    PreNormBlock,
+    PreNormPatchMerging,
+    ResPostNormBlock,
+    SwinBlock,
+)
 from swin.config import SwinConfig, make_config
+from swin.position_bias import BiasTable, make_position_bias
+
+# The block and the merging of each `norm`.
+_PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging | PreNormPatchMerging]]] = {
+    "res-post": (ResPostNormBlock, PatchMerging),
+    "pre": (PreNormBlock, PreNormPatchMerging),
+}
 
 
 class Stage(nn.Module):
@@ -32,45 +47,31 @@ class Stage(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """Swin Transformer V2.
+    """Swin Transformer, V1, V2 or anything between.
 
     ``forward`` is :meth:`embed` followed by :meth:`encode`; whoever wants to change tokens before
     the first block works between the two. Grids are read off the tensors, so any image size can be
     given at any time.
+
+    ``history`` is what has been done to the weights, oldest first, as plain JSON; it is saved with them.
     """
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
         self.config = config
-        assert config.reference_windows is not None
-        num_blocks = sum(config.depths)
-        rates = torch.linspace(0, config.drop_path, num_blocks, device="cpu").tolist()
+        self.history: list[dict[str, Any]] = []
+        rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
         self.patch_embed = PatchEmbed(config.in_chans, config.embed_dim, config.patch_size)
-        stages = []
-        for index, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
-            dim = config.embed_dim * 2**index
-            is_last = index == len(config.depths) - 1
-            blocks = [
-                SwinBlock(
-                    dim,
-                    heads,
-                    config.window_size,
-                    config.reference_windows[index],
-                    shifted=block % 2 == 1,
-                    mlp_ratio=config.mlp_ratio,
-                    drop_path=rates[sum(config.depths[:index]) + block],
-                    extra_norm=bool(config.extra_norm_interval) and (block + 1) % config.extra_norm_interval == 0,
-                )
-                for block in range(depth)
-            ]
-            stages.append(Stage(blocks, nn.Identity() if is_last else PatchMerging(dim)))
-        self.layers = nn.ModuleList(stages)
+        self.layers = nn.ModuleList(
+            _make_stage(config, index, rates[sum(config.depths[:index]) :]) for index in range(len(config.depths))
+        )
         self.norm = nn.LayerNorm(config.num_features)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Truncated normal (std 0.02) for linear weights, zero biases, block norms at weight 0.
+        """Truncated normal (std 0.02) for linear weights and bias tables, zero biases; the branch norms
+        of a residual-post-norm block start at weight 0.
 
         The patch embedding keeps the default of a convolution, as in the official code.
         """
@@ -79,8 +80,9 @@ class SwinEncoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, SwinBlock):
+            elif isinstance(module, BiasTable):
+                nn.init.trunc_normal_(module.table, std=0.02)
+            elif isinstance(module, ResPostNormBlock):
                 nn.init.zeros_(module.norm1.weight)
                 nn.init.zeros_(module.norm2.weight)
 
@@ -133,20 +135,42 @@ class SwinEncoder(nn.Module):
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """Parameters that weight decay must leave alone, as objects.
 
-        All vectors (norms and biases), the temperatures and the position-bias networks.
+        All vectors (norms and biases), the temperatures and the position biases.
         """
         no_decay = {parameter for parameter in self.parameters() if parameter.ndim <= 1}
         for module in self.modules():
             if isinstance(module, SwinBlock):
-                no_decay |= {module.attn.logit_scale, *module.attn.cpb_mlp.parameters()}
+                no_decay |= module.attn.no_decay_parameters()
         return no_decay
+
+
+def _make_stage(config: SwinConfig, index: int, drop_path: list[float]) -> Stage:
+    make_block, make_merging = _PARTS[config.norm]
+    dim, heads = config.embed_dim * 2**index, config.num_heads[index]
+    assert config.reference_windows is not None
+    reference = config.reference_windows[index]
+    blocks: list[SwinBlock] = [
+        make_block(
+            dim,
+            ATTENTIONS[config.attention](dim, heads, make_position_bias(config.position_bias, heads, reference)),
+            config.window_size,
+            shifted=block % 2 == 1,
+            mlp_ratio=config.mlp_ratio,
+            drop_path=drop_path[block],
+            extra_norm=bool(config.extra_norm_interval) and (block + 1) % config.extra_norm_interval == 0,
+        )
+        for block in range(config.depths[index])
+    ]
+    is_last = index == len(config.depths) - 1
+    return Stage(blocks, nn.Identity() if is_last else make_merging(dim))
 
 
 def make_encoder(name: str, **settings: Any) -> SwinEncoder:
     """Build a named encoder with fresh weights.
 
     Args:
-        name: ``swinv2_`` + ``tiny, small, base, large, huge, giant`` or ``3b``.
+        name: ``swinv2_`` + ``tiny, small, base, large, huge, giant`` or ``3b``, ``swin_`` + ``tiny,
+            small, base`` or ``large``.
         settings: any field of :class:`swin.SwinConfig`, for instance ``image_size=192``,
             ``window_size=12``, ``in_chans=3``, ``drop_path=0.1``. One number means a square.
 

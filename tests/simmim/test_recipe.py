@@ -93,7 +93,7 @@ def test_a_dumped_recipe_reads_the_same(write, tmp_path):
         ("{}", ["name=../other"], r"name: String should match pattern"),
         ("{}", ["encoder.in_chans=4"], r"data.mean has 3 numbers, but encoder.in_chans is 4"),
         ("{}", ["encoder.num_heads=[3, 5, 7, 9]"], r"128 channels, which 3 heads do not divide"),
-        ("{}", ["encoder.name=swinv2_bas"], r"encoder.name: Input should be 'swinv2_tiny'"),
+        ("{}", ["encoder.name=swinv2_bas"], r"encoder.name: Input should be 'swin_tiny', 'swin_small'"),
         ("{}", ["stages.finetune.epochs=3"], r"stages.finetune: unknown key"),
         ("{}", ["seed"], r"override 'seed': expected key.path=value"),
         ("{}", ["seed.a=1", "seed.a.b=1"], r"a holds a value, not further keys"),

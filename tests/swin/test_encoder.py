@@ -6,10 +6,23 @@ import pytest
 import torch
 
 import swin
-from swin.attention import CosineAttention
-from swin.blocks import DropPath, SwinBlock
+from swin.attention import CosineAttention, DotAttention
+from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock
+from swin.position_bias import make_position_bias
+
+V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
+ARMS = [
+    {"attention": attention, "norm": norm, "position_bias": position_bias}
+    for attention in ("cosine", "dot")
+    for norm in ("res-post", "pre")
+    for position_bias in ("log_cpb", "log_cpb_paper", "linear_cpb", "table")
+]
 
 WITH_HEAD = {
+    "swin_tiny": 28_288_354,
+    "swin_small": 49_606_258,
+    "swin_base": 87_768_224,
+    "swin_large": 196_532_476,
     "swinv2_tiny": 28_347_154,
     "swinv2_small": 49_728_418,
     "swinv2_base": 87_918_816,
@@ -26,6 +39,20 @@ def small_encoder(**settings) -> swin.SwinEncoder:
     encoder = swin.make_encoder("swinv2_tiny", **settings).double()
     wake(encoder)
     return encoder
+
+
+def small_block(window, *, shifted: bool, v1: bool = False) -> SwinBlock:
+    torch.manual_seed(0)
+    if v1:
+        block = PreNormBlock(8, DotAttention(8, 2, make_position_bias("table", 2, window)), window, shifted=shifted)
+    else:
+        attention = CosineAttention(8, 2, make_position_bias("log_cpb", 2, window))
+        block = ResPostNormBlock(8, attention, window, shifted=shifted)
+    return block.double()
+
+
+def cosine_attention(window) -> CosineAttention:
+    return CosineAttention(16, 2, make_position_bias("log_cpb", 2, window))
 
 
 def wake(module: torch.nn.Module) -> None:
@@ -51,8 +78,9 @@ def test_every_block_is_the_identity_at_first():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (30, 41), (4, 4), (5, 60)])
-def test_any_image_size_gives_finite_maps_of_the_right_size(size):
-    encoder = small_encoder()
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: " ".join(arm.values()))
+def test_any_image_size_gives_finite_maps_of_the_right_size(arm, size):
+    encoder = small_encoder(**arm)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     h, w = -(-size[0] // 4), -(-size[1] // 4)
     features, maps = encoder(images), encoder.pyramid(images)
@@ -69,33 +97,33 @@ def test_pyramid_of_a_published_size_has_strides_4_8_16_32():
     assert [tuple(m.shape) for m in maps] == [(1, 96, 56, 40), (1, 192, 28, 20), (1, 384, 14, 10), (1, 768, 7, 5)]
 
 
-def test_images_of_a_batch_do_not_see_each_other():
-    encoder = small_encoder()
+@pytest.mark.parametrize("arm", [{}, V1], ids=["v2", "v1"])
+def test_images_of_a_batch_do_not_see_each_other(arm):
+    encoder = small_encoder(**arm)
     images = torch.randn(3, 3, 36, 28, dtype=torch.float64)
     order = [2, 0, 1]
     torch.testing.assert_close(encoder(images[order]), encoder(images)[order], rtol=1e-12, atol=1e-12)
 
 
 def test_logits_ignore_the_length_of_queries_and_keys():
-    attention = CosineAttention(16, 2, (4, 4)).double()
+    attention = cosine_attention((4, 4)).double()
     wake(attention)
     q, k = torch.randn(2, 3, 2, 16, 8, dtype=torch.float64).unbind()
-    expected = attention._attention(q, k, (4, 4), None)
-    torch.testing.assert_close(attention._attention(7 * q, 0.1 * k, (4, 4), None), expected)
+    torch.testing.assert_close(attention.similarity(7 * q, 0.1 * k), attention.similarity(q, k))
 
 
 def test_temperature_never_falls_below_a_hundredth():
-    attention = CosineAttention(16, 2, (2, 2)).double()
+    attention = cosine_attention((2, 2)).double()
     q, k = torch.randn(2, 1, 2, 4, 8, dtype=torch.float64).unbind()
     with torch.no_grad():
         attention.logit_scale.fill_(torch.tensor(100.0).log())
-        expected = attention._attention(q, k, (2, 2), None)
+        expected = attention.similarity(q, k)
         attention.logit_scale.fill_(50.0)
-        torch.testing.assert_close(attention._attention(q, k, (2, 2), None), expected)
+        torch.testing.assert_close(attention.similarity(q, k), expected)
 
 
 def test_attention_weights_are_computed_in_fp32_under_autocast():
-    attention = CosineAttention(16, 2, (4, 4))
+    attention = cosine_attention((4, 4))
     wake(attention)
     seen = []
     normalize, softmax = torch.nn.functional.normalize, torch.Tensor.softmax
@@ -151,11 +179,13 @@ def test_every_parameter_has_one_depth():
     assert depths["norm.weight"] == 13
 
 
-def test_what_is_not_decayed():
-    encoder = small_encoder()
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: " ".join(arm.values()))
+def test_what_is_not_decayed(arm):
+    encoder = small_encoder(**arm)
     no_decay = encoder.no_decay_parameters()
     for name, parameter in encoder.named_parameters():
-        expected = parameter.ndim <= 1 or "logit_scale" in name or "cpb_mlp" in name
+        exempt = ("logit_scale", "cpb_mlp", "relative_position_bias")
+        expected = parameter.ndim <= 1 or any(word in name for word in exempt)
         assert (parameter in no_decay) == expected, name
 
 
@@ -168,6 +198,10 @@ def test_what_is_not_decayed():
         ({"image_size": (32, 32, 3)}, "image_size must be one or two positive integers"),
         ({"in_chans": 0}, "in_chans must be at least 1"),
         ({"drop_path": 1.0}, "drop_path must be in"),
+        ({"attention": "cos"}, "attention 'cos' is unknown: expected one of cosine, dot"),
+        ({"norm": "post"}, "norm 'post' is unknown: expected one of res-post, pre"),
+        ({"position_bias": "cpb"}, "position_bias 'cpb' is unknown: expected one of log_cpb, "),
+        ({"window_size": (8, 9)}, "window_size 8 x 9 is larger than the 8 x 8 tokens .* use at most 8 x 8"),
         ({"reference_windows": (4,)}, "1 entries, but the encoder has 2 stages"),
     ],
 )
@@ -184,14 +218,15 @@ def test_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("window", [(4, 4), (3, 5), (2, 4), (1, 1), (7, 7), (9, 2)])
 @pytest.mark.parametrize("grid", [(7, 7), (8, 8), (5, 9), (4, 6), (1, 3), (12, 4)])
-def test_one_token_reaches_exactly_its_window(grid, window, shifted):
+@pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
+def test_one_token_reaches_exactly_its_window(grid, window, shifted, v1):
     """Perturb each token of a grid; what changes after one block is what the definition says."""
-    torch.manual_seed(0)
-    block = SwinBlock(8, 2, window, window, shifted=shifted).double()
+    block = small_block(window, shifted=shifted, v1=v1)
     wake(block)
-    with torch.no_grad():  # soft attention: what is allowed must also be seen
-        block.attn.logit_scale.zero_()
-        block.attn.cpb_mlp[2].weight.mul_(0.1)
+    if not v1:
+        with torch.no_grad():  # soft attention: what is allowed must also be seen
+            block.attn.logit_scale.zero_()
+            block.attn.cpb_mlp[2].weight.mul_(0.1)
     h, w = grid
     x = torch.randn(1, h, w, 8, dtype=torch.float64)
     perturbed = x.repeat(h * w, 1, 1, 1)
@@ -223,33 +258,20 @@ def same_window(a, b, grid, window, shifted) -> bool:
 
 
 def test_tables_cached_in_inference_mode_can_be_trained_with():
-    block = SwinBlock(8, 2, (3, 3), (3, 3), shifted=True)
-    x = torch.randn(1, 7, 5, 8)
+    block = small_block((3, 3), shifted=True)
+    x = torch.randn(1, 7, 5, 8, dtype=torch.float64)
     with torch.inference_mode():
         block(x)
     block(x).sum().backward()
 
 
-def test_the_coordinates_are_the_closed_form():
-    from swin.position_bias import log_coordinates
-
-    cpu = torch.device("cpu")
-    table = log_coordinates((12, 12), (12, 12), cpu).view(23, 23, 2)
-    assert table.max().item() == pytest.approx(1.0566, abs=1e-4)
-    torch.testing.assert_close(table.flip(0, 1), -table)
-    assert (table[1:, :, 0] > table[:-1, :, 0]).all()
-    larger = log_coordinates((16, 20), (12, 12), cpu).view(31, 39, 2)
-    assert torch.equal(larger[4:-4, 8:-8], table)
-    assert log_coordinates((1, 1), (1, 1), cpu).tolist() == [[0.0, 0.0]]
-
-
 @pytest.mark.parametrize("shifted", [False, True])
-def test_padding_is_never_attended(shifted):
+@pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
+def test_padding_is_never_attended(shifted, v1):
     """The rest window at the border of a grid gives what a grid of its own size gives."""
-    torch.manual_seed(0)
-    block = SwinBlock(8, 2, (4, 4), (4, 4), shifted=shifted).double()
+    block = small_block((4, 4), shifted=shifted, v1=v1)
     wake(block)
-    alone = SwinBlock(8, 2, (4, 4), (4, 4), shifted=False).double()
+    alone = small_block((4, 4), shifted=False, v1=v1)
     alone.load_state_dict(block.state_dict())
     x = torch.randn(1, 7, 9, 8, dtype=torch.float64)
     # Cuts at 4 8 unshifted, at 2 6 10 shifted.
