@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swin.config import Pair, effective_window
-from swin.windows import relative_index
+from swin.windows import kept, relative_index
 
 TableResampling = Literal["bicubic", "geometric"]
 
@@ -48,18 +47,17 @@ def linear_axis(offset: Tensor, reference: int) -> Tensor:
 Axis = Callable[[Tensor, int], Tensor]
 
 
-@lru_cache(maxsize=128)
+@kept
 def coordinates(axis: Axis, window: Pair, reference: Pair, device: torch.device) -> Tensor:
     """Coordinates of all offsets inside a window: float32 ``((2 wh - 1) (2 ww - 1), 2)``.
 
     The current window only decides which offsets occur, so a shared offset has the same coordinate
     at any window size. Always rounded to float32, as the released weights were trained with.
     """
-    with torch.inference_mode(False):  # cached: must stay usable in training after an inference call
-        offsets = (torch.arange(-(size - 1), size, dtype=torch.float32, device="cpu") for size in window)
-        rows, columns = (axis(d, r) for d, r in zip(offsets, reference, strict=True))
-        grid = torch.meshgrid(rows, columns, indexing="ij")
-        return torch.stack(grid, dim=-1).flatten(0, 1).to(device)
+    offsets = (torch.arange(-(size - 1), size, dtype=torch.float32, device="cpu") for size in window)
+    rows, columns = (axis(d, r) for d, r in zip(offsets, reference, strict=True))
+    grid = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack(grid, dim=-1).flatten(0, 1).to(device)
 
 
 class PositionBias(nn.Module):
@@ -129,7 +127,7 @@ class BiasTable(PositionBias):
 
     def make_table(self, window: Pair) -> Tensor:
         (height, width), (wh, ww) = self.reference_window, effective_window(self.reference_window, window)
-        field = rearrange(self.table, "(y x) m -> y x m", y=2 * height - 1)
+        field: Tensor = rearrange(self.table, "(y x) m -> y x m", y=2 * height - 1)
         field = field[height - wh : height + wh - 1, width - ww : width + ww - 1]
         return resample_table(field.flatten(0, 1), (wh, ww), window)
 

@@ -9,8 +9,9 @@ shifted windows of a padded grid still contain neighbours only.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, partial, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,26 @@ from einops import rearrange
 from torch import Tensor
 
 from swin.config import Pair, effective_window
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def kept(make: Callable[P, T]) -> Callable[P, T]:
+    """Keep the tensors that a pure function of sizes makes, for all blocks that ask with the same sizes.
+
+    While torch traces a model (compile, export) they are made afresh: tensors of a trace are not real.
+    """
+    remembered = lru_cache(maxsize=128)(make)
+
+    @wraps(make)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return make(*args, **kwargs)
+        with torch.inference_mode(False):  # must stay usable in training after an inference call
+            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+    return wrapper
 
 
 class Windows(NamedTuple):
@@ -61,7 +82,7 @@ def merge(x: Tensor, windows: Windows, grid: Pair) -> Tensor:
     return x[:, : grid[0], : grid[1]] if any(padding) else x
 
 
-@lru_cache(maxsize=128)
+@kept
 def attention_mask(grid: Pair, windows: Windows, device: torch.device) -> Tensor | None:
     """Which pairs of tokens may attend: bool ``(n, t, t)``, or None when all may.
 
@@ -72,13 +93,12 @@ def attention_mask(grid: Pair, windows: Windows, device: torch.device) -> Tensor
     (th, tw), shift, padding = windows
     if not any(shift) and not any(padding):
         return None
-    with torch.inference_mode(False):  # cached: must stay usable in training after an inference call
-        rows = _side(grid[0], padding[0], th, shift[0])
-        columns = _side(grid[1], padding[1], tw, shift[1])
-        is_padding = (rows[:, None] < 0) | (columns[None, :] < 0)
-        side = torch.where(is_padding, -1, rows[:, None] * 2 + columns[None, :])
-        side = rearrange(side, "(nh th) (nw tw) -> (nh nw) (th tw)", th=th, tw=tw)
-        return (side[:, :, None] == side[:, None, :]).to(device)
+    rows = _side(grid[0], padding[0], th, shift[0])
+    columns = _side(grid[1], padding[1], tw, shift[1])
+    is_padding = (rows[:, None] < 0) | (columns[None, :] < 0)
+    side = torch.where(is_padding, -1, rows[:, None] * 2 + columns[None, :])
+    side = rearrange(side, "(nh th) (nw tw) -> (nh nw) (th tw)", th=th, tw=tw)
+    return (side[:, :, None] == side[:, None, :]).to(device)
 
 
 def _side(grid: int, padding: int, window: int, shift: int) -> Tensor:
@@ -87,7 +107,7 @@ def _side(grid: int, padding: int, window: int, shift: int) -> Tensor:
     return torch.where(position >= grid, -1, (position < shift).long())
 
 
-@lru_cache(maxsize=128)
+@kept
 def relative_index(window: Pair, device: torch.device) -> Tensor:
     """Row of the table of relative offsets for every pair of tokens: int64 ``(t, t)``.
 
@@ -95,7 +115,6 @@ def relative_index(window: Pair, device: torch.device) -> Tensor:
     """
     wh, ww = window
     axis = partial(torch.arange, device="cpu")
-    with torch.inference_mode(False):
-        y, x = (part.flatten() for part in torch.meshgrid(axis(wh), axis(ww), indexing="ij"))
-        dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-        return ((dy + wh - 1) * (2 * ww - 1) + dx + ww - 1).to(device)
+    y, x = (part.flatten() for part in torch.meshgrid(axis(wh), axis(ww), indexing="ij"))
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return ((dy + wh - 1) * (2 * ww - 1) + dx + ww - 1).to(device)
