@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swin.config import SwinConfig
 from swin.encoder import SwinEncoder
+from swin.position_bias import TableResampling
+from swin.transfer import Inflation, assemble, transfer
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
@@ -31,7 +32,7 @@ def save_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     state = encoder.state_dict() if weights is None else weights
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
-    description = {"format": FORMAT, "encoder": encoder.config.to_dict(), **about}
+    description = {"format": FORMAT, "encoder": encoder.config.to_dict(), "history": encoder.history, **about}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -54,22 +55,36 @@ def load_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_encoder(folder: Path | str) -> SwinEncoder:
-    """Rebuild an exported encoder with its weights, on the CPU.
+def load_encoder(
+    folder: Path | str,
+    *,
+    inflate: Inflation | None = None,
+    table_resampling: TableResampling = "bicubic",
+    **settings: Any,
+) -> SwinEncoder:
+    """Rebuild an exported encoder with its weights, on the CPU, at any resolution.
+
+    ``load_encoder("export")`` gives what was saved; ``load_encoder("export", image_size=384,
+    window_size=24)`` the same weights at another geometry, one number or ``(height, width)`` each.
+    The other arguments are those of :func:`swin.transfer.transfer`.
 
     Raises:
-        ValueError: a missing or damaged file, or weights that do not fit the description.
+        ValueError: a missing or damaged file, weights that do not fit the description, or a setting
+            that contradicts them.
     """
     folder = Path(folder)
-    config = SwinConfig.from_dict(load_description(folder)["encoder"])
+    description = load_description(folder)
     try:
-        weights = load_file(folder / WEIGHTS)
+        config = SwinConfig.from_dict(description["encoder"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / DESCRIPTION} does not describe an encoder ({error})") from None
+    try:
+        encoder = assemble(config, load_file(folder / WEIGHTS))
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(f"cannot read {folder / WEIGHTS}: {error}") from None
-    with torch.device("meta"):
-        encoder = SwinEncoder(config)
-    try:
-        encoder.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {DESCRIPTION}: {error}") from None
-    return encoder
+    encoder.history = description.get("history", [])
+    if not settings:
+        return encoder
+    return transfer(encoder, inflate=inflate, table_resampling=table_resampling, **settings)

@@ -1,0 +1,125 @@
+"""The same weights at another image size, window or number of channels."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import torch
+from einops import reduce, repeat
+from torch import Tensor
+
+from swin.config import SwinConfig, as_pair, check_window
+from swin.encoder import SwinEncoder
+from swin.position_bias import TableResampling, resample_table
+
+Inflation = Literal["mean", "repeat"]
+FREE = ("image_size", "window_size", "drop_path", "in_chans")
+
+
+def transfer(
+    encoder: SwinEncoder,
+    *,
+    inflate: Inflation | None = None,
+    table_resampling: TableResampling = "bicubic",
+    **settings: Any,
+) -> SwinEncoder:
+    """An encoder with the weights of another, rebuilt for other ``settings``.
+
+    A continuous position bias needs nothing: its reference windows stay, through any number of
+    transfers, so a shared offset keeps its bias. A table is resampled to the new windows.
+
+    Args:
+        settings: ``image_size``, ``window_size``, ``drop_path``; ``in_chans`` together with ``inflate``.
+            Any other field of the configuration may be named only to confirm what is stored.
+        inflate: how the patch embedding gets another number of channels, see :func:`inflate_channels`.
+        table_resampling: ``bicubic`` or ``geometric``, see :func:`swin.position_bias.resample_table`.
+
+    Raises:
+        ValueError: a setting that contradicts the weights, or that cannot be built.
+    """
+    old = encoder.config
+    new = _changed(old, settings, inflate)
+    state = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
+    history = list(encoder.history)
+    if new.in_chans != old.in_chans:
+        assert inflate is not None
+        key = "patch_embed.proj.weight"
+        state[key] = inflate_channels(state[key], new.in_chans, inflate)
+        history.append({"step": "inflate", "from": old.in_chans, "to": new.in_chans, "how": inflate})
+    if (new.image_size, new.window_size) != (old.image_size, old.window_size):
+        step = {"step": "transfer", "image_size": list(new.image_size), "window_size": list(new.window_size)}
+        if old.position_bias == "table":
+            _resample_tables(state, old, new, table_resampling)
+            step["table_resampling"] = table_resampling
+        history.append(step)
+    result = assemble(new, state)
+    result.history = history
+    return result
+
+
+def assemble(config: SwinConfig, state: dict[str, Tensor]) -> SwinEncoder:
+    """An encoder that holds exactly the tensors of ``state``.
+
+    Raises:
+        RuntimeError: torch's list of what is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        encoder = SwinEncoder(config)
+    encoder.load_state_dict(state, strict=True, assign=True)
+    return encoder
+
+
+def inflate_channels(weight: Tensor, channels: int, how: Inflation) -> Tensor:
+    """A patch embedding for another number of channels: ``(d, c, p, p)`` -> ``(d, channels, p, p)``.
+
+    ``mean`` gives every channel the mean of the old ones; ``repeat`` cycles through them. Both are
+    scaled by c / channels, so that the size of the sum stays.
+
+    Raises:
+        ValueError: unknown ``how``.
+    """
+    if how not in ("mean", "repeat"):
+        raise ValueError(f"unknown inflation {how!r}: expected mean or repeat")
+    old = weight.shape[1]
+    if how == "mean":
+        wide = repeat(reduce(weight, "d c p q -> d p q", "mean"), "d p q -> d c p q", c=channels)
+    else:
+        wide = weight[:, torch.arange(channels, device=weight.device) % old]
+    return (wide * (old / channels)).contiguous()
+
+
+def _changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | None) -> SwinConfig:
+    known = {field.name for field in fields(SwinConfig)}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"unknown encoder settings {unknown}: expected some of {', '.join(sorted(known))}")
+    for name in ("image_size", "window_size"):
+        if name in settings:
+            settings[name] = as_pair(settings[name], name)
+    wanted = replace(old, **settings)  # tuples for lists, numbers checked
+    for name in sorted(set(settings) - set(FREE)):
+        given, stored = getattr(wanted, name), getattr(old, name)
+        if given != stored:
+            reason = (
+                "the position bias was trained with the stored ones, and others would shift every bias"
+                if name == "reference_windows"
+                else "the weights were made for it"
+            )
+            raise ValueError(f"{name} {given} contradicts the stored {stored}: {reason}. Leave it out")
+    if wanted.in_chans != old.in_chans and inflate is None:
+        raise ValueError(
+            f"the weights take {old.in_chans} channels, but in_chans is {wanted.in_chans}: "
+            "ask for inflate='mean' or 'repeat' to spread them over other channels"
+        )
+    if "window_size" in settings:
+        check_window(wanted)
+    moved = (wanted.image_size, wanted.window_size) != (old.image_size, old.window_size)
+    return replace(wanted, reference_windows=None) if moved and old.position_bias == "table" else wanted
+
+
+def _resample_tables(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig, method: TableResampling) -> None:
+    assert old.reference_windows is not None and new.reference_windows is not None
+    for stage, windows in enumerate(zip(old.reference_windows, new.reference_windows, strict=True)):
+        for block in range(old.depths[stage]):
+            key = f"layers.{stage}.blocks.{block}.attn.relative_position_bias.table"
+            state[key] = resample_table(state[key], *windows, method)
