@@ -17,6 +17,17 @@ PRETRAIN_EXAMPLES = """examples:
 The same command again continues an interrupted run. `simmim show RECIPE` prints every key.
 """
 
+CONVERT_EXAMPLES = """examples:
+  simmim convert swinv2_base_22k_500k.pth encoders/base
+  simmim convert runs/demo/pretrain/export demo_timm --to timm
+  simmim convert encoders/base base_384 --image-size 384 --window-size 24
+  simmim convert encoders/base base_sentinel --in-chans 13 --inflate mean
+  simmim convert encoders/base base.onnx --to onnx
+
+Every file is read back with the library it is for and compared; nothing is left when that fails.
+"""
+LAYOUTS = ("native", "timm", "transformers", "official", "onnx", "torch-export")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
@@ -63,6 +74,27 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from simmim.convert import convert
+
+    given = {name: getattr(arguments, name) for name in ("image_size", "window_size", "in_chans")}
+    convert(
+        arguments.source,
+        arguments.out,
+        arguments.to,
+        inflate=arguments.inflate,
+        table_resampling=arguments.table_resampling,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return 0
+
+
+def _size(text: str) -> int | tuple[int, ...]:
+    """``192`` or ``192x256``, height first."""
+    sides = tuple(int(side) for side in text.split("x"))
+    return sides[0] if len(sides) == 1 else sides
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="simmim", description="SimMIM pretraining of Swin Transformer V2.")
     parser.add_argument("--version", action="version", version=f"simmim {__version__}")
@@ -86,7 +118,31 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", nargs="?")
     show.add_argument("overrides", nargs="*", metavar="key.path=value")
     show.set_defaults(run=_show)
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="weights of another project in, weights for another library out",
+        epilog=CONVERT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("source", type=Path, help="an export folder, a .pth or .safetensors file, a timm or HF folder")
+    convert.add_argument("out", type=Path, help="what to write; must not exist")
+    convert.add_argument("--to", choices=LAYOUTS, default="native", help="default: native")
+    convert.add_argument("--image-size", type=_size, metavar="PX", help="384 or 256x320 (height first)")
+    convert.add_argument("--window-size", type=_size, metavar="TOKENS", help="24 or 8x10")
+    convert.add_argument("--in-chans", type=int, metavar="N", help="another number of channels, with --inflate")
+    convert.add_argument("--inflate", choices=("mean", "repeat"), help="how channels are spread")
+    convert.add_argument(
+        "--table-resampling",
+        choices=("bicubic", "geometric"),
+        default="bicubic",
+        help="how the bias tables of V1 change their window (default: bicubic)",
+    )
+    convert.set_defaults(run=_convert, overrides=[])
 
 
 def _one_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import swin
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct
 from swin import SwinConfig, SwinEncoder
@@ -30,7 +31,7 @@ def encoder_for(entry: dict, **settings) -> SwinEncoder:
 
 
 def test_every_entry_is_used():
-    assert len(SIMMIM) == 2 and len(LOGITS) == 5
+    assert len(SIMMIM) == 3 and len(LOGITS) == 5
 
 
 @pytest.mark.parametrize("name", SIMMIM)
@@ -66,6 +67,23 @@ def test_logits_with_reference_windows(name):
     entry = golden.ENTRIES[name]
     reference = entry["pretrained_window_sizes"]
     encoder = encoder_for(entry, reference_windows=tuple(reference) if any(reference) else None)
+    head = fill(encoder, entry)
+    assert_logits(encoder, head, entry)
+
+
+@pytest.mark.parametrize("name", [name for name in LOGITS if "pre12" in name and "192" not in name])
+def test_transfer_without_flags(name, tmp_path):
+    """The encoder of 192 px, saved and loaded for another geometry, gives the official numbers there."""
+    first, entry = golden.ENTRIES["v2_logits_192_w12_pre12_12_12_6"], golden.ENTRIES[name]
+    encoder = encoder_for(first)
+    head = fill(encoder, first)
+    swin.save_encoder(encoder, tmp_path, about={})
+    moved = swin.load_encoder(tmp_path, image_size=entry["image_size"], window_size=entry["window"])
+    assert_logits(moved, head, entry)
+
+
+def fill(encoder: SwinEncoder, entry: dict) -> dict[str, torch.Tensor]:
+    """Golden values into the encoder; returns those of the classifier."""
     ours = dict(encoder.named_parameters())
     head = {"head.weight": (entry["num_classes"], 256), "head.bias": (entry["num_classes"],)}
     shapes = {key: tuple(parameter.shape) for key, parameter in ours.items()} | head
@@ -74,8 +92,13 @@ def test_logits_with_reference_windows(name):
     with torch.no_grad():
         for key, parameter in ours.items():
             parameter.copy_(values[key])
-        features = encoder(golden.image(entry["image_size"])).mean(dim=(1, 2))
-        logits = features @ values["head.weight"].T + values["head.bias"]
+    return {key: values[key] for key in head}
+
+
+@torch.no_grad()
+def assert_logits(encoder: SwinEncoder, head: dict[str, torch.Tensor], entry: dict) -> None:
+    features = encoder(golden.image(entry["image_size"])).mean(dim=(1, 2))
+    logits = features @ head["head.weight"].T + head["head.bias"]
     torch.testing.assert_close(logits, torch.tensor(entry["logits"], dtype=torch.float64), rtol=RELATIVE, atol=1e-12)
 
 
