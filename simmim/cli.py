@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from simmim import __version__
@@ -25,6 +26,12 @@ CONVERT_EXAMPLES = """examples:
   simmim convert encoders/base base.onnx --to onnx
 
 Every file is read back with the library it is for and compared; nothing is left when that fails.
+"""
+LAB_EXAMPLES = """examples:
+  simmim lab window-transfer
+  simmim lab window-transfer --data flowers --image-size 96 --window-size 12 --seeds 5
+
+DATA is builtin:shapes or a folder with one subfolder per class. The same command continues what was interrupted.
 """
 LAYOUTS = ("native", "timm", "transformers", "official", "onnx", "torch-export")
 
@@ -89,9 +96,19 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _window_transfer(arguments: argparse.Namespace) -> int:
+    from simmim.lab.window_transfer import Plan, window_transfer
+
+    given = {field.name: getattr(arguments, field.name) for field in fields(Plan)}
+    window_transfer(Plan(**{name: value for name, value in given.items() if value is not None}), arguments.out)
+    return 0
+
+
 def _size(text: str) -> int | tuple[int, ...]:
     """``192`` or ``192x256``, height first."""
     sides = tuple(int(side) for side in text.split("x"))
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} sides: expected one number or HEIGHTxWIDTH")
     return sides[0] if len(sides) == 1 else sides
 
 
@@ -119,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("overrides", nargs="*", metavar="key.path=value")
     show.set_defaults(run=_show)
     _add_convert(commands)
+    _add_lab(commands)
     return parser
 
 
@@ -143,6 +161,32 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="how the bias tables of V1 change their window (default: bicubic)",
     )
     convert.set_defaults(run=_convert, overrides=[])
+
+
+def _add_lab(commands: argparse._SubParsersAction) -> None:
+    lab = commands.add_parser("lab", help="small experiments that answer one question of the papers each")
+    experiments = lab.add_subparsers(required=True, metavar="EXPERIMENT")
+    transfer = experiments.add_parser(
+        "window-transfer",
+        help="which position bias survives a larger window? Table 1 of Swin V2 in small",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    transfer.add_argument("--data", help="default: builtin:shapes")
+    transfer.add_argument("--out", type=Path, default=Path("runs/lab/window-transfer"), help="default: %(default)s")
+    for name, meaning in (
+        ("seeds", "repetitions (default: 3)"),
+        ("image-size", "of training, px (default: 48)"),
+        ("window-size", "of training, tokens of 4 px (default: 6)"),
+        ("steps", "of training (default: 1000)"),
+        ("finetune-steps", "at each larger window (default: 40)"),
+        ("batch-size", "images per step (default: 32)"),
+        ("embed-dim", "width of the encoder (default: 32)"),
+    ):
+        transfer.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    for name, meaning in (("lr", "of training (default: 0.006)"), ("finetune-lr", "default: 0.001")):
+        transfer.add_argument(f"--{name}", type=float, metavar="RATE", help=meaning)
+    transfer.set_defaults(run=_window_transfer, overrides=[])
 
 
 def _one_line(error: Exception) -> str:

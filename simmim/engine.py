@@ -112,13 +112,15 @@ def fit(
 
 @torch.no_grad()
 def evaluate(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
-    """Mean loss over all images of ``batches``; an empty dict when there are none."""
-    total, count = 0.0, 0
+    """The objective's ``measure``, averaged over all images of ``batches``; an empty dict when there are none."""
+    totals: dict[str, float] = {}
+    count = 0
     for batch in batches:
         images = len(batch["image"])
-        total += objective(to_device(batch, device)).item() * images
+        for name, value in objective.measure(to_device(batch, device)).items():  # type: ignore[operator]
+            totals[name] = totals.get(name, 0.0) + float(value) * images
         count += images
-    return {"loss": total / count} if count else {}
+    return {name: total / count for name, total in totals.items()}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ class RunLog:
     Broken images are the exception: each process names its own.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool) -> None:
+    def __init__(self, folder: Path, *, is_main: bool, pictures: str = "reconstructions") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.is_main = folder, is_main
+        self.folder, self.is_main, self.pictures = folder, is_main, folder / pictures
         self.metrics_file = folder / "metrics.jsonl"
         self.broken_file = folder / "bad_images.csv"
         self._bar: tqdm | None = None
@@ -91,11 +91,10 @@ class RunLog:
             tqdm.write(f"skipped a broken image: {name} ({reason})", file=sys.stdout)
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """Save a picture as ``reconstructions/step_00001000.png``."""
+        """Save a picture as ``step_00001000.png``."""
         if self.is_main:
-            path = self.folder / "reconstructions" / f"step_{step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            self.pictures.mkdir(exist_ok=True)
+            picture.save(self.pictures / f"step_{step:08d}.png")
 
     def end(self) -> None:
         """Close the progress bar and sum up."""

@@ -119,7 +119,7 @@ def pretrain(recipe: Recipe, out: Path, *, precision: str | None = None) -> Path
         export_encoder(objective.encoder, export, recipe, total_steps)
         with accelerator.autocast():
             sum_up(objective.eval(), views, log, accelerator.device)
-        log.say(f"pictures  {folder / 'reconstructions'}\nencoder   {export}  (swin.load_encoder)")
+        log.say(f"pictures  {log.pictures}\nencoder   {export}  (swin.load_encoder)")
     accelerator.wait_for_everyone()
     return export
 

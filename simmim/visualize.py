@@ -54,3 +54,22 @@ def panels(columns: Sequence[tuple[str, Tensor]], *, across: int = 2) -> Image.I
             if row == 0:
                 draw.text((left, 3), columns[k][0], fill="black", font=font)
     return canvas
+
+
+def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Image.Image:
+    """One picture: every image under its caption. ``images`` is float ``(b, 3, H, W)`` in [0, 1]."""
+    zoom = max(1, _MIN_PANEL_PX // min(images.shape[-2:]))
+    height, width = images.shape[-2] * zoom, images.shape[-1] * zoom
+    across = min(across, len(images))
+    cell = height + _CAPTION_PX + _GAP
+    canvas = Image.new("RGB", (across * (width + _GAP) + _GAP, -(-len(images) // across) * cell), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    pixels = rearrange((images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8), "b k h w -> b h w k").numpy()
+    for number, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
+        row, column = divmod(number, across)
+        left, top = _GAP + column * (width + _GAP), row * cell
+        draw.text((left, top + 3), caption, fill="black", font=font)
+        canvas.paste(
+            Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top + _CAPTION_PX)
+        )
+    return canvas

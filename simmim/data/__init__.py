@@ -2,17 +2,20 @@
 
 from simmim.data.loader import evaluation_batches, training_batches
 from simmim.data.shapes import Shapes
-from simmim.data.sources import Folder, Source, Subset, split_holdout
+from simmim.data.sources import ClassFolder, Folder, Labelled, Source, Subset, labelled_sources, split_holdout
 from simmim.data.transforms import CenterCrop, RandomCrop
 
 __all__ = [
     "CenterCrop",
+    "ClassFolder",
     "Folder",
+    "Labelled",
     "RandomCrop",
     "Shapes",
     "Source",
     "Subset",
     "evaluation_batches",
+    "labelled_sources",
     "split_holdout",
     "training_batches",
 ]

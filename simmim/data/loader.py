@@ -8,14 +8,14 @@ is always exact, no sample is dropped, and a run continues at any step without r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simmim.counter_rng import permutation, uniform
-from simmim.data.sources import UNREADABLE, Source
+from simmim.data.sources import UNREADABLE, Labelled, Source
 from simmim.data.transforms import CenterCrop, RandomCrop
 
 Batch = dict[str, Any]
@@ -24,32 +24,39 @@ MAX_BROKEN_IN_A_ROW = 20
 
 class Samples(Dataset):
     """``(epoch, index)`` keys -> a batch: ``image`` uint8 ``(n, c, H, W)``, ``epoch`` and ``index``
-    int64 ``(n,)``, ``broken`` a list of ``(name, reason)``. Without ``image`` when too many are broken.
+    int64 ``(n,)``, ``broken`` a list of ``(name, reason)``; with ``labelled`` also ``label`` int64
+    ``(n,)``, for which the source has to be one with labels. Without ``image`` when too many are broken.
 
     A broken image is replaced by the next one of the source, so that batches keep their size; twenty
     in a row end the run.
     """
 
-    def __init__(self, source: Source, transform: RandomCrop | CenterCrop, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(
+        self, source: Source, transform: RandomCrop | CenterCrop, seed: int, *, labelled: bool = False
+    ) -> None:
+        self.source, self.transform, self.seed, self.labelled = source, transform, seed, labelled
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws)
         broken: list[tuple[str, str]] = []
-        images = []
+        images, labels = [], []
         for number, u in zip(index.tolist(), draws, strict=True):
-            image = self._read(number, broken)
-            if image is None:
+            found = self._read(number, broken)
+            if found is None:
                 return {"broken": broken}
-            images.append(self.transform(image, u))
-        return {"image": torch.stack(images), "epoch": epoch, "index": index, "broken": broken}
+            images.append(self.transform(found[1], u))
+            if self.labelled:
+                labels.append(cast(Labelled, self.source).label(found[0]))
+        batch = {"image": torch.stack(images), "epoch": epoch, "index": index, "broken": broken}
+        return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
-    def _read(self, number: int, broken: list[tuple[str, str]]) -> Tensor | None:
+    def _read(self, number: int, broken: list[tuple[str, str]]) -> tuple[int, Tensor] | None:
+        """The image, or the next good one, and its number."""
         for attempt in range(MAX_BROKEN_IN_A_ROW):
             candidate = (number + attempt) % len(self.source)
             try:
-                return self.source.read(candidate)
+                return candidate, self.source.read(candidate)
             except UNREADABLE as error:
                 broken.append((self.source.name(candidate), _first_line(error)))
         return None  # an exception would reach the main process wrapped in the worker's traceback
@@ -95,7 +102,14 @@ class StepKeys:
 
 
 def training_batches(
-    source: Source, transform: RandomCrop, *, seed: int, num_workers: int = 0, pin_memory: bool = False, **steps: int
+    source: Source,
+    transform: RandomCrop,
+    *,
+    seed: int,
+    labelled: bool = False,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    **steps: int,
 ) -> Batches:
     """Micro-batches of one process; ``steps`` are the arguments of :class:`StepKeys`.
 
@@ -103,14 +117,14 @@ def training_batches(
         ValueError: while iterating, when too many images in a row are broken.
     """
     keys = StepKeys(len(source), seed=seed, **steps)
-    return Batches(Samples(source, transform, seed), keys, num_workers, pin_memory)
+    return Batches(Samples(source, transform, seed, labelled=labelled), keys, num_workers, pin_memory)
 
 
-def evaluation_batches(source: Source, transform: CenterCrop, *, batch_size: int) -> Batches:
+def evaluation_batches(source: Source, transform: CenterCrop, *, batch_size: int, labelled: bool = False) -> Batches:
     """Every image once, in order, as epoch 0 of seed 0: the same crops and masks every time."""
     keys = [(0, number) for number in range(len(source))]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return Batches(Samples(source, transform, seed=0), batches)
+    return Batches(Samples(source, transform, seed=0, labelled=labelled), batches)
 
 
 class Batches:

@@ -17,7 +17,6 @@ from simmim.counter_rng import random_bits, uniform
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
-NUM_CLASSES = len(TEXTURES)
 GRAIN = 0.1
 _NUM_LEAVES = 7
 _LEAF_DRAWS = 5  # and a colour
@@ -30,6 +29,8 @@ class Shapes:
 
     Lengths are relative to the shorter side: a larger picture shows the same scene.
     """
+
+    classes = TEXTURES
 
     def __init__(
         self, num_images: int, size: tuple[int, int] = (64, 64), channels: int = 3, *, held_out: bool = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -30,6 +31,16 @@ class Source(Protocol):
 
     def name(self, number: int) -> str:
         """What a person would call this image: a path, usually."""
+
+
+class Labelled(Source, Protocol):
+    """Images with one class each."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Their names; a label is a number into them."""
+
+    def label(self, number: int) -> int: ...
 
 
 class Folder:
@@ -70,12 +81,60 @@ class Folder:
         return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
+class ClassFolder(Folder):
+    """A folder with one subfolder for each class; below that, flat or nested.
+
+    Classes are in the order of their names, in numeric order where every name is a whole number
+    (``10`` after ``9``, as in ImageNet-V2).
+
+    Args:
+        classes: the names that another folder has given numbers to, for a validation set.
+
+    Raises:
+        ValueError: as :class:`Folder`; images outside of class folders, or fewer than two classes.
+    """
+
+    def __init__(self, path: str | Path, channels: int = 3, classes: Sequence[str] | None = None) -> None:
+        super().__init__(path, channels)
+        parts = [Path(image).parts for image in self.paths]
+        loose = [part[0] for part in parts if len(part) == 1]
+        if loose:
+            raise ValueError(
+                f"{len(loose)} image(s) lie in {self.root} itself, {loose[0]} for one: labels are read from one "
+                "subfolder per class"
+            )
+        found = {part[0] for part in parts}
+        if classes is None:
+            if len(found) < 2:
+                raise ValueError(f"{self.root} holds one class only, {found.pop()}: expected one subfolder per class")
+            numeric = all(name.isdecimal() for name in found)
+            classes = sorted(found, key=int) if numeric else sorted(found)
+        elif unknown := sorted(found - set(classes)):
+            raise ValueError(
+                f"{self.root} holds classes that the training images lack: {', '.join(unknown[:5])}"
+                f"{' and others' if len(unknown) > 5 else ''}"
+            )
+        self.classes = list(classes)
+        number_of = {name: number for number, name in enumerate(self.classes)}
+        self._labels = [number_of[part[0]] for part in parts]
+
+    def label(self, number: int) -> int:
+        return self._labels[number]
+
+
 class Subset:
-    """Some of the images of a source, in a given order."""
+    """Some of the images of a source, in a given order; labelled if the source is."""
 
     def __init__(self, source: Source, numbers: list[int]) -> None:
         self.source = source
         self.numbers = numbers
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return cast(Labelled, self.source).classes
+
+    def label(self, number: int) -> int:
+        return cast(Labelled, self.source).label(self.numbers[number])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -99,6 +158,26 @@ def split_holdout(source: Source, holdout_images: int) -> tuple[Source, Source |
     generator = torch.Generator().manual_seed(derive_seed("holdout", 0))
     order = torch.randperm(len(source), generator=generator).tolist()
     return Subset(source, sorted(order[count:])), Subset(source, order[:count])
+
+
+def labelled_sources(path: str | Path, channels: int, holdout_images: int) -> tuple[Labelled, Labelled]:
+    """Training and held-out images of a folder with one subfolder per class.
+
+    ``path/train`` and ``path/val`` (or ``validation``, ``test``) where both are there, else the
+    split of :func:`split_holdout`.
+
+    Raises:
+        ValueError: as :class:`ClassFolder`; too few images to hold any out.
+    """
+    root = Path(path).expanduser()
+    for name in ("val", "validation", "test"):
+        if (root / "train").is_dir() and (root / name).is_dir():
+            training = ClassFolder(root / "train", channels)
+            return training, ClassFolder(root / name, channels, training.classes)
+    kept, holdout = split_holdout(ClassFolder(root, channels), holdout_images)
+    if holdout is None:
+        raise ValueError(f"{root} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
+    return cast(Labelled, kept), cast(Labelled, holdout)
 
 
 def _scan(root: Path) -> tuple[list[str], int]:

@@ -87,6 +87,10 @@ class Reconstruct(nn.Module):
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
         return self.loss(*self.inputs(batch))
 
+    def measure(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What held-out images are judged by: the loss."""
+        return {"loss": self(batch)}
+
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Normalised images ``(b, c, H, W)`` and their ``cell_mask (b, hm, wm)``."""
         images = (batch["image"].to(self.mean.dtype) / 255 - self.mean) / self.std

@@ -13,7 +13,7 @@ from PIL import Image
 from simmim.counter_rng import uniform
 from simmim.data import CenterCrop, Folder, RandomCrop, Shapes, evaluation_batches, split_holdout, training_batches
 from simmim.data.loader import StepKeys
-from simmim.data.shapes import NUM_CLASSES
+from simmim.data.shapes import TEXTURES
 
 
 def write_images(folder, count=5, size=(40, 30), suffix=".png", start=0):
@@ -187,9 +187,9 @@ def test_shapes_show_the_same_scene_at_any_size():
 def test_labels_are_balanced_and_colour_does_not_tell_them():
     shapes = Shapes(3000, (16, 16))
     labels = torch.tensor([shapes.label(number) for number in range(3000)])
-    counts = labels.bincount(minlength=NUM_CLASSES)
-    assert len(counts) == NUM_CLASSES and counts.min() > 0.7 * 3000 / NUM_CLASSES
+    counts = labels.bincount(minlength=len(TEXTURES))
+    assert len(counts) == len(TEXTURES) and counts.min() > 0.7 * 3000 / len(TEXTURES)
     means = torch.stack([shapes.read(number).float().mean(dim=(1, 2)) for number in range(1000)])
-    by_class = torch.stack([means[labels[:1000] == label].mean(dim=0) for label in range(NUM_CLASSES)])
-    spread = means.std(dim=0).mean() / math.sqrt(1000 / NUM_CLASSES)
+    by_class = torch.stack([means[labels[:1000] == label].mean(dim=0) for label in range(len(TEXTURES))])
+    spread = means.std(dim=0).mean() / math.sqrt(1000 / len(TEXTURES))
     assert by_class.std(dim=0).mean() < 2 * spread

@@ -1,0 +1,251 @@
+"""Which position bias survives a larger window? Table 1 of Swin V2 (arXiv 2111.09883) in small.
+
+Three classifiers that differ in nothing but their position bias are trained at one window size.
+Each then works on larger images with windows enlarged in proportion: as it is, and after some steps
+of fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+
+from simmim.checkpoint import load_checkpoint
+from simmim.counter_rng import derive_seed
+from simmim.data import CenterCrop, RandomCrop, Shapes, evaluation_batches, labelled_sources, training_batches
+from simmim.data.loader import Batches
+from simmim.data.sources import Labelled
+from simmim.engine import evaluate, fit
+from simmim.objectives.classify import Classify
+from simmim.optim import make_lr, make_optimizer
+from simmim.runlog import RunLog
+from simmim.stages import starting_point
+from swin import SwinEncoder, make_config, transfer
+
+ARMS = {"log_cpb": "log-spaced CPB", "linear_cpb": "linear-spaced CPB", "table": "table, bicubic"}
+FACTORS = (1.0, 1.5, 2.0, 3.0)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+HOLDOUT = 500
+SMALLEST_CROP = 0.25  # of the area; training has to show what enlarging does: everything larger
+
+Cell = tuple[str, float, bool]
+"""Arm, factor, and whether it was fine-tuned there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Image and window are those of training, in px and tokens; the patch is 4 px."""
+
+    data: str = "builtin:shapes"
+    seeds: int = 3
+    image_size: int = 48
+    window_size: int = 6
+    steps: int = 1000
+    finetune_steps: int = 40
+    batch_size: int = 32
+    lr: float = 6e-3
+    finetune_lr: float = 1e-3
+    embed_dim: int = 32
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: numbers that no encoder can be built of."""
+        for name in ("seeds", "image_size", "window_size", "steps", "finetune_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % 8 or self.window_size % 2:
+            raise ValueError(
+                f"images are enlarged 1.5 times, so an image size that is a multiple of 8 and an even window are "
+                f"needed, got {self.image_size} and {self.window_size}"
+            )
+        if self.window_size * 4 > self.image_size:
+            raise ValueError(
+                f"a window of {self.window_size} tokens of 4 px is larger than an image of {self.image_size} px"
+            )
+
+
+def window_transfer(plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[Cell, list[float]]:
+    """Train, enlarge and judge every arm; write ``table.txt``, ``table.json`` and ``table.png``.
+
+    What is finished is not done again: the same call continues an interrupted one.
+
+    Returns:
+        For every cell of the table the top-1 accuracy of each seed.
+
+    Raises:
+        ValueError: data without labels, or a folder that was made with another plan.
+    """
+    accelerator = Accelerator()
+    cells: dict[Cell, list[float]] = {}
+    for seed in range(plan.seeds):
+        for arm in ARMS:
+            say(
+                f"{ARMS[arm]}, seed {seed} ({seed * len(ARMS) + list(ARMS).index(arm) + 1} of {plan.seeds * len(ARMS)})"
+            )
+            for cell, accuracy in _judge_arm(plan, arm, seed, out / f"{arm}_seed{seed}", accelerator).items():
+                cells.setdefault(cell, []).append(accuracy)
+                tuned = "fine-tuned" if cell[2] else "as it is"
+                say(f"  window x {cell[1]:g} {tuned}: {accuracy:.1%}")
+    table = format_table(plan, cells)
+    say(table)
+    (out / "table.txt").write_text(table + "\n", encoding="utf-8")
+    content = [
+        {"arm": arm, "factor": factor, "fine_tuned": tuned, "top1": values}
+        for (arm, factor, tuned), values in cells.items()
+    ]
+    (out / "table.json").write_text(json.dumps({"plan": asdict(plan), "cells": content}, indent=2) + "\n")
+    draw(plan, cells, out / "table.png")
+    say(f"table    {out / 'table.txt'}\npicture  {out / 'table.png'}")
+    return cells
+
+
+def _judge_arm(plan: Plan, arm: str, seed: int, folder: Path, accelerator: Accelerator) -> dict[Cell, float]:
+    training, _ = _sources(plan)
+    torch.manual_seed(derive_seed("step", seed, 0))
+    config = make_config(
+        "swinv2_tiny",
+        image_size=plan.image_size,
+        window_size=plan.window_size,
+        embed_dim=plan.embed_dim,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        position_bias=arm,
+    )
+    trained = Classify(SwinEncoder(config), training.classes, mean=MEAN, std=STD)
+    top1 = _train(plan, trained, 1.0, seed, folder / "x1", accelerator)
+    cells: dict[Cell, float] = {(arm, 1.0, False): top1}
+    for factor in FACTORS[1:]:
+        larger = transfer(
+            trained.encoder.cpu(),
+            image_size=round(plan.image_size * factor),
+            window_size=round(plan.window_size * factor),
+        )
+        objective = Classify(larger, training.classes, mean=MEAN, std=STD)
+        objective.head.load_state_dict(trained.head.state_dict())
+        objective.to(accelerator.device)
+        cells[arm, factor, False] = _top1(plan, objective, factor, accelerator)
+        cells[arm, factor, True] = _train(plan, objective, factor, seed, folder / f"x{factor:g}", accelerator)
+    return cells
+
+
+def _train(plan: Plan, objective: Classify, factor: float, seed: int, folder: Path, accelerator: Accelerator) -> float:
+    """Train at ``factor`` times the size, or continue, and give the held-out accuracy."""
+    is_first = factor == 1.0
+    steps, lr = (plan.steps, plan.lr) if is_first else (plan.finetune_steps, plan.finetune_lr)
+    training, _ = _sources(plan)
+    settings = {**asdict(plan), "seeds": None, "factor": factor, "num_images": len(training)}
+    checkpoint, start = starting_point(folder, settings)
+    log = RunLog(folder, is_main=True, pictures="predictions")
+    optimizer = make_optimizer(
+        objective, objective.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8
+    )
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, objective, optimizer)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    if start < steps:
+        shown = _views(plan, factor, 16)
+        fit(
+            accelerator,
+            model,
+            optimizer,
+            training_batches(
+                training,
+                RandomCrop(_size(plan, factor), scale=(SMALLEST_CROP, 1.0)),
+                seed=seed,
+                labelled=True,
+                batch_size=plan.batch_size,
+                micro_batch_size=plan.batch_size,
+                start_step=start,
+                end_step=steps,
+            ),
+            lr_at=make_lr(
+                "cosine",
+                batch_size=512,
+                steps_per_epoch=steps,
+                total_steps=steps,
+                base_lr=lr,
+                warmup_epochs=0.1,
+                warmup_lr=0.0,
+            ),
+            start_step=start,
+            total_steps=steps,
+            accumulation=1,
+            clip_grad_norm=5.0,
+            images_per_epoch=len(training),
+            seed=seed,
+            log=log,
+            checkpoints=folder / "checkpoints",
+            settings=settings,
+            keep_checkpoints=1,
+            metrics_every_steps=max(1, steps // 4),
+            pictures_every_steps=steps,
+            checkpoint_every_steps=100,
+            holdout=[],
+            preview=next(iter(shown)),
+        )
+    return _top1(plan, objective, factor, accelerator)
+
+
+def _top1(plan: Plan, objective: Classify, factor: float, accelerator: Accelerator) -> float:
+    objective.eval()
+    return evaluate(objective, _views(plan, factor, plan.batch_size), accelerator.device)["top1"]
+
+
+def _views(plan: Plan, factor: float, batch_size: int) -> Batches:
+    _, holdout = _sources(plan)
+    return evaluation_batches(holdout, CenterCrop(_size(plan, factor)), batch_size=batch_size, labelled=True)
+
+
+def _sources(plan: Plan) -> tuple[Labelled, Labelled]:
+    """The same pictures for every window, as photographs are: resized to what is asked."""
+    if plan.data == "builtin:shapes":
+        size = _size(plan, 2)
+        return Shapes(plan.steps * plan.batch_size, size), Shapes(HOLDOUT, size, held_out=True)
+    return labelled_sources(plan.data, 3, HOLDOUT)
+
+
+def _size(plan: Plan, factor: float) -> tuple[int, int]:
+    return (round(plan.image_size * factor),) * 2
+
+
+def format_table(plan: Plan, cells: dict[Cell, list[float]]) -> str:
+    """Rows are arms, columns windows; ``without / with`` fine-tuning, mean ± standard deviation in percent."""
+    heads = [f"W{plan.window_size * factor:g} I{plan.image_size * factor:g}" for factor in FACTORS]
+    lines = [f"{'top-1 %, as it is / fine-tuned':<32}" + "".join(f"{head:>26}" for head in heads)]
+    for arm, name in ARMS.items():
+        texts = [
+            " / ".join(_percent(cells[arm, factor, tuned]) for tuned in (False, True) if (arm, factor, tuned) in cells)
+            for factor in FACTORS
+        ]
+        lines.append(f"{name:<32}" + "".join(f"{text:>26}" for text in texts))
+    return "\n".join(lines)
+
+
+def _percent(values: list[float]) -> str:
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def draw(plan: Plan, cells: dict[Cell, list[float]], path: Path) -> None:
+    """Accuracy over the window, one line per arm, a dot per seed; left as it is, right fine-tuned."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for tuned, axis, title in zip((False, True), axes, ("without fine-tuning", "fine-tuned"), strict=True):
+        for number, (arm, name) in enumerate(ARMS.items()):
+            values = [cells[arm, factor, tuned and factor > 1] for factor in FACTORS]
+            axis.plot(FACTORS, [100 * mean(v) for v in values], color=f"C{number}", label=name)
+            for factor, seeds in zip(FACTORS, values, strict=True):
+                axis.plot([factor] * len(seeds), [100 * v for v in seeds], ".", color=f"C{number}", alpha=0.6)
+        axis.set_xticks(FACTORS, [f"{plan.window_size * f:g}\n{plan.image_size * f:g} px" for f in FACTORS])
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel(f"window (tokens) and image; trained at {plan.window_size} and {plan.image_size} px")
+    axes[0].set_ylabel("held-out top-1, %")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
