@@ -22,24 +22,34 @@ _NAME = re.compile(r"step_(\d{8})")
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    *,
+    keep: int,
+    average: nn.Module | None = None,
 ) -> Path:
     """Write the state after ``step`` optimizer steps and remove all but the newest ``keep``.
 
     Args:
         settings: what must be the same when the run is resumed; plain JSON.
+        average: of the weights, if one is kept.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f".writing_{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     moments = {
         f"{name}/{key}": value.detach().contiguous().cpu()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(weights, partial / "model.safetensors")
+    for name, module in (("model", model), ("average", average)):
+        if module is not None:
+            weights = {key: tensor.detach().contiguous().cpu() for key, tensor in module.state_dict().items()}
+            save_file(weights, partial / f"{name}.safetensors")
     save_file(moments, partial / "optimizer.safetensors")
     state = {"step": step, "settings": settings}
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -70,8 +80,10 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise _damaged(checkpoint, error) from None
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved weights and optimizer state into ``model`` and ``optimizer``.
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> None:
+    """Put the saved weights and optimizer state into ``model``, ``optimizer`` and ``average``.
 
     Raises:
         ValueError: a file of the checkpoint is missing or damaged.
@@ -79,9 +91,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     try:
         weights = load_file(checkpoint / "model.safetensors")
         moments = load_file(checkpoint / "optimizer.safetensors")
+        averaged = load_file(checkpoint / "average.safetensors") if average is not None else {}
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, error) from None
     model.load_state_dict(weights, strict=True)
+    if average is not None:
+        average.load_state_dict(averaged, strict=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     saved: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():

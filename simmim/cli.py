@@ -18,6 +18,15 @@ PRETRAIN_EXAMPLES = """examples:
 The same command again continues an interrupted run. `simmim show RECIPE` prints every key.
 """
 
+FINETUNE_EXAMPLES = """examples:
+  simmim finetune --encoder runs/demo/pretrain/export --data flowers --image-size 224
+  simmim finetune --encoder runs/demo/pretrain/export --data flowers stages.finetune.schedule.epochs=30
+  accelerate launch tools/finetune.py recipes/simmim_swinv2_b.yaml --stage finetune_224 data.path=/data/imagenet
+
+DATA holds one subfolder per class, or train and val with one subfolder per class each. Without a recipe one is
+written beside the results.
+"""
+
 CONVERT_EXAMPLES = """examples:
   simmim convert swinv2_base_22k_500k.pth encoders/base
   simmim convert runs/demo/pretrain/export demo_timm --to timm
@@ -57,18 +66,41 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _pretrain(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     from simmim.engine import NonFiniteLoss
     from simmim.recipe import load_recipe
-    from simmim.stages import pretrain
+    from simmim.stages import run, run_stage, stage_of_kind
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    stage = arguments.stage or (arguments.kinds and stage_of_kind(recipe, arguments.kinds))
     try:
-        pretrain(recipe, arguments.out, precision=arguments.precision)
+        if stage:
+            run_stage(recipe, stage, arguments.out, precision=arguments.precision)
+        else:
+            run(recipe, arguments.out, precision=arguments.precision)
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from simmim.stages.alone import make_recipe
+
+    if (arguments.recipe is None) == (arguments.encoder is None):
+        raise ValueError("give a recipe, or --encoder EXPORT and --data FOLDER")
+    if arguments.encoder is not None:
+        arguments.recipe = str(
+            make_recipe(
+                arguments.encoder,
+                arguments.data,
+                arguments.out,
+                image_size=arguments.image_size,
+                window_size=arguments.window_size,
+                name=arguments.name,
+            )
+        )
+    return _run(arguments)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -124,12 +156,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     pretrain.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    pretrain.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
-    pretrain.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
-    pretrain.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
+    _add_run_options(pretrain)
+    pretrain.set_defaults(run=_run, kinds=("pretrain",))
+
+    every = commands.add_parser("run", help="walk all stages of a recipe; what is done is not done again")
+    every.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    _add_run_options(every)
+    every.set_defaults(run=_run, kinds=None)
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="train a classifier: a stage of a recipe, or any encoder on any labelled folder",
+        epilog=FINETUNE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    pretrain.set_defaults(run=_pretrain)
+    finetune.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    _add_run_options(finetune)
+    finetune.add_argument("--encoder", type=Path, help="instead of a recipe: an export, or the file of another project")
+    finetune.add_argument("--data", help="instead of a recipe: a folder with one subfolder per class")
+    finetune.add_argument("--image-size", type=_size, metavar="PX", help="default: as the encoder was trained")
+    finetune.add_argument("--window-size", type=_size, metavar="TOKENS", help="default: in proportion to the image")
+    finetune.add_argument("--name", help="folder of the run (default: finetune_ and the name of the data)")
+    finetune.set_defaults(run=_finetune, kinds=("finetune", "supervised", "transfer"))
 
     show = commands.add_parser("show", help="print a recipe with every value; without one, list the shipped recipes")
     show.add_argument("recipe", nargs="?")
@@ -138,6 +186,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_lab(commands)
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    parser.add_argument("--stage", help="which stage (default: the first of its kind)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
+    )
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from simmim.checkpoint import save_checkpoint
@@ -46,6 +48,7 @@ def fit(
     checkpoint_every_steps: int,
     holdout: Iterable[Batch],
     preview: Batch,
+    average: ModelEmaV3 | None = None,
 ) -> None:
     """Train from ``start_step`` to ``total_steps`` (optimizer steps) and save a checkpoint at the end.
 
@@ -54,20 +57,22 @@ def fit(
         micro_batches: ``accumulation`` per step, this process's share.
         holdout: the held-out batches, none if nothing is held out; iterated many times.
         preview: the batch that pictures show.
+        average: of the weights of ``model``; judged in its place.
 
     Raises:
         NonFiniteLoss: before the optimizer would have taken the step.
     """
     objective = accelerator.unwrap_model(model)
+    judged = objective if average is None else average.module
     batches = iter(micro_batches)
     log.start(start_step, total_steps)
     model.train()
     for step in range(start_step + 1, total_steps + 1):
         lr = lr_at(step - 1)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        # Stochastic depth draws from torch's generator: tied to the step, it resumes exactly.
-        torch.manual_seed(derive_seed("step", seed, step, accelerator.process_index))
+            group["lr"] = lr * group["lr_scale"]
+        # Stochastic depth and mixup draw from global generators: tied to the step, they resume exactly.
+        set_seed(derive_seed("step", seed, step, accelerator.process_index) % 2**32)
         losses, num_images = [], 0
         for micro_step in range(accumulation):
             batch = next(batches)
@@ -89,6 +94,8 @@ def fit(
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update(objective, step)
 
         log.count(num_images * accelerator.num_processes)
         is_last = step == total_steps
@@ -98,29 +105,40 @@ def fit(
             log.metrics(step, numbers)
         if step % pictures_every_steps == 0 or is_last:
             with accelerator.autocast():
-                objective.eval()
-                log.picture(step, objective.picture(to_device(preview, accelerator.device)))
-                numbers = evaluate(objective, holdout, accelerator.device)
-                objective.train()
+                judged.eval()
+                log.picture(step, judged.picture(to_device(preview, accelerator.device)))
+                numbers = evaluate(judged, holdout, accelerator)
+                judged.train()
             if numbers:
                 log.metrics(step, {f"holdout_{key}": value for key, value in numbers.items()})
         if (step % checkpoint_every_steps == 0 or is_last) and accelerator.is_main_process:
-            save_checkpoint(checkpoints, step, objective, optimizer, settings, keep=keep_checkpoints)
+            save_checkpoint(checkpoints, step, objective, optimizer, settings, keep=keep_checkpoints, average=average)
     log.end()
     accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
-    """The objective's ``measure``, averaged over all images of ``batches``; an empty dict when there are none."""
+def evaluate(objective: nn.Module, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
+    """The objective's ``measure``, averaged over all images; an empty dict when there are none.
+
+    Args:
+        batches: this process's share, no image twice.
+    """
     totals: dict[str, float] = {}
-    count = 0
     for batch in batches:
         images = len(batch["image"])
-        for name, value in objective.measure(to_device(batch, device)).items():  # type: ignore[operator]
+        numbers = objective.measure(to_device(batch, accelerator.device))  # type: ignore[operator]
+        for name, value in {**numbers, "images": 1.0}.items():
             totals[name] = totals.get(name, 0.0) + float(value) * images
-        count += images
-    return {name: total / count for name, total in totals.items()}
+    return mean_over_images(totals)
+
+
+def mean_over_images(totals: dict[str, float]) -> dict[str, float]:
+    """Sums of every process over its images, with their number as ``images`` -> means over all of them."""
+    shares = gather_object([totals])
+    summed = {name: sum(share.get(name, 0.0) for share in shares) for name in {k: 0 for share in shares for k in share}}
+    count = summed.pop("images", 0.0)
+    return {name: total / count for name, total in summed.items()} if count else {}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

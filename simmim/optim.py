@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,18 +22,36 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    layer_decay: float = 1.0,
+    depths: Mapping[nn.Parameter, int] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW that leaves the given parameters (by identity, not by name) undecayed.
 
-    The learning rate starts at 0: the loop sets it before every step.
+    The learning rate starts at 0: the loop sets it before every step, times ``lr_scale`` of the group.
+
+    Args:
+        layer_decay: ``lr_scale`` is ``layer_decay ** (deepest - depth)``.
+        depths: how deep every parameter sits; with a ``layer_decay`` below 1.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p not in no_decay]
-    undecayed = [p for p in model.parameters() if p.requires_grad and p in no_decay]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (depths[parameter] if depths else 0, parameter not in no_decay)
+            groups.setdefault(key, []).append(parameter)
+    deepest = max(depth for depth, _ in groups)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": weight_decay if is_decayed else 0.0,
+                "lr_scale": layer_decay ** (deepest - depth),
+            }
+            for (depth, is_decayed), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+        ],
+        lr=0.0,
+        betas=betas,
+        eps=eps,
+    )
 
 
 def make_lr(

@@ -120,11 +120,20 @@ def training_batches(
     return Batches(Samples(source, transform, seed, labelled=labelled), keys, num_workers, pin_memory)
 
 
-def evaluation_batches(source: Source, transform: CenterCrop, *, batch_size: int, labelled: bool = False) -> Batches:
-    """Every image once, in order, as epoch 0 of seed 0: the same crops and masks every time."""
-    keys = [(0, number) for number in range(len(source))]
+def evaluation_batches(
+    source: Source,
+    transform: CenterCrop,
+    *,
+    batch_size: int,
+    labelled: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Batches:
+    """Every image once, over all processes, as epoch 0 of seed 0: the same crops and masks every time."""
+    keys = [(0, number) for number in range(rank, len(source), world_size)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return Batches(Samples(source, transform, seed=0, labelled=labelled), batches)
+    return Batches(Samples(source, transform, seed=0, labelled=labelled), batches, num_workers)
 
 
 class Batches:

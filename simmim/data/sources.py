@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from simmim.counter_rng import derive_seed
+from simmim.counter_rng import derive_seed, permutation
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+VALIDATION = ("val", "validation", "test")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What Pillow raises for a file that is not a good image."""
 
@@ -160,17 +161,22 @@ def split_holdout(source: Source, holdout_images: int) -> tuple[Source, Source |
     return Subset(source, sorted(order[count:])), Subset(source, order[:count])
 
 
-def labelled_sources(path: str | Path, channels: int, holdout_images: int) -> tuple[Labelled, Labelled]:
+def labelled_sources(
+    path: str | Path, channels: int, holdout_images: int, val_path: str | Path | None = None
+) -> tuple[Labelled, Labelled]:
     """Training and held-out images of a folder with one subfolder per class.
 
-    ``path/train`` and ``path/val`` (or ``validation``, ``test``) where both are there, else the
-    split of :func:`split_holdout`.
+    ``path`` and ``val_path``; or ``path/train`` and ``path/val`` (or ``validation``, ``test``) where
+    both are there; else the split of :func:`split_holdout`.
 
     Raises:
         ValueError: as :class:`ClassFolder`; too few images to hold any out.
     """
     root = Path(path).expanduser()
-    for name in ("val", "validation", "test"):
+    if val_path is not None:
+        training = ClassFolder(root, channels)
+        return training, ClassFolder(val_path, channels, training.classes)
+    for name in VALIDATION:
         if (root / "train").is_dir() and (root / name).is_dir():
             training = ClassFolder(root / "train", channels)
             return training, ClassFolder(root / name, channels, training.classes)
@@ -178,6 +184,27 @@ def labelled_sources(path: str | Path, channels: int, holdout_images: int) -> tu
     if holdout is None:
         raise ValueError(f"{root} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
     return cast(Labelled, kept), cast(Labelled, holdout)
+
+
+def few_labels(source: Labelled, shots: int, seed: int) -> Labelled:
+    """``shots`` images of every class, drawn by ``seed``.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    wanted = {label: shots for label in range(len(source.classes))}
+    chosen = []
+    for number in permutation(seed, 0, len(source)).tolist():
+        label = source.label(number)
+        if wanted.get(label):
+            chosen.append(number)
+            wanted[label] -= 1
+            if not wanted[label]:
+                del wanted[label]
+        if not wanted:
+            return cast(Labelled, Subset(source, chosen))
+    label, missing = next(iter(wanted.items()))
+    raise ValueError(f"class {source.classes[label]} has {shots - missing} images, but shots is {shots}: lower it")
 
 
 def _scan(root: Path) -> tuple[list[str], int]:

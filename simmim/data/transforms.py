@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 _ATTEMPTS = 10
@@ -21,6 +29,7 @@ class RandomCrop:
         scale: range of the share of the image's area.
         ratio: range of width over height.
         flip: probability of a horizontal flip.
+        interpolation: ``bilinear`` or ``bicubic``.
     """
 
     num_draws = 4 * _ATTEMPTS + 1
@@ -31,14 +40,16 @@ class RandomCrop:
         scale: tuple[float, float] = (0.67, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        interpolation: str = "bilinear",
     ) -> None:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+        self.interpolation = interpolation
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         """``image`` uint8 ``(c, H, W)``, ``draws`` float64 ``(num_draws,)`` in [0, 1)."""
         values = draws.tolist()
         top, left, height, width = self.box(image.shape[1], image.shape[2], values[1:])
-        result = resize(image[:, top : top + height, left : left + width], self.size)
+        result = resize(image[:, top : top + height, left : left + width], self.size, self.interpolation)
         return result.flip(-1) if values[0] < self.flip else result
 
     def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
@@ -59,19 +70,55 @@ class CenterCrop:
 
     num_draws = 0
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, size: tuple[int, int], interpolation: str = "bilinear") -> None:
+        self.size, self.interpolation = size, interpolation
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         top, left, height, width = _central_box(image.shape[1], image.shape[2], self.size[1] / self.size[0])
-        return resize(image[:, top : top + height, left : left + width], self.size)
+        return resize(image[:, top : top + height, left : left + width], self.size, self.interpolation)
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bilinear resize of uint8 ``(c, H, W)``."""
+class RandAugmentedCrop(RandomCrop):
+    """:class:`RandomCrop`, then RandAugment by timm (arXiv 1909.13719), for three channels.
+
+    Args:
+        rand_augment: timm's notation, for instance ``rand-m9-mstd0.5-inc1``.
+        mean: of the pixels in [0, 1]; what fills the corners of a rotated image.
+    """
+
+    num_draws = RandomCrop.num_draws + 1
+
+    def __init__(self, size: tuple[int, int], *, rand_augment: str, mean: Sequence[float], **crop: Any) -> None:
+        super().__init__(size, **crop)
+        fill = tuple(round(255 * value) for value in mean)
+        settings = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
+        self.rand_augment = rand_augment_transform(rand_augment, settings)
+
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        pixels = super().__call__(image, draws[:-1]).permute(1, 2, 0).numpy()
+        with _seeded(int(draws[-1] * 2**32)):
+            pixels = np.array(self.rand_augment(Image.fromarray(pixels)))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What timm draws comes from ``seed``, and leaves no trace in the global generators."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
+    """Antialiased resize of uint8 ``(c, H, W)``."""
     if tuple(image.shape[1:]) == size:
         return image
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(image[None], size, mode=interpolation, antialias=True)[0]
 
 
 def _central_box(height: int, width: int, ratio: float) -> tuple[int, int, int, int]:

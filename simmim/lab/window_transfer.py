@@ -26,7 +26,7 @@ from simmim.engine import evaluate, fit
 from simmim.objectives.classify import Classify
 from simmim.optim import make_lr, make_optimizer
 from simmim.runlog import RunLog
-from simmim.stages import starting_point
+from simmim.stages.assembly import starting_point
 from swin import SwinEncoder, make_config, transfer
 
 ARMS = {"log_cpb": "log-spaced CPB", "linear_cpb": "linear-spaced CPB", "table": "table, bicubic"}
@@ -194,7 +194,7 @@ def _train(plan: Plan, objective: Classify, factor: float, seed: int, folder: Pa
 
 def _top1(plan: Plan, objective: Classify, factor: float, accelerator: Accelerator) -> float:
     objective.eval()
-    return evaluate(objective, _views(plan, factor, plan.batch_size), accelerator.device)["top1"]
+    return evaluate(objective, _views(plan, factor, plan.batch_size), accelerator)["top1"]
 
 
 def _views(plan: Plan, factor: float, batch_size: int) -> Batches:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from simmim.recipe import dump_recipe, encoder_config, load_recipe, shipped_recipes
+from simmim.recipe import dump_recipe, load_recipe, shipped_recipes
+from simmim.schema import encoder_config
 from swin import SwinEncoder
 
 
@@ -25,7 +26,7 @@ def test_every_shipped_recipe_is_valid_and_buildable(path):
     recipe = load_recipe(str(path))
     assert recipe.name == path.stem
     with torch.device("meta"):
-        SwinEncoder(encoder_config(recipe.encoder, recipe.stages.pretrain))
+        SwinEncoder(encoder_config(recipe.encoder, recipe.stages["pretrain"]))
     text = path.read_text()
     assert text.startswith("#") and ("simmim pretrain" in text or "tools/pretrain.py" in text.splitlines()[0])
 
@@ -37,7 +38,7 @@ def test_the_shipped_sizes():
 
 def test_the_official_base_recipe():
     recipe = load_recipe("simmim_swinv2_b")
-    stage = recipe.stages.pretrain
+    stage = recipe.stages["pretrain"]
     assert (stage.image_size, stage.window_size) == ((192, 192), (12, 12))
     assert (stage.batch_size, stage.drop_path) == (2048, 0.1)
     assert (stage.mask.patch_size, stage.mask.ratio, stage.target.norm_window) == (32, 0.6, 47)
@@ -55,8 +56,8 @@ def test_overrides_are_yaml(write):
     recipe = load_recipe(
         path, ["stages.pretrain.schedule.base_lr=2e-4", "stages.pretrain.image_size=[64, 96]", "name=other"]
     )
-    assert recipe.stages.pretrain.schedule.base_lr == 2e-4
-    assert recipe.stages.pretrain.image_size == (64, 96)
+    assert recipe.stages["pretrain"].schedule.base_lr == 2e-4
+    assert recipe.stages["pretrain"].image_size == (64, 96)
     assert recipe.name == "other" and recipe.data.path == "images"
 
 
@@ -94,7 +95,21 @@ def test_a_dumped_recipe_reads_the_same(write, tmp_path):
         ("{}", ["encoder.in_chans=4"], r"data.mean has 3 numbers, but encoder.in_chans is 4"),
         ("{}", ["encoder.num_heads=[3, 5, 7, 9]"], r"128 channels, which 3 heads do not divide"),
         ("{}", ["encoder.name=swinv2_bas"], r"encoder.name: Input should be 'swin_tiny', 'swin_small'"),
-        ("{}", ["stages.finetune.epochs=3"], r"stages.finetune: unknown key"),
+        ("{}", ["stages.finetune.epochs=3"], r"stages.finetune.epochs: unknown key, \(known here: kind, init_from"),
+        ("{}", ["stages.tune.head=keep"], r"what is stage 'tune'\? Begin its name with one of pretrain, supervised"),
+        ("{}", ["stages.tune.kind=tune"], r"stages.tune: .*'tune' found using 'kind' does not match"),
+        ("{}", ["stages={}"], r"stages: .* at least 1 item"),
+        ("{}", ["stages.finetune.head=keep"], r"stages.finetune starts from nothing: put a stage before it"),
+        ("{}", ["stages.finetune.init_from=scratch"], r"starts from scratch: give its image_size and window_size"),
+        ("stages: {finetune_a: {init_from: finetune_b}, finetune_b: {init_from: x}}", [], r"'finetune_b' comes later"),
+        ("stages: {finetune: {init_from: finetune}}", [], r"'finetune' comes later"),
+        ("stages: {finetune: {init_from: x, micro_batch_size: 3}}", [], r"micro_batch_size must be even, got 3"),
+        ("stages: {finetune: {init_from: x, augment: {rand_augment: much}}}", [], r"rand_augment: String should match"),
+        (
+            "{encoder: {in_chans: 1}, data: {mean: [0], std: [1]}, stages: {finetune: {init_from: x}}}",
+            [],
+            r"rand_augment is for 3 channels: set it to null",
+        ),
         ("{}", ["seed"], r"override 'seed': expected key.path=value"),
         ("{}", ["seed.a=1", "seed.a.b=1"], r"a holds a value, not further keys"),
         ("{}", ["seed=[1"], r"is not valid YAML"),
@@ -133,6 +148,5 @@ def test_a_file_that_is_no_recipe(tmp_path):
 
 def test_plain_exponents_are_numbers_though_yaml_says_text(write):
     assert yaml.safe_load("1e-3") == "1e-3"
-    assert (
-        load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}")).stages.pretrain.schedule.base_lr == 1e-3
-    )
+    recipe = load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}"))
+    assert recipe.stages["pretrain"].schedule.base_lr == 1e-3

@@ -1,0 +1,278 @@
+"""The schema of a recipe: one YAML file with data, encoder and an ordered set of stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from simmim.masking import MaskGenerator
+from swin import SIZES, SwinConfig, make_config
+from swin.config import Attention, Norm, PositionBias, as_pair
+
+Size = Annotated[tuple[int, int], BeforeValidator(lambda value: as_pair(value, "this"))]
+SizeOrNone = Annotated[
+    tuple[int, int] | None, BeforeValidator(lambda value: None if value is None else as_pair(value, "this"))
+]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Frozen, finite, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Data(Settings):
+    """Which images."""
+
+    path: str = Field("", description="a folder of images, flat or nested, or builtin:shapes")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0, 1]")
+    std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel, of pixels in [0, 1]")
+    num_images: Count = Field(100_000, description="how many builtin images make an epoch")
+    holdout_images: int = Field(64, ge=0, description="kept out of training for pictures and the held-out loss")
+    num_workers: int = Field(2, ge=0, description="loader processes for each training process")
+
+
+class Encoder(Settings):
+    """Which encoder; what is left open comes from the named size."""
+
+    name: Literal[tuple(SIZES)] = Field("swinv2_base", description="a named size")  # type: ignore[valid-type]
+    in_chans: Count = 3
+    embed_dim: Count | None = None
+    depths: list[Count] | None = None
+    num_heads: list[Count] | None = None
+    patch_size: Count | None = Field(None, description="side of a token of the first stage, px")
+    mlp_ratio: Positive | None = None
+    extra_norm_interval: int | None = Field(
+        None, ge=0, description="blocks between norms on the main branch; 0 for none"
+    )
+    attention: Attention | None = Field(None, description="similarity of tokens: cosine in V2, dot in V1")
+    norm: Norm | None = Field(None, description="norms of the branches: res-post in V2, pre in V1")
+    position_bias: PositionBias | None = Field(None, description="log_cpb in V2, table in V1")
+
+
+class Crop(Settings):
+    """Random resized crop and horizontal flip."""
+
+    scale: tuple[Positive, Positive] = (0.67, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: Share = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Crop:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must go from low to high, got {low}, {high}")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale is a share of the image's area, at most 1, got {self.scale[1]}")
+        return self
+
+
+class Mask(Settings):
+    """Random masking (SimMIM, section 3.2)."""
+
+    patch_size: Count = Field(32, description="side of a masked cell, px")
+    ratio: float = Field(0.6, gt=0, lt=1, description="share of cells, rounded up")
+
+
+class Target(Settings):
+    """What is predicted (SimMIM, section 3.4)."""
+
+    loss: Literal["l1", "l2", "smooth_l1"] = "l1"
+    norm_window: Count | None = Field(None, description="sliding window for normalised targets, px, odd; 47 in Swin V2")
+
+
+class Optimizer(Settings):
+    """AdamW."""
+
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_grad_norm: Positive | None = Field(5.0, description="null: no clipping")
+
+
+class Schedule(Settings):
+    """Learning rates are given for a batch of 512 and scaled with the batch size."""
+
+    name: Literal["cosine", "multistep"] = "cosine"
+    epochs: Positive = 100
+    base_lr: Positive = 1e-4
+    warmup_epochs: NotNegative = 10
+    warmup_lr: NotNegative = 5e-7
+    min_lr: NotNegative = Field(1e-6, description="where cosine ends")
+    milestones_epochs: list[Positive] = Field([], description="multistep: when the rate is multiplied by gamma")
+    gamma: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} must be below epochs {self.epochs:g}")
+        if self.name == "multistep" and not self.milestones_epochs:
+            raise ValueError("a multistep schedule needs milestones_epochs, for instance [700]")
+        return self
+
+
+class Log(Settings):
+    """What is written during a run, and how often; in optimizer steps."""
+
+    metrics_every_steps: Count = 10
+    pictures_every_steps: Count = 1000
+    checkpoint_every_steps: Count = 1000
+    keep_checkpoints: Count = 2
+
+
+class Pretrain(Settings):
+    """Masked image modelling."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    init_from: str = Field("scratch", description="scratch, or any encoder that is to be trained further")
+    image_size: Size = Field((192, 192), description="px; one number or [height, width]")
+    window_size: Size = Field((12, 12), description="tokens; one number or [height, width]")
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
+    micro_batch_size: Count = Field(128, description="images per forward pass of one process")
+    crop: Crop = Crop()
+    mask: Mask = Mask()
+    target: Target = Target()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _masks_fit(self) -> Pretrain:
+        MaskGenerator(self.image_size, self.mask.patch_size, self.mask.ratio)
+        if self.target.norm_window is not None and self.target.norm_window % 2 == 0:
+            raise ValueError(f"target.norm_window must be odd, got {self.target.norm_window}")
+        return self
+
+
+class Labels(Settings):
+    """Which labelled images: folders with one subfolder per class, or builtin:shapes."""
+
+    path: str = Field("", description="empty: data.path; its train and val (or test) subfolders where it has both")
+    val_path: str = Field("", description="empty: the val subfolder, or val_images held out of the others")
+    val_images: Count = Field(5000, description="held out where there is no folder for validation, at most a tenth")
+    shots: Count | None = Field(None, description="labelled images of each class; null: all")
+
+
+class Augment(Settings):
+    """What timm does to the images of a classifier (official Swin recipes)."""
+
+    rand_augment: str | None = Field(
+        "rand-m9-mstd0.5-inc1", pattern=r"^rand(-[a-z]+[\d.]+)+$", description="timm's notation; null: none"
+    )
+    erasing: Share = Field(0.25, description="probability of a box of noise")
+    mixup: NotNegative = Field(0.8, description="alpha; 0: none")
+    cutmix: NotNegative = Field(1.0, description="alpha; 0: none")
+
+
+class Finetune(Settings):
+    """Classification: the supervised stage on many labels, fine-tuning, and transfer to another size."""
+
+    kind: Literal["supervised", "finetune", "transfer"]
+    init_from: str = Field("", description="a stage, an export, a file, or scratch; empty: the stage before")
+    head: str = Field("", description="fresh, keep, or a file that maps classes; empty: keep to transfer, else fresh")
+    image_size: SizeOrNone = Field(None, description="px; null: as the encoder was trained")
+    window_size: SizeOrNone = Field(None, description="tokens; null: in proportion to the image")
+    labels: Labels = Labels()
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    layer_decay: float = Field(0.8, gt=0, le=1, description="learning rate of a layer over that of the next")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, judged and exported")
+    batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
+    micro_batch_size: Count = Field(128, description="images per forward pass of one process")
+    crop: Crop = Crop(scale=(0.08, 1.0), interpolation="bicubic")
+    augment: Augment = Augment()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule(base_lr=1.25e-3, warmup_epochs=20, warmup_lr=2.5e-7, min_lr=2.5e-7)
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _pairs_to_mix(self) -> Finetune:
+        if (self.augment.mixup or self.augment.cutmix) and self.micro_batch_size % 2:
+            raise ValueError(f"mixup and cutmix mix pairs: micro_batch_size must be even, got {self.micro_batch_size}")
+        return self
+
+
+KINDS = ("pretrain", "supervised", "finetune", "transfer")
+
+
+def _name_kinds(stages: Any) -> Any:
+    """A stage is of the kind that its name begins with, unless it says otherwise."""
+    if not isinstance(stages, dict):
+        return stages
+    named = {}
+    for name, stage in stages.items():
+        kind = str(name).split("_")[0]
+        if isinstance(stage, dict) and "kind" not in stage:
+            if kind not in KINDS:
+                raise ValueError(
+                    f"what is stage {name!r}? Begin its name with one of {', '.join(KINDS)}, or give its kind"
+                )
+            stage = {"kind": kind, **stage}
+        named[name] = stage
+    return named
+
+
+Stage = Annotated[Pretrain | Finetune, Field(discriminator="kind")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+Stages = Annotated[dict[Name, Stage], BeforeValidator(_name_kinds), Field(min_length=1)]
+
+
+class Recipe(Settings):
+    """The whole file."""
+
+    name: str = Field(
+        "",
+        pattern=r"^[\w+-][\w .+-]*$|^$",
+        description="folder of the run below the output folder; the file's name by default",
+    )
+    seed: int = Field(0, ge=0)
+    data: Data = Data()
+    encoder: Encoder = Encoder()
+    stages: Stages = Field({"pretrain": Pretrain()}, description="what is done, in this order")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        channels = self.encoder.in_chans
+        for name in ("mean", "std"):
+            count = len(getattr(self.data, name))
+            if count != channels:
+                raise ValueError(f"data.{name} has {count} numbers, but encoder.in_chans is {channels}")
+        before = ""
+        for name, stage in self.stages.items():
+            if isinstance(stage, Pretrain):
+                token = encoder_config(self.encoder, stage).patch_size
+                if stage.mask.patch_size % token:
+                    raise ValueError(
+                        f"stages.{name}.mask.patch_size {stage.mask.patch_size} must be a "
+                        f"multiple of encoder.patch_size {token}"
+                    )
+            elif not (stage.init_from or before):
+                raise ValueError(
+                    f"stages.{name} starts from nothing: put a stage before it, or name init_from: "
+                    "an export folder, a file of weights, or scratch"
+                )
+            elif stage.init_from == "scratch" and stage.image_size is None:
+                raise ValueError(f"stages.{name} starts from scratch: give its image_size and window_size")
+            if stage.init_from in list(self.stages)[list(self.stages).index(name) :]:
+                raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
+            if isinstance(stage, Finetune) and stage.augment.rand_augment and channels != 3:
+                raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
+            before = name
+        return self
+
+
+def encoder_config(encoder: Encoder, stage: Pretrain | Finetune) -> SwinConfig:
+    """The encoder that a stage trains from scratch."""
+    given = {key: value for key, value in encoder if value is not None and key != "name"}
+    for name in ("image_size", "window_size"):
+        if getattr(stage, name) is not None:
+            given[name] = getattr(stage, name)
+    return make_config(encoder.name, **given, drop_path=stage.drop_path)

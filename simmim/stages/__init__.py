@@ -1,0 +1,47 @@
+"""The only floor where a recipe becomes objects: one room for each kind of stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from simmim.schema import Pretrain, Recipe
+from simmim.stages.finetune import finetune
+from simmim.stages.pretrain import pretrain
+
+__all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
+
+
+def run_stage(recipe: Recipe, name: str, out: Path, *, precision: str | None = None) -> Path:
+    """Run one stage of a recipe, or continue it; nothing is done again.
+
+    Returns:
+        The folder of its export.
+
+    Raises:
+        ValueError: no such stage, or settings, data, start or launch that cannot work.
+    """
+    if name not in recipe.stages:
+        raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
+    if isinstance(recipe.stages[name], Pretrain):
+        return pretrain(recipe, out, name=name, precision=precision)
+    return finetune(recipe, out, name=name, precision=precision)
+
+
+def run(recipe: Recipe, out: Path, *, precision: str | None = None) -> Path:
+    """Run all stages in their order, from where they stand; the export of the last."""
+    for name in recipe.stages:
+        last = run_stage(recipe, name, out, precision=precision)
+    return last
+
+
+def stage_of_kind(recipe: Recipe, kinds: Sequence[str]) -> str:
+    """The first stage of one of these kinds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, stage in recipe.stages.items():
+        if stage.kind in kinds:
+            return name
+    raise ValueError(f"{recipe.name} has no stage of kind {' or '.join(kinds)}: it has {', '.join(recipe.stages)}")

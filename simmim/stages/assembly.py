@@ -1,0 +1,243 @@
+"""What every stage needs: the machine, the images, where to start, and a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from simmim.checkpoint import different_settings, list_checkpoints, load_state
+from simmim.data import CenterCrop, Folder, Shapes, Source, evaluation_batches, split_holdout
+from simmim.data.loader import Batches
+from simmim.data.sources import VALIDATION
+from simmim.optim import LearningRate, make_lr
+from simmim.recipe import dump_recipe
+from simmim.runlog import RunLog, write_environment
+from simmim.schema import Data, Finetune, Pretrain, Recipe, encoder_config
+from swin import SwinEncoder, import_encoder, load_description, load_encoder, save_encoder, transfer
+from swin.config import Pair
+from swin.weights import DESCRIPTION
+
+FIXED = (
+    "embed_dim",
+    "depths",
+    "num_heads",
+    "patch_size",
+    "mlp_ratio",
+    "in_chans",
+    "attention",
+    "norm",
+    "position_bias",
+    "extra_norm_interval",
+)
+
+
+class Start(NamedTuple):
+    """Where a stage starts: fresh weights, or those of ``path``."""
+
+    encoder: SwinEncoder
+    path: Path | None
+    fingerprint: str
+    """Of the weights; the same weights give the same stage."""
+
+
+def make_accelerator(precision: str | None) -> Accelerator:
+    """An Accelerator, after checking that the launch is what it seems.
+
+    Raises:
+        ValueError: several independent copies were started instead of one distributed run, or a
+            kind of distribution or precision that is not supported.
+    """
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision or "", precision))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but each of them believes to be alone: on a machine without "
+            "GPUs start with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported yet: "
+            "start with --multi_gpu, or correct `accelerate config`"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision!r} is not supported: use bf16, which needs no "
+            "loss scaling, or no for fp32"
+        )
+    return accelerator
+
+
+def make_sources(data: Data, size: Pair, channels: int) -> tuple[Source, Source | None]:
+    """Training images and held-out images (None where too few are left to hold any out).
+
+    Of a folder with ``train`` and ``val`` only the training images are used: no stage may see the others.
+    """
+    if data.path == "builtin:shapes":
+        held_out = Shapes(data.holdout_images, size, channels, held_out=True)
+        return Shapes(data.num_images, size, channels), held_out if data.holdout_images else None
+    if data.path.startswith("builtin:"):
+        raise ValueError(f"data.path {data.path!r}: the only builtin data is builtin:shapes")
+    if not data.path:
+        raise ValueError("the recipe names no images: set data.path=FOLDER_OF_IMAGES (or builtin:shapes)")
+    root = Path(data.path).expanduser()
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in VALIDATION):
+        root = root / "train"
+    return split_holdout(Folder(root, channels), data.holdout_images)
+
+
+def make_views(
+    source: Source | None, view: CenterCrop, batch_size: int, labelled: bool, shares: tuple[int, int] = (0, 1)
+) -> Batches | list:
+    """Fixed central crops, the same in every epoch and run; of (rank, world size) the share of one process."""
+    if source is None:
+        return []
+    rank, world_size = shares
+    return evaluation_batches(source, view, batch_size=batch_size, labelled=labelled, rank=rank, world_size=world_size)
+
+
+def derive_accumulation(batch_size: int, micro_batch_size: int, num_processes: int) -> int:
+    """Micro-steps per optimizer step.
+
+    Raises:
+        ValueError: the batch cannot be divided; names the micro-batches that would.
+    """
+    if batch_size % (micro_batch_size * num_processes) == 0:
+        return batch_size // (micro_batch_size * num_processes)
+    if batch_size % num_processes:
+        raise ValueError(f"batch_size {batch_size} does not divide among {num_processes} processes: change it")
+    share = batch_size // num_processes
+    choices = [size for size in range(1, share + 1) if share % size == 0]
+    raise ValueError(
+        f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {num_processes} "
+        f"process(es): take a micro_batch_size of {', '.join(map(str, choices))}"
+    )
+
+
+def schedule_of(stage: Pretrain | Finetune, num_images: int, total_steps: int) -> LearningRate:
+    """The learning rate of every step of a stage."""
+    return make_lr(
+        batch_size=stage.batch_size,
+        steps_per_epoch=num_images / stage.batch_size,
+        total_steps=total_steps,
+        **stage.schedule.model_dump(exclude={"epochs"}),
+    )
+
+
+def make_start(recipe: Recipe, name: str, out: Path) -> Start:
+    """The encoder that a stage starts from, at its own image and window size.
+
+    Fresh weights come from torch's generator: seed it before.
+
+    Raises:
+        ValueError: the stage before has not been run, or weights that are not what the recipe says.
+    """
+    stage = recipe.stages[name]
+    init = stage.init_from or list(recipe.stages)[list(recipe.stages).index(name) - 1]
+    if init == "scratch":
+        return Start(SwinEncoder(encoder_config(recipe.encoder, stage)), None, "scratch")
+    path = Path(init).expanduser()
+    if init in recipe.stages:
+        path = out / recipe.name / init / "export"
+        if not path.exists():
+            raise ValueError(f"{name} starts from {init}, which has not been run: `simmim run` walks all stages")
+    encoder = load_encoder(path) if (path / DESCRIPTION).exists() else import_encoder(path)[0]
+    fingerprint = _fingerprint(encoder)
+    wanted = encoder_config(recipe.encoder, stage)
+    for field in FIXED:
+        if getattr(encoder.config, field) != getattr(wanted, field):
+            raise ValueError(
+                f"{name} starts from {path}, whose {field} is {getattr(encoder.config, field)}, but the recipe "
+                f"says {getattr(wanted, field)}: correct encoder in the recipe"
+            )
+    size, window = geometry(stage, encoder)
+    return Start(transfer(encoder, image_size=size, window_size=window, drop_path=stage.drop_path), path, fingerprint)
+
+
+def geometry(stage: Pretrain | Finetune, encoder: SwinEncoder) -> tuple[Pair, Pair]:
+    """Image and window of a stage: as given, else those of the encoder, the window in proportion to the image."""
+    old = encoder.config
+    size = stage.image_size or old.image_size
+    in_proportion = tuple(
+        max(1, round(window * new / before))
+        for window, new, before in zip(old.window_size, size, old.image_size, strict=True)
+    )
+    return size, stage.window_size or (in_proportion[0], in_proportion[1])
+
+
+def _fingerprint(encoder: SwinEncoder) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def decisive_settings(recipe: Recipe, name: str, **facts: Any) -> dict[str, Any]:
+    """What must not change when a stage continues: everything but names, places and bookkeeping."""
+    stage = recipe.stages[name]
+    passing = {"log", "init_from"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
+    settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": {"path", "num_workers"}})
+    if isinstance(stage, Finetune):
+        settings["data"] = {key: settings["data"][key] for key in ("mean", "std")}
+    own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, "labels": {"path", "val_path"}})
+    return {**settings, "stage": own, **facts}
+
+
+def starting_point(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, int]:
+    """Own checkpoint or the start: the newest checkpoint of the folder and its step, or None and 0.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    newest = list_checkpoints(folder / "checkpoints")[-1:]
+    if not newest:
+        return None, 0
+    state = load_state(newest[0])
+    changed = different_settings(state["settings"], settings)
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
+            "give another name=..., another --out, or remove the folder"
+        )
+    return newest[0], state["step"]
+
+
+def is_done(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the export of a stage was made with these settings."""
+    export = folder / "export"
+    return export.exists() and load_description(export).get("trained", {}).get("settings") == settings
+
+
+def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, pictures: str) -> RunLog:
+    """Create the run folder with its resolved recipe and environment."""
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_environment(folder, processes=accelerator.num_processes, precision=accelerator.mixed_precision)
+    accelerator.wait_for_everyone()
+    return RunLog(folder, is_main=accelerator.is_main_process, pictures=pictures)
+
+
+def export(encoder: SwinEncoder, folder: Path, recipe: Recipe, trained: dict[str, Any], **about: Any) -> Path:
+    """Write the encoder with what a later user must know of its pixels and training; whole or not at all.
+
+    Returns:
+        A folder beside ``folder``, for whatever else belongs to the export; :func:`publish` names it.
+    """
+    unfinished = folder.with_name(".writing_export")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
+    save_encoder(encoder, unfinished, about={"pixels": pixels, **about, "trained": trained})
+    return unfinished
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Give a finished export its name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)

@@ -1,0 +1,121 @@
+"""Classification: the supervised stage, fine-tuning and transfer, from a recipe to an exported classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from simmim.classifier import load_classifier, save_classifier, take_over, take_over_rows
+from simmim.counter_rng import derive_seed
+from simmim.data import Labelled, RandAugmentedCrop, RandomCrop, Shapes, few_labels, labelled_sources
+from simmim.engine import evaluate
+from simmim.objectives.classify import Classify
+from simmim.schema import Finetune, Recipe
+from simmim.stages.assembly import Start, decisive_settings, export, is_done, make_accelerator, make_start, publish
+from simmim.stages.training import Job, num_steps, train
+from swin.config import Pair
+
+
+def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = None) -> Path:
+    """Run a stage with labels, from where it stands.
+
+    Args:
+        out: the stage writes into ``out / recipe.name / name``.
+        precision: ``bf16``, ``fp32``, or None for what the launcher says.
+
+    Returns:
+        The folder of the exported encoder and classifier.
+
+    Raises:
+        ValueError: settings, data, start or launch that cannot work, or a folder with other settings.
+    """
+    stage = recipe.stages[name]
+    assert isinstance(stage, Finetune)
+    accelerator = make_accelerator(precision)
+    torch.manual_seed(derive_seed("step", recipe.seed, 0))
+    start = make_start(recipe, name, out)
+    training, holdout = make_labelled(recipe, stage, start.encoder.config.image_size)
+    settings = decisive_settings(
+        recipe,
+        name,
+        starts_from=start.fingerprint,
+        num_training_images=len(training),
+        classes=list(training.classes),
+        precision=accelerator.mixed_precision,
+    )
+    folder = out / recipe.name / name
+    if is_done(folder, settings):
+        accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
+        return folder / "export"
+    job = Job(
+        objective=make_objective(recipe, stage, start, list(training.classes)),
+        training=training,
+        holdout=holdout,
+        transform=make_transform(recipe, stage, start.encoder.config.image_size),
+        start=str(start.path or "scratch"),
+        pictures="predictions",
+        layer_decay=stage.layer_decay,
+        ema_decay=stage.ema_decay,
+    )
+    objective, views, log, _ = train(job, recipe, name, folder, settings, accelerator)
+    assert isinstance(objective, Classify)
+    with accelerator.autocast():
+        numbers = {f"holdout_{key}": value for key, value in evaluate(objective, views, accelerator).items()}
+    if accelerator.is_main_process:
+        log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
+        (folder / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        steps = num_steps(recipe, name, len(training))
+        trained = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": settings}
+        unfinished = export(objective.encoder, folder / "export", recipe, trained, classes=objective.classes)
+        save_classifier(unfinished, objective.head)
+        publish(unfinished, folder / "export")
+        log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder, simmim evaluate)")
+    accelerator.wait_for_everyone()
+    return folder / "export"
+
+
+def make_labelled(recipe: Recipe, stage: Finetune, size: Pair) -> tuple[Labelled, Labelled]:
+    """Training and held-out images with labels."""
+    labels, channels = stage.labels, recipe.encoder.in_chans
+    path = labels.path or recipe.data.path
+    if path == "builtin:shapes":
+        training: Labelled = Shapes(recipe.data.num_images, size, channels)
+        holdout: Labelled = Shapes(labels.val_images, size, channels, held_out=True)
+    elif not path:
+        raise ValueError("the recipe names no labelled images: set data.path or the labels.path of the stage")
+    else:
+        training, holdout = labelled_sources(path, channels, labels.val_images, labels.val_path or None)
+    return training if labels.shots is None else few_labels(training, labels.shots, recipe.seed), holdout
+
+
+def make_transform(recipe: Recipe, stage: Finetune, size: Pair) -> RandomCrop:
+    """The augmentation of single images; mixup, CutMix and erasing belong to the objective."""
+    crop = stage.crop.model_dump()
+    if stage.augment.rand_augment is None:
+        return RandomCrop(size, **crop)
+    return RandAugmentedCrop(size, rand_augment=stage.augment.rand_augment, mean=recipe.data.mean, **crop)
+
+
+def make_objective(recipe: Recipe, stage: Finetune, start: Start, classes: list[str]) -> Classify:
+    """The classifier, its head fresh or taken over."""
+    objective = Classify(
+        start.encoder,
+        classes,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        label_smoothing=stage.label_smoothing,
+        **stage.augment.model_dump(exclude={"rand_augment"}),
+    )
+    head = stage.head or ("keep" if stage.kind == "transfer" else "fresh")
+    if head == "fresh":
+        return objective
+    if start.path is None:
+        raise ValueError(f"head {head!r}: a stage that starts from scratch has no classifier to take over")
+    old = load_classifier(start.path)
+    if head == "keep":
+        take_over(objective.head, old, classes, str(start.path))
+    else:
+        take_over_rows(objective.head, old, Path(head))
+    return objective

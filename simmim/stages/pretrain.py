@@ -1,0 +1,125 @@
+"""Masked image modelling, from a recipe to an exported encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from simmim.counter_rng import derive_seed
+from simmim.data import RandomCrop
+from simmim.data.loader import Batches
+from simmim.engine import evaluate, mean_over_images, to_device
+from simmim.masking import MaskGenerator
+from simmim.objectives.reconstruct import Reconstruct
+from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
+from simmim.runlog import RunLog
+from simmim.schema import Pretrain, Recipe
+from simmim.stages.assembly import (
+    decisive_settings,
+    export,
+    is_done,
+    make_accelerator,
+    make_sources,
+    make_start,
+    publish,
+)
+from simmim.stages.training import Job, num_steps, train
+from swin import SwinEncoder
+
+
+def pretrain(recipe: Recipe, out: Path, *, name: str = "pretrain", precision: str | None = None) -> Path:
+    """Run a pretraining stage of a recipe, from where it stands.
+
+    Args:
+        out: the stage writes into ``out / recipe.name / name``.
+        precision: ``bf16``, ``fp32``, or None for what the launcher says.
+
+    Returns:
+        The folder of the exported encoder.
+
+    Raises:
+        ValueError: settings, data or launch that cannot work, or a folder with other settings.
+    """
+    stage = recipe.stages[name]
+    assert isinstance(stage, Pretrain)
+    accelerator = make_accelerator(precision)
+    training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans)
+    torch.manual_seed(derive_seed("step", recipe.seed, 0))
+    start = make_start(recipe, name, out)
+    settings = decisive_settings(
+        recipe,
+        name,
+        starts_from=start.fingerprint,
+        num_training_images=len(training),
+        precision=accelerator.mixed_precision,
+    )
+    folder = out / recipe.name / name
+    if is_done(folder, settings):
+        accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
+        return folder / "export"
+    job = Job(
+        objective=make_objective(recipe, stage, start.encoder),
+        training=training,
+        holdout=holdout,
+        transform=RandomCrop(stage.image_size, **stage.crop.model_dump()),
+        start=str(start.path or "scratch"),
+        pictures="reconstructions",
+    )
+    objective, views, log, _ = train(job, recipe, name, folder, settings, accelerator)
+    assert isinstance(objective, Reconstruct)
+    with accelerator.autocast():
+        sum_up(objective, views, log, accelerator)
+    if accelerator.is_main_process:
+        steps = num_steps(recipe, name, len(training))
+        trained = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": settings}
+        publish(export(objective.encoder, folder / "export", recipe, trained), folder / "export")
+        log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder)")
+    accelerator.wait_for_everyone()
+    return folder / "export"
+
+
+def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Reconstruct:
+    """Masks and a head with fresh weights around the encoder."""
+    return Reconstruct(
+        encoder,
+        MaskGenerator(stage.image_size, stage.mask.patch_size, stage.mask.ratio, seed=recipe.seed),
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        loss=stage.target.loss,
+        norm_target_window=stage.target.norm_window,
+    )
+
+
+@torch.no_grad()
+def sum_up(objective: Reconstruct, views: Batches | list, log: RunLog, accelerator: Accelerator) -> None:
+    """Held-out loss beside predictors without learning, on the screen and in ``summary.json``.
+
+    Trivial predictors know nothing of a normalised target but its mean, which is zero.
+    """
+    numbers = {f"holdout_{key}": value for key, value in evaluate(objective, views, accelerator).items()}
+    if not numbers:
+        return
+    sums: dict[str, float] = {}
+    for batch in views:
+        log.broken(batch["broken"])
+        shown = objective.reconstruct(*objective.inputs(to_device(batch, accelerator.device)))
+        predictions = {"predict zero": torch.zeros_like(shown.target)}
+        if objective.norm_target_window is None:
+            predictions["mean of the visible pixels"] = mean_of_visible(shown.images, shown.pixel_mask)
+            predictions["copy the nearest visible pixel"] = copy_nearest_visible(shown.images, shown.pixel_mask)
+        predictions["model"] = shown.prediction.to(shown.target.dtype)
+        for name, prediction in predictions.items():
+            l1 = masked_l1(prediction, shown.target, shown.pixel_mask).item()
+            sums[name] = sums.get(name, 0.0) + l1 * len(shown.target)
+        sums["images"] = sums.get("images", 0.0) + len(shown.target)
+    table = mean_over_images(sums)
+    log.say("held-out masked L1 (lower is better):")
+    for name, value in table.items():
+        log.say(f"  {value:.4f}  {name}")
+    if log.is_main:
+        (log.folder / "summary.json").write_text(
+            json.dumps({**numbers, "holdout_masked_l1": table}, indent=2) + "\n", encoding="utf-8"
+        )

@@ -1,0 +1,8 @@
+"""`accelerate launch tools/finetune.py RECIPE --stage NAME [key.path=value ...]`: the same as `simmim finetune`."""
+
+import sys
+
+from simmim.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["finetune", *sys.argv[1:]]))
