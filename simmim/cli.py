@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from simmim import __version__
 
@@ -103,6 +104,30 @@ def _finetune(arguments: argparse.Namespace) -> int:
     return _run(arguments)
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from simmim.stages import evaluate
+
+    sizes = {name: getattr(arguments, name) for name in ("image_size", "window_size")}
+    task = {
+        "batch_size": arguments.batch_size,
+        "num_workers": arguments.num_workers,
+        "precision": arguments.precision,
+        **{name: size for name, size in sizes.items() if size is not None},
+    }
+    results: Any
+    if arguments.probe:
+        results = evaluate.probe(arguments.encoder, arguments.data, **task)
+        text = evaluate.format_probe(results)
+    else:
+        results = evaluate.evaluate_classifier(arguments.encoder, arguments.data, **task)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+        if arguments.json:
+            evaluate.write_results(arguments.json, results)
+    return 0
+
+
 def _show(arguments: argparse.Namespace) -> int:
     from simmim.recipe import dump_recipe, load_recipe, shipped_recipes
 
@@ -183,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", nargs="?")
     show.add_argument("overrides", nargs="*", metavar="key.path=value")
     show.set_defaults(run=_show)
+    _add_evaluate(commands)
     _add_convert(commands)
     _add_lab(commands)
     return parser
@@ -195,6 +221,23 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
     )
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    for name, is_probe, meaning in (
+        ("evaluate", False, "top-1 and top-5 of a classifier, every image once over all processes"),
+        ("probe", True, "k-NN, few-shot, linear probe and effective rank of frozen features, stage by stage"),
+    ):
+        judge = commands.add_parser(name, help=meaning)
+        judge.add_argument("encoder", type=Path, help="an export, or the file of another project")
+        judge.add_argument("data", help="a folder with one subfolder per class, hf:NAME, or builtin:shapes")
+        judge.add_argument("--image-size", type=_size, metavar="PX", help="default: as the encoder was trained")
+        judge.add_argument("--window-size", type=_size, metavar="TOKENS", help="default: as the encoder was trained")
+        judge.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
+        judge.add_argument("--num-workers", type=int, default=2, metavar="N", help="default: 2")
+        judge.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
+        judge.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+        judge.set_defaults(run=_evaluate, probe=is_probe, overrides=[])
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

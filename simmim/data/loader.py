@@ -152,6 +152,9 @@ class Batches:
             generator=torch.Generator().manual_seed(0),
         )
 
+    def __len__(self) -> int:
+        return len(self.loader)
+
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             if "image" not in batch:

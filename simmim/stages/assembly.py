@@ -92,13 +92,26 @@ def make_sources(data: Data, size: Pair, channels: int) -> tuple[Source, Source 
 
 
 def make_views(
-    source: Source | None, view: CenterCrop, batch_size: int, labelled: bool, shares: tuple[int, int] = (0, 1)
+    source: Source | None,
+    view: CenterCrop,
+    batch_size: int,
+    labelled: bool,
+    shares: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
 ) -> Batches | list:
     """Fixed central crops, the same in every epoch and run; of (rank, world size) the share of one process."""
     if source is None:
         return []
     rank, world_size = shares
-    return evaluation_batches(source, view, batch_size=batch_size, labelled=labelled, rank=rank, world_size=world_size)
+    return evaluation_batches(
+        source,
+        view,
+        batch_size=batch_size,
+        labelled=labelled,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+    )
 
 
 def derive_accumulation(batch_size: int, micro_batch_size: int, num_processes: int) -> int:

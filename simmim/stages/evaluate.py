@@ -1,0 +1,207 @@
+"""Judging an export: accuracy of its classifier, and probes of its frozen features, stage by stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from einops import reduce
+from torch import Tensor
+from tqdm import tqdm
+
+from simmim.classifier import load_classifier
+from simmim.data import CenterCrop, ClassFolder, Labelled, Shapes, labelled_sources
+from simmim.data.hub import hub_sources, is_hub
+from simmim.data.loader import Batches
+from simmim.data.sources import VALIDATION
+from simmim.engine import evaluate, to_device
+from simmim.objectives.classify import Classify
+from simmim.probes import effective_rank, few_shot, knn, linear
+from simmim.stages.assembly import make_accelerator, make_views
+from swin import SwinEncoder, import_encoder, load_description, load_encoder
+from swin.weights import DESCRIPTION
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def evaluate_classifier(
+    path: Path, data: str, *, batch_size: int = 64, num_workers: int = 2, precision: str | None = None, **sizes: Any
+) -> dict[str, float]:
+    """Top-1, top-5 and loss of a classifier; every image counts once, over any number of processes.
+
+    Args:
+        path: an export of a stage with labels, or a classifier of another project.
+        data: a folder with one subfolder per class, or with ``val``; ``hf:`` a data set; builtin:shapes.
+        sizes: ``image_size`` and ``window_size``, as for :func:`swin.load_encoder`.
+
+    Raises:
+        ValueError: no classifier, or labels that do not belong to it.
+    """
+    accelerator = make_accelerator(precision)
+    encoder, pixels = open_encoder(path, **sizes)
+    classifier = load_classifier(path)
+    source = labelled_images(data, encoder, classifier.classes, len(classifier.weight))
+    names = classifier.classes or [str(number) for number in range(len(classifier.weight))]
+    objective = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
+    objective.head.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
+    objective.to(accelerator.device).eval()
+    views = _views(source, encoder, batch_size, accelerator, num_workers)
+    with accelerator.autocast():
+        numbers = evaluate(objective, _with_progress(views, accelerator), accelerator)
+    return {"images": len(source), **numbers}
+
+
+def probe(
+    path: Path, data: str, *, batch_size: int = 64, num_workers: int = 2, precision: str | None = None, **sizes: Any
+) -> list[dict[str, Any]]:
+    """k-NN, few-shot ridge, linear probe and effective rank of every stage of a frozen encoder.
+
+    The last stage of a masked autoencoder is rarely its best. Rows are ``stage 1`` and so on, pooled
+    over the image, and ``final norm``, what :meth:`SwinEncoder.forward` gives.
+
+    Raises:
+        ValueError: data without labels, or an encoder that cannot be read.
+    """
+    accelerator = make_accelerator(precision)
+    if accelerator.num_processes > 1:
+        raise ValueError("probes run in one process: start simmim probe without accelerate launch")
+    encoder, pixels = open_encoder(path, **sizes)
+    training, holdout = _labelled_pair(data, encoder)
+    objective = (
+        Classify(encoder, list(training.classes), mean=pixels["mean"], std=pixels["std"]).to(accelerator.device).eval()
+    )
+    known, labels = _features(objective, _views(training, encoder, batch_size, accelerator, num_workers), accelerator)
+    new, new_labels = _features(objective, _views(holdout, encoder, batch_size, accelerator, num_workers), accelerator)
+    rows = []
+    for stage, features in known.items():
+        task = (features, labels, new[stage], new_labels)
+        rows.append(
+            {
+                "stage": stage,
+                "features": features.shape[1],
+                "knn": knn(*task),
+                "few_shot": few_shot(*task),
+                "linear": linear(*task),
+                "effective_rank": effective_rank(features),
+            }
+        )
+    return rows
+
+
+def format_probe(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of :func:`probe`, accuracies in percent; few-shot as the mean over its seeds."""
+    ks, shots = rows[0]["knn"], rows[0]["few_shot"]
+    head = ["stage", "features", *(f"{k}-NN" for k in ks), *(f"{n}-shot" for n in shots), "linear", "rank"]
+    lines = [head]
+    for row in rows:
+        few = [f"{100 * sum(row['few_shot'][n]) / len(row['few_shot'][n]):.1f}" for n in shots]
+        near = [f"{100 * row['knn'][k]:.1f}" for k in ks]
+        lines.append(
+            [
+                row["stage"],
+                str(row["features"]),
+                *near,
+                *few,
+                f"{100 * row['linear']:.1f}",
+                f"{row['effective_rank']:.0f}",
+            ]
+        )
+    return "\n".join(f"{line[0]:<12}" + "".join(f"{cell:>10}" for cell in line[1:]) for line in lines)
+
+
+def open_encoder(path: Path, **sizes: Any) -> tuple[SwinEncoder, dict[str, list[float]]]:
+    """An export, or the file of another project, and the statistics of its pixels.
+
+    Raises:
+        ValueError: unreadable, or sizes that do not fit.
+    """
+    if (path / DESCRIPTION).exists():
+        return load_encoder(path, **sizes), load_description(path).get("pixels", IMAGENET)
+    encoder, _ = import_encoder(path, **sizes)
+    return encoder, IMAGENET
+
+
+def labelled_images(data: str, encoder: SwinEncoder, classes: Sequence[str] | None, count: int) -> Labelled:
+    """Validation images whose labels are the numbers of a classifier.
+
+    Folders are matched by name. Folders that are numbers are the numbers of the classes themselves,
+    ``10`` after ``9`` (ImageNet-V2), where the classifier does not call its classes by numbers.
+
+    Raises:
+        ValueError: classes that the classifier does not know.
+    """
+    size, channels = encoder.config.image_size, encoder.config.in_chans
+    if data == "builtin:shapes":
+        source: Labelled = Shapes(500, size, channels, held_out=True)
+    elif is_hub(data):
+        source = hub_sources(data, channels)[1]
+    else:
+        root = Path(data).expanduser()
+        root = next((root / name for name in VALIDATION if (root / name).is_dir()), root)
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        by_number = (
+            bool(folders) and all(name.isdecimal() for name in folders) and not set(folders) <= set(classes or [])
+        )
+        if by_number or classes is None:
+            numbers = [str(number) for number in range(count)]
+            known = numbers if by_number else folders
+            if by_number and (unknown := sorted(set(folders) - set(numbers), key=int)):
+                raise ValueError(f"{root} has a folder {unknown[0]}, but the classifier has classes 0 to {count - 1}")
+            if len(known) != count:
+                raise ValueError(
+                    f"{root} has {len(known)} classes, but the classifier {count} without names: give all of them"
+                )
+        else:
+            known = list(classes)
+        return ClassFolder(root, channels, known)
+    if list(source.classes) != list(classes or source.classes) or len(source.classes) != count:
+        raise ValueError(f"{data} has {len(source.classes)} classes that are not the {count} of the classifier")
+    return source
+
+
+def _labelled_pair(data: str, encoder: SwinEncoder) -> tuple[Labelled, Labelled]:
+    size, channels = encoder.config.image_size, encoder.config.in_chans
+    if data == "builtin:shapes":
+        return Shapes(2000, size, channels), Shapes(500, size, channels, held_out=True)
+    return hub_sources(data, channels) if is_hub(data) else labelled_sources(data, channels, 5000)
+
+
+def _views(
+    source: Labelled, encoder: SwinEncoder, batch_size: int, accelerator: Accelerator, num_workers: int
+) -> Batches:
+    view = CenterCrop(encoder.config.image_size, "bicubic")
+    shares = (accelerator.process_index, accelerator.num_processes)
+    views = make_views(source, view, batch_size, True, shares, num_workers)
+    assert isinstance(views, Batches)
+    return views
+
+
+@torch.no_grad()
+def _features(objective: Classify, views: Batches, accelerator: Accelerator) -> tuple[dict[str, Tensor], Tensor]:
+    """Features of every stage, pooled over the image, and labels."""
+    found: dict[str, list[Tensor]] = {}
+    labels = []
+    for batch in _with_progress(views, accelerator):
+        images = to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            maps = objective.encoder.pyramid(objective.normalize(images["image"]))
+            final = objective.encoder.norm(maps[-1].permute(0, 2, 3, 1))
+        for number, stage in enumerate(maps, start=1):
+            found.setdefault(f"stage {number}", []).append(reduce(stage.float(), "b c h w -> b c", "mean"))
+        found.setdefault("final norm", []).append(reduce(final.float(), "b h w c -> b c", "mean"))
+        labels.append(images["label"])
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
+
+
+def _with_progress(views: Batches, accelerator: Accelerator) -> Any:
+    return tqdm(views, total=len(views), unit="batch", disable=None if accelerator.is_main_process else True)
+
+
+def write_results(path: Path, results: Any) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,8 @@
+"""`accelerate launch tools/evaluate.py EXPORT DATA`: the same as `simmim evaluate`, on several processes."""
+
+import sys
+
+from simmim.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))
