@@ -88,6 +88,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def _finetune(arguments: argparse.Namespace) -> int:
     from simmim.stages.alone import make_recipe
 
+    if arguments.encoder is not None and arguments.recipe is not None and "=" in arguments.recipe:
+        arguments.overrides.insert(0, arguments.recipe)  # without a recipe, the first override stands in its place
+        arguments.recipe = None
     if (arguments.recipe is None) == (arguments.encoder is None):
         raise ValueError("give a recipe, or --encoder EXPORT and --data FOLDER")
     if arguments.encoder is not None:

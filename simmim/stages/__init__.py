@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.finetune import finetune
-from simmim.stages.pretrain import pretrain
+from simmim.stages.finetuning import finetune
+from simmim.stages.pretraining import pretrain
 
 __all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
 

@@ -26,7 +26,7 @@ def make_recipe(
     """
     if not data:
         raise ValueError("--encoder needs --data FOLDER, with one subfolder per class")
-    name = name or f"finetune_{Path(data).resolve().name}"
+    name = name or f"finetune_{Path(data).expanduser().resolve().name.removeprefix('builtin:')}"
     path = out / name / "recipe.yaml"
     if path.exists():
         return path
@@ -50,7 +50,10 @@ def make_recipe(
     recipe = Recipe.model_validate(
         {
             "name": name,
-            "data": {"path": str(Path(data).expanduser().resolve()), **pixels},
+            "data": {
+                "path": data if data.startswith(("hf:", "builtin:")) else str(Path(data).expanduser().resolve()),
+                **pixels,
+            },
             "encoder": {"name": size, **{field: getattr(config, field) for field in FIXED}},
             "stages": {"finetune": stage},
         }

@@ -29,7 +29,7 @@ from simmim.recipe import load_recipe
 from simmim.runlog import RunLog
 from simmim.schema import encoder_config
 from simmim.stages import assembly
-from simmim.stages.pretrain import make_objective
+from simmim.stages.pretraining import make_objective
 
 ROOT = Path(__file__).parents[2]
 
