@@ -38,6 +38,9 @@ CONVERT_EXAMPLES = """examples:
 Every file is read back with the library it is for and compared; nothing is left when that fails.
 """
 LAB_EXAMPLES = """examples:
+  simmim lab label-efficiency recipes/demo.yaml
+  simmim lab label-efficiency recipes/cifar_swinv2_nano.yaml data.path=cifar10 --seeds 0 1 2 3 4
+  simmim lab loss-anchors simmim_swinv2_b data.path=photos --mask-patch-sizes 8 16 32 64 --ratios 0.4 0.6 0.8
   simmim lab window-transfer
   simmim lab window-transfer --data flowers --image-size 96 --window-size 12 --seeds 5
 
@@ -62,26 +65,28 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from simmim.engine import NonFiniteLoss
+
+        if not isinstance(error, NonFiniteLoss):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from simmim.engine import NonFiniteLoss
     from simmim.recipe import load_recipe
     from simmim.stages import run, run_stage, stage_of_kind
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     stage = arguments.stage or (arguments.kinds and stage_of_kind(recipe, arguments.kinds))
-    try:
-        if stage:
-            run_stage(recipe, stage, arguments.out, precision=arguments.precision)
-        else:
-            run(recipe, arguments.out, precision=arguments.precision)
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if stage:
+        run_stage(recipe, stage, arguments.out, precision=arguments.precision)
+    else:
+        run(recipe, arguments.out, precision=arguments.precision)
     return 0
 
 
@@ -164,6 +169,25 @@ def _window_transfer(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _label_efficiency(arguments: argparse.Namespace) -> int:
+    from simmim.lab.label_efficiency import label_efficiency
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    label_efficiency(recipe, arguments.out, arguments.seeds, precision=arguments.precision)
+    return 0
+
+
+def _loss_anchors(arguments: argparse.Namespace) -> int:
+    from simmim.lab.loss_anchors import loss_anchors
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    sizes, ratios = arguments.mask_patch_sizes, arguments.ratios
+    loss_anchors(recipe, arguments.out, sizes, ratios, images=arguments.images)
+    return 0
+
+
 def _size(text: str) -> int | tuple[int, ...]:
     """``192`` or ``192x256``, height first."""
     sides = tuple(int(side) for side in text.split("x"))
@@ -185,11 +209,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     pretrain.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     _add_run_options(pretrain)
+    _add_stage(pretrain)
     pretrain.set_defaults(run=_run, kinds=("pretrain",))
 
     every = commands.add_parser("run", help="walk all stages of a recipe; what is done is not done again")
     every.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     _add_run_options(every)
+    _add_stage(every)
     every.set_defaults(run=_run, kinds=None)
 
     finetune = commands.add_parser(
@@ -200,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     finetune.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     _add_run_options(finetune)
+    _add_stage(finetune)
     finetune.add_argument("--encoder", type=Path, help="instead of a recipe: an export, or the file of another project")
     finetune.add_argument("--data", help="instead of a recipe: a folder with one subfolder per class")
     finetune.add_argument("--image-size", type=_size, metavar="PX", help="default: as the encoder was trained")
@@ -219,11 +246,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
-    parser.add_argument("--stage", help="which stage (default: the first of its kind)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
     )
+
+
+def _add_stage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", help="which stage (default: the first of its kind; run: all of them)")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -269,6 +299,29 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 def _add_lab(commands: argparse._SubParsersAction) -> None:
     lab = commands.add_parser("lab", help="small experiments that answer one question of the papers each")
     experiments = lab.add_subparsers(required=True, metavar="EXPERIMENT")
+    efficiency = experiments.add_parser(
+        "label-efficiency",
+        help="does pretraining help where labels are few? The stages of a recipe against scratch, over seeds",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    efficiency.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    _add_run_options(efficiency)
+    efficiency.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    efficiency.set_defaults(run=_label_efficiency)
+    anchors = experiments.add_parser(
+        "loss-anchors",
+        help="how low is a masked loss that needs no learning? Trivial predictors on the images of a recipe",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    anchors.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    anchors.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    anchors.add_argument("--mask-patch-sizes", type=int, nargs="+", metavar="PX", help="default: that of the recipe")
+    anchors.add_argument("--ratios", type=float, nargs="+", metavar="R", help="default: that of the recipe")
+    anchors.add_argument("--images", type=int, default=120, metavar="N", help="at most so many (default: 120)")
+    anchors.add_argument("--out", type=Path, default=Path("runs"), help="where the table is written (default: runs)")
+    anchors.set_defaults(run=_loss_anchors)
     transfer = experiments.add_parser(
         "window-transfer",
         help="which position bias survives a larger window? Table 1 of Swin V2 in small",

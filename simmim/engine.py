@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from simmim.alarms import overfitting
 from simmim.checkpoint import save_checkpoint
 from simmim.counter_rng import derive_seed
 from simmim.optim import LearningRate
@@ -111,6 +112,8 @@ def fit(
                 judged.train()
             if numbers:
                 log.metrics(step, {f"holdout_{key}": value for key, value in numbers.items()})
+                if warning := overfitting(log.history()):
+                    log.warn(step, warning)
         if (step % checkpoint_every_steps == 0 or is_last) and accelerator.is_main_process:
             save_checkpoint(checkpoints, step, objective, optimizer, settings, keep=keep_checkpoints, average=average)
     log.end()

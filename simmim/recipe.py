@@ -78,7 +78,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses what plain YAML passes over in silence: a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *name`, whose keys may be given again
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(

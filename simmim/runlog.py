@@ -1,4 +1,4 @@
-"""What a run leaves to read: console lines, ``metrics.jsonl``, ``environment.json``, pictures."""
+"""What a run leaves to read: console lines, ``metrics.jsonl``, ``events.jsonl``, ``environment.json``, pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunLog:
     def __init__(self, folder: Path, *, is_main: bool, pictures: str = "reconstructions") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.is_main, self.pictures = folder, is_main, folder / pictures
-        self.metrics_file = folder / "metrics.jsonl"
+        self.metrics_file, self.events_file = folder / "metrics.jsonl", folder / "events.jsonl"
         self.broken_file = folder / "bad_images.csv"
         self._bar: tqdm | None = None
         self._broken: set[str] = set()
@@ -43,13 +43,14 @@ class RunLog:
             sys.stdout.flush()
 
     def start(self, step: int, total_steps: int) -> None:
-        """Begin (or continue) at ``step``: metrics of later steps belong to work that was lost."""
+        """Begin (or continue) at ``step``: lines of later steps belong to work that was lost."""
         if not self.is_main:
             return
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.metrics_file.write_text("".join(kept), encoding="utf-8")
+        for file in (self.metrics_file, self.events_file):
+            if file.exists():
+                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                file.write_text("".join(kept), encoding="utf-8")
         self._images, self._since = 0, time.perf_counter()
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -80,6 +81,17 @@ class RunLog:
             eta = f"  eta {(now - self._begin) / done * left:.0f} s" if done and left else ""
             self.say(f"step {step}/{self._total_steps}  {text}{eta}")
 
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; none on other processes than the main one."""
+        return read_lines(self.metrics_file) if self.is_main else []
+
+    def warn(self, step: int, text: str) -> None:
+        """A warning to the console and to ``events.jsonl``."""
+        self.say(f"warning: step {step}: {text}")
+        if self.is_main:
+            with self.events_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "event": "warning", "text": text}) + "\n")
+
     def broken(self, images: list[tuple[str, str]]) -> None:
         """Name every broken image once, in ``bad_images.csv`` and on the console."""
         for name, reason in images:
@@ -102,6 +114,11 @@ class RunLog:
             self._bar.close()
         if self._broken:
             self.say(f"{len(self._broken)} broken image(s) skipped so far, named in {self.broken_file}")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def write_environment(folder: Path, **facts: Any) -> None:

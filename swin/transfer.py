@@ -9,7 +9,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
-from swin.config import SwinConfig, as_pair, check_window
+from swin.config import Pair, SwinConfig, as_pair, check_window, effective_window
 from swin.encoder import SwinEncoder
 from swin.position_bias import TableResampling, resample_table
 
@@ -27,7 +27,9 @@ def transfer(
     """An encoder with the weights of another, rebuilt for other ``settings``.
 
     A continuous position bias needs nothing: its reference windows stay, through any number of
-    transfers, so a shared offset keeps its bias. A table is resampled to the new windows.
+    transfers, so a shared offset keeps its bias. A table is resampled to the new windows. With
+    ``position_bias="table"`` a continuous bias is frozen: its values at the present windows become
+    a table.
 
     Args:
         settings: ``image_size``, ``window_size``, ``drop_path``; ``in_chans`` together with ``inflate``.
@@ -47,10 +49,13 @@ def transfer(
         key = "patch_embed.proj.weight"
         state[key] = inflate_channels(state[key], new.in_chans, inflate)
         history.append({"step": "inflate", "from": old.in_chans, "to": new.in_chans, "how": inflate})
+    if new.position_bias != old.position_bias:
+        _freeze_bias(state, encoder)
+        history.append({"step": "freeze", "position_bias": old.position_bias})
     if (new.image_size, new.window_size) != (old.image_size, old.window_size):
         step = {"step": "transfer", "image_size": list(new.image_size), "window_size": list(new.window_size)}
-        if old.position_bias == "table":
-            _resample_tables(state, old, new, table_resampling)
+        if new.position_bias == "table":
+            _resample_tables(state, _table_windows(old), new, table_resampling)
             step["table_resampling"] = table_resampling
         history.append(step)
     result = assemble(new, state)
@@ -99,7 +104,7 @@ def _changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | Non
     wanted = replace(old, **settings)  # tuples for lists, numbers checked
     for name in sorted(set(settings) - set(FREE)):
         given, stored = getattr(wanted, name), getattr(old, name)
-        if given != stored:
+        if given != stored and (name, given) != ("position_bias", "table"):
             reason = (
                 "the position bias was trained with the stored ones, and others would shift every bias"
                 if name == "reference_windows"
@@ -113,13 +118,34 @@ def _changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | Non
         )
     if "window_size" in settings:
         check_window(wanted)
-    moved = (wanted.image_size, wanted.window_size) != (old.image_size, old.window_size)
-    return replace(wanted, reference_windows=None) if moved and old.position_bias == "table" else wanted
+    changed = ("image_size", "window_size", "position_bias")
+    moved = any(getattr(wanted, name) != getattr(old, name) for name in changed)
+    return replace(wanted, reference_windows=None) if moved and wanted.position_bias == "table" else wanted
 
 
-def _resample_tables(state: dict[str, Tensor], old: SwinConfig, new: SwinConfig, method: TableResampling) -> None:
-    assert old.reference_windows is not None and new.reference_windows is not None
-    for stage, windows in enumerate(zip(old.reference_windows, new.reference_windows, strict=True)):
-        for block in range(old.depths[stage]):
+def _table_windows(config: SwinConfig) -> tuple[Pair, ...]:
+    """The window of every stage's table; of a continuous bias, the one that :func:`_freeze_bias` takes."""
+    if config.position_bias == "table":
+        assert config.reference_windows is not None
+        return config.reference_windows
+    return tuple(effective_window(grid, config.window_size) for grid in config.grids())
+
+
+@torch.no_grad()
+def _freeze_bias(state: dict[str, Tensor], encoder: SwinEncoder) -> None:
+    windows = _table_windows(encoder.config)
+    for stage, layer in enumerate(encoder.layers):
+        for number, block in enumerate(layer.blocks):  # type: ignore[arg-type]
+            prefix = f"layers.{stage}.blocks.{number}.attn."
+            for key in [key for key in state if key.startswith(f"{prefix}cpb_mlp.")]:
+                del state[key]
+            table = block.attn.position_bias.make_table(windows[stage])
+            state[f"{prefix}relative_position_bias.table"] = table.clone()
+
+
+def _resample_tables(state: dict[str, Tensor], old: tuple[Pair, ...], new: SwinConfig, method: TableResampling) -> None:
+    assert new.reference_windows is not None
+    for stage, windows in enumerate(zip(old, new.reference_windows, strict=True)):
+        for block in range(new.depths[stage]):
             key = f"layers.{stage}.blocks.{block}.attn.relative_position_bias.table"
             state[key] = resample_table(state[key], *windows, method)

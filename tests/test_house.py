@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"swin", "simmim", "simmim.counter_rng"},
     {
+        "simmim.alarms",
         "simmim.masking",
         "simmim.classifier",
         "simmim.data",

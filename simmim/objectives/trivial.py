@@ -19,14 +19,32 @@ def mean_of_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
 
 
 def copy_nearest_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Every pixel predicted as a copy of the nearest visible pixel (Euclidean distance).
+    """Every pixel predicted as a copy of the nearest visible pixel (Euclidean distance)."""
+    copies = []
+    for image, mask in zip(images, pixel_mask[:, 0], strict=True):
+        rows, columns = nearest_visible(mask)
+        copies.append(image[:, rows, columns])
+    return torch.stack(copies)
+
+
+def average_distance(mask: Tensor) -> float:
+    """AvgDist: mean distance of masked pixels to the nearest visible one, in pixels (SimMIM, section 4.1.2).
+
+    Args:
+        mask: bool ``(H, W)``, True = masked, at least one pixel visible.
+    """
+    rows, columns = nearest_visible(mask)
+    height, width = mask.shape
+    away = (rows - torch.arange(height, device=mask.device)[:, None]) ** 2
+    across = (columns - torch.arange(width, device=mask.device)) ** 2
+    return (away + across)[mask].double().sqrt().mean().item()
+
+
+def nearest_visible(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, each ``(H, W)``, of the visible pixel nearest to every pixel of a mask ``(H, W)``.
 
     Exact, by two passes: nearest visible row within every column, then the best column of a row.
     """
-    return torch.stack([_copy_nearest(i, m[0]) for i, m in zip(images, pixel_mask, strict=True)])
-
-
-def _copy_nearest(image: Tensor, mask: Tensor) -> Tensor:
     height, width = mask.shape
     rows = torch.arange(height, device=mask.device)
     columns = torch.arange(width, device=mask.device)
@@ -35,7 +53,7 @@ def _copy_nearest(image: Tensor, mask: Tensor) -> Tensor:
     row_distance, source_row = distance.min(dim=1)
     across = (columns[:, None] - columns[None, :]) ** 2  # (column, source column)
     source_column = (across[None] + row_distance[:, None, :] ** 2).argmin(dim=2)
-    return image[:, source_row.gather(1, source_column), source_column]
+    return source_row.gather(1, source_column), source_column
 
 
 def masked_l1(prediction: Tensor, images: Tensor, pixel_mask: Tensor) -> Tensor:

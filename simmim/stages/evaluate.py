@@ -13,7 +13,7 @@ from einops import reduce
 from torch import Tensor
 from tqdm import tqdm
 
-from simmim.classifier import load_classifier
+from simmim.classifier import Classifier, load_classifier
 from simmim.data import CenterCrop, ClassFolder, Labelled, Shapes, labelled_sources
 from simmim.data.hub import hub_sources, is_hub
 from simmim.data.loader import Batches
@@ -45,6 +45,20 @@ def evaluate_classifier(
     encoder, pixels = open_encoder(path, **sizes)
     classifier = load_classifier(path)
     source = labelled_images(data, encoder, classifier.classes, len(classifier.weight))
+    return judge(encoder, classifier, source, pixels, accelerator, batch_size=batch_size, num_workers=num_workers)
+
+
+def judge(
+    encoder: SwinEncoder,
+    classifier: Classifier,
+    source: Labelled,
+    pixels: dict[str, list[float]],
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """What :func:`evaluate_classifier` gives, of an encoder, a classifier and images that are open already."""
     names = classifier.classes or [str(number) for number in range(len(classifier.weight))]
     objective = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
     objective.head.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})

@@ -8,7 +8,9 @@ import yaml
 
 from simmim.recipe import dump_recipe, load_recipe, shipped_recipes
 from simmim.schema import encoder_config
+from simmim.stages.assembly import derive_accumulation
 from swin import SwinEncoder
+from swin.config import check_window
 
 
 @pytest.fixture
@@ -22,18 +24,55 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_valid_and_buildable(path):
+def test_every_stage_of_every_shipped_recipe_can_be_built(path):
     recipe = load_recipe(str(path))
     assert recipe.name == path.stem
-    with torch.device("meta"):
-        SwinEncoder(encoder_config(recipe.encoder, recipe.stages["pretrain"]))
-    text = path.read_text()
-    assert text.startswith("#") and ("simmim pretrain" in text or "tools/pretrain.py" in text.splitlines()[0])
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and f"recipes/{path.name}" in first
+    for stage in recipe.stages.values():
+        with torch.device("meta"):
+            config = SwinEncoder(encoder_config(recipe.encoder, stage)).config
+        assert check_window(config) is None
+        for processes in (1, 8) if stage.batch_size > 512 else (1,):
+            assert derive_accumulation(stage.batch_size, stage.micro_batch_size, processes) >= 1
+
+
+CHAINS = {
+    "simmim_swinv2_t": [(192, 12), (224, 14)],
+    "simmim_swinv2_s": [(192, 12), (224, 14)],
+    "simmim_swinv2_b": [(192, 12), (224, 14), (384, 24)],
+    "simmim_swinv2_l": [(192, 12), (224, 14), (512, 32)],
+    "simmim_swinv2_h": [(192, 12), (224, 14), (512, 32)],
+    "simmim_swinv2_3b": [(192, 12), (192, 12), (640, 40)],
+    "simmim_swin_b": [(192, 6), (224, 7)],
+    "simmim_swin_l": [(192, 12), (224, 14)],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_published_chains(name):
+    stages = load_recipe(name).stages.values()
+    assert [(stage.image_size[0], stage.window_size[0]) for stage in stages] == CHAINS[name]
+
+
+def test_rates_of_the_published_recipes():
+    """Peak rates at the published batch sizes: SimMIM's repository, and appendix A2.2 of Swin V2."""
+    expected = {
+        "simmim_swin_b": [4e-4, 5e-3],
+        "simmim_swinv2_b": [4e-4, 5e-3, 4e-5],
+        "simmim_swinv2_3b": [1.4e-3, 1.4e-3, 2.1e-5],
+    }
+    for name, rates in expected.items():
+        stages = load_recipe(name).stages.values()
+        found = [stage.schedule.base_lr * stage.batch_size / 512 for stage in stages]
+        assert found == pytest.approx(rates, rel=1e-4)
+    giant = list(load_recipe("simmim_swinv2_3b").stages.values())
+    steps = [stage.schedule.warmup_epochs * 70e6 / stage.batch_size for stage in giant[:2]]
+    assert steps == pytest.approx([30_000, 20_000], rel=2e-3)
 
 
 def test_the_shipped_sizes():
-    names = {path.stem for path in shipped_recipes()}
-    assert names >= {"demo"} | {f"simmim_swinv2_{size}" for size in "tsblh"}
+    assert {path.stem for path in shipped_recipes()} == {"demo", "cifar_swinv2_nano", *CHAINS}
 
 
 def test_the_official_base_recipe():
@@ -132,7 +171,7 @@ def test_all_problems_come_at_once(write):
 def test_a_missing_recipe_suggests_a_shipped_one(tmp_path):
     with pytest.raises(ValueError, match=r"did you mean simmim_swinv2_b\?"):
         load_recipe("simmim_swin2_b.yaml")
-    with pytest.raises(ValueError, match="shipped recipes: demo"):
+    with pytest.raises(ValueError, match="shipped recipes: .*demo"):
         load_recipe(str(tmp_path / "zzz"))
 
 
@@ -150,3 +189,19 @@ def test_plain_exponents_are_numbers_though_yaml_says_text(write):
     assert yaml.safe_load("1e-3") == "1e-3"
     recipe = load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}"))
     assert recipe.stages["pretrain"].schedule.base_lr == 1e-3
+
+
+def test_a_stage_can_repeat_another(write):
+    """YAML's merge key, whose values may be given again; a key given twice is a mistake all the same."""
+    text = """
+stages:
+  finetune_a: &a {init_from: scratch, image_size: 32, window_size: 4, layer_decay: 0.5, drop_path: 0.3}
+  finetune_b:
+    <<: *a
+    layer_decay: 1
+"""
+    stages = load_recipe(write(text)).stages
+    assert (stages["finetune_a"].layer_decay, stages["finetune_b"].layer_decay) == (0.5, 1)
+    assert stages["finetune_b"].drop_path == 0.3
+    with pytest.raises(ValueError, match="drop_path"):
+        load_recipe(write(text + "    drop_path: 0\n    drop_path: 1\n"))

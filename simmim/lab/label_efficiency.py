@@ -1,0 +1,179 @@
+"""Does pretraining help where labels are few? The arms of a recipe, over several seeds.
+
+Stages that start from the pretrained encoder are compared with those that start from scratch on the
+same labels with the same budget: images, batch size and epochs. Stages of transfer show what a larger
+image does to the position bias, before and after they are trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from simmim.classifier import load_classifier
+from simmim.lab.page import draw_page
+from simmim.schema import Finetune, Pretrain, Recipe
+from simmim.stages import run, run_stage
+from simmim.stages.assembly import geometry, make_accelerator
+from simmim.stages.evaluate import judge
+from simmim.stages.finetuning import make_labelled
+from swin import load_encoder
+
+BICUBIC = "as it is, bias table resampled"
+CONTINUOUS = "as it is, continuous bias"
+TUNED = "fine-tuned there"
+
+
+class Pair(NamedTuple):
+    """A stage that starts from a pretrained encoder and its control."""
+
+    pretrained: str
+    scratch: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.pretrained} / {self.scratch}"
+
+
+class Findings(NamedTuple):
+    """Held-out top-1 of every seed."""
+
+    accuracy: dict[str, list[float]]
+    """By stage."""
+    transfers: dict[str, dict[str, list[float]]]
+    """By stage of kind transfer, then by what was done to the encoder."""
+
+
+def label_efficiency(
+    recipe: Recipe,
+    out: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    precision: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Findings:
+    """Pretrain once, repeat the stages with labels for every seed, and write the table and the page.
+
+    What is finished is not done again, so the same call continues an interrupted one and several calls
+    with other ``seeds`` can share the work.
+
+    Args:
+        out: as for :func:`simmim.stages.run`; seeds go into ``out / recipe.name / seeds``.
+
+    Raises:
+        ValueError: a recipe without anything to compare, or a stage that cannot run.
+    """
+    pairs = find_pairs(recipe)
+    folder = out / recipe.name
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, Pretrain):
+            run_stage(recipe, name, out, precision=precision)
+    findings = Findings({}, {})
+    for seed in seeds:
+        part = with_seed(recipe, seed, out)
+        run(part, folder / "seeds", precision=precision)
+        for name, stage in part.stages.items():
+            summary = json.loads((folder / "seeds" / part.name / name / "summary.json").read_text(encoding="utf-8"))
+            findings.accuracy.setdefault(name, []).append(summary["holdout_top1"])
+            if stage.kind == "transfer" and stage.init_from in part.stages:
+                judged = judge_transfer(part, name, folder / "seeds", precision)
+                for what, top1 in {**judged, TUNED: summary["holdout_top1"]}.items():
+                    findings.transfers.setdefault(name, {}).setdefault(what, []).append(top1)
+    if make_accelerator(precision).is_main_process:
+        table = format_table(pairs, findings, seeds)
+        say(table)
+        (folder / "label_efficiency.txt").write_text(table + "\n", encoding="utf-8")
+        content = {"seeds": list(seeds), "pairs": [pair._asdict() for pair in pairs], **findings._asdict()}
+        (folder / "label_efficiency.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        draw_page(folder, recipe, [tuple(pair) for pair in pairs], findings.transfers, seeds)
+        say(f"table  {folder / 'label_efficiency.txt'}\npage   {folder / 'page.png'}")
+    return findings
+
+
+def find_pairs(recipe: Recipe) -> list[Pair]:
+    """The stages that can be compared: the same labels and the same budget, from pretraining and from scratch.
+
+    Raises:
+        ValueError: there are none.
+    """
+    controls = {
+        _budget(recipe, stage): name
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, Finetune) and stage.init_from == "scratch"
+    }
+    pairs = []
+    before = ""
+    for name, stage in recipe.stages.items():
+        start = recipe.stages.get(stage.init_from or before)
+        if isinstance(stage, Finetune) and isinstance(start, Pretrain) and _budget(recipe, stage) in controls:
+            pairs.append(Pair(name, controls[_budget(recipe, stage)]))
+        before = name
+    if not pairs:
+        raise ValueError(
+            f"{recipe.name} has nothing to compare: give it a stage that starts from the pretrained encoder and one "
+            "with init_from: scratch, with the same labels, image_size, batch_size and schedule.epochs"
+        )
+    return pairs
+
+
+def _budget(recipe: Recipe, stage: Finetune) -> tuple[Any, ...]:
+    size = stage.image_size or next((s.image_size for s in recipe.stages.values() if isinstance(s, Pretrain)), None)
+    return stage.labels, size, stage.batch_size, stage.schedule.epochs
+
+
+def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
+    """The stages with labels alone, under another seed; they start from the encoders pretrained by ``recipe``."""
+    stages, before = {}, ""
+    for name, stage in recipe.stages.items():
+        start = stage.init_from or before
+        if isinstance(stage, Finetune):
+            if isinstance(recipe.stages.get(start), Pretrain):
+                start = str(out / recipe.name / start / "export")
+            stages[name] = stage.model_copy(update={"init_from": start})
+        before = name
+    return recipe.model_copy(update={"name": f"seed_{seed}", "seed": seed, "stages": stages})
+
+
+def judge_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) -> dict[str, float]:
+    """Top-1 of the classifier that a transfer starts from, at the size of the transfer, untrained.
+
+    With its continuous bias, and with the same biases kept as a table that is resampled bicubically, as
+    for Swin V1.
+    """
+    stage = recipe.stages[name]
+    assert isinstance(stage, Finetune)
+    export = out / recipe.name / stage.init_from / "export"
+    encoder, classifier = load_encoder(export), load_classifier(export)
+    size, window = geometry(stage, encoder)
+    _, holdout = make_labelled(recipe, stage, size)
+    accuracies = {}
+    pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
+    for what, bias in {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}.items():
+        larger = load_encoder(export, image_size=size, window_size=window, position_bias=bias)
+        accuracies[what] = judge(larger, classifier, holdout, pixels, make_accelerator(precision))["top1"]
+    return accuracies
+
+
+def format_table(pairs: Sequence[Pair], findings: Findings, seeds: Sequence[int]) -> str:
+    """Mean ± standard deviation over the seeds in percent; differences are paired by seed."""
+    lines = [f"held-out top-1, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}"]
+    width = max(len(name) for pair in pairs for name in (pair.title, *findings.transfers)) + 2
+    lines.append(f"{'':<{width}}{'pretrained':>16}{'from scratch':>16}{'difference':>16}")
+    for pair in pairs:
+        first, second = findings.accuracy[pair.pretrained], findings.accuracy[pair.scratch]
+        gains = [a - b for a, b in zip(first, second, strict=True)]
+        cells = "".join(f"{percent(values):>16}" for values in (first, second, gains))
+        lines.append(f"{pair.title:<{width}}{cells}")
+    for name, ways in findings.transfers.items():
+        lines.append(name)
+        lines += [f"  {percent(values):>14}  {what}" for what, values in ways.items()]
+    return "\n".join(lines)
+
+
+def percent(values: Sequence[float]) -> str:
+    """``81.3 ± 0.4``"""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"

@@ -1,0 +1,110 @@
+"""One picture of a whole chain: reconstructions, curves, pretrained against scratch, transfer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib.image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simmim.runlog import read_lines
+from simmim.schema import Pretrain, Recipe
+
+PRETRAINED, SCRATCH = "C0", "C1"
+Transfers = dict[str, dict[str, list[float]]]
+
+
+def draw_page(
+    folder: Path, recipe: Recipe, pairs: Sequence[tuple[str, ...]], transfers: Transfers, seeds: Sequence[int]
+) -> None:
+    """Draw ``folder / page.png`` from what the stages of a recipe have left in ``folder``.
+
+    Args:
+        pairs: stages to compare, from pretraining and from scratch.
+        transfers: accuracies as in :class:`simmim.lab.label_efficiency.Findings`.
+    """
+    pretraining = next(name for name, stage in recipe.stages.items() if isinstance(stage, Pretrain))
+    pictures = sorted((folder / pretraining / "reconstructions").glob("step_*.png"))
+    figure = Figure(figsize=(15, 11), layout="constrained")
+    figure.suptitle(f"{recipe.name}: {recipe.encoder.name}, seeds {', '.join(map(str, seeds))}")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    top, bottom = halves
+    left, right = top.subplots(1, 2, width_ratios=(1.6, 1))
+    left.axis("off")
+    if pictures:
+        left.imshow(matplotlib.image.imread(pictures[-1]))
+        left.set_title(f"held-out images, {pictures[-1].stem.replace('_', ' ').replace(' 0', ' ').lstrip('0')}")
+    draw_pretraining(right, folder / pretraining)
+    curves, gains, larger = bottom.subplots(1, 3)
+    draw_curves(curves, folder / "seeds", pairs, seeds)
+    draw_pairs(gains, folder / "seeds", pairs, seeds)
+    draw_transfers(larger, transfers)
+    figure.savefig(folder / "page.png", dpi=90)
+
+
+def draw_pretraining(axis: Axes, folder: Path) -> None:
+    """Training and held-out loss, and the trivial predictors as lines."""
+    rows = read_lines(folder / "metrics.jsonl")
+    for key, label, style in (("loss", "training", "-"), ("holdout_loss", "held out", "o-")):
+        found = [(row["step"], row[key]) for row in rows if key in row]
+        if found:
+            axis.plot(*zip(*found, strict=True), style, label=label, linewidth=1, markersize=3)
+    summary = folder / "summary.json"
+    anchors = json.loads(summary.read_text(encoding="utf-8"))["holdout_masked_l1"] if summary.exists() else {}
+    for number, (name, value) in enumerate(anchors.items()):
+        if name != "model":
+            axis.axhline(value, color=f"C{number + 3}", linestyle=":", linewidth=1, label=name)
+    axis.set(title="pretraining: masked loss", xlabel="step", ylim=(0, None))
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def draw_curves(axis: Axes, folder: Path, pairs: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> None:
+    """Held-out accuracy over the epochs of the first pair, one thin line per seed."""
+    for stage, colour, label in zip(pairs[0], (PRETRAINED, SCRATCH), ("pretrained", "from scratch"), strict=True):
+        for seed in seeds:
+            rows = read_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
+            epochs = {row["step"]: row["epoch"] for row in rows if "epoch" in row}
+            points = [(epochs[row["step"]], 100 * row["holdout_top1"]) for row in rows if "holdout_top1" in row]
+            axis.plot(*zip(*points, strict=True), color=colour, label=label if seed == seeds[0] else None)
+    axis.set(title=" and ".join(pairs[0]), xlabel="epoch", ylabel="held-out top-1, %")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def draw_pairs(axis: Axes, folder: Path, pairs: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> None:
+    """Final accuracy of every pair: a dot per seed, a bar for the mean."""
+    for number, pair in enumerate(pairs):
+        for stage, colour, shift in zip(pair, (PRETRAINED, SCRATCH), (-0.2, 0.2), strict=True):
+            values = []
+            for seed in seeds:
+                text = (folder / f"seed_{seed}" / stage / "summary.json").read_text(encoding="utf-8")
+                values.append(100 * json.loads(text)["holdout_top1"])
+            axis.bar(number + shift, mean(values), 0.38, color=colour, alpha=0.4)
+            axis.plot([number + shift] * len(values), values, "o", color=colour, markersize=4)
+            axis.annotate(f"{mean(values):.1f}", (number + shift, 1), ha="center", fontsize=9)
+    axis.set_xticks(range(len(pairs)), [pair[0] for pair in pairs])
+    axis.set(title="pretrained (blue) and from scratch (orange)", ylabel="held-out top-1, %", ylim=(0, 100))
+    axis.grid(alpha=0.3, axis="y")
+
+
+def draw_transfers(axis: Axes, transfers: Transfers) -> None:
+    """At the larger image: untrained with either bias, and fine-tuned."""
+    bars = [(name, what, values) for name, ways in transfers.items() for what, values in ways.items()]
+    if not bars:
+        axis.axis("off")
+        return
+    for number, (_, _, values) in enumerate(bars):
+        axis.barh(number, 100 * mean(values), 0.6, color=f"C{2 + number}", alpha=0.4)
+        axis.plot([100 * value for value in values], [number] * len(values), "o", color=f"C{2 + number}", markersize=4)
+        axis.annotate(f"{100 * mean(values):.1f}", (2, number), va="center", fontsize=9)
+    labels = [what.replace(", ", ",\n") if len(transfers) == 1 else f"{name},\n{what}" for name, what, _ in bars]
+    axis.set_yticks(range(len(bars)), labels)
+    axis.invert_yaxis()
+    axis.set(title=", ".join(transfers), xlabel="held-out top-1, %", xlim=(0, 100))
+    axis.grid(alpha=0.3, axis="x")
