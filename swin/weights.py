@@ -20,7 +20,7 @@ WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
 
 
 def save_encoder(
-    encoder: SwinEncoder, folder: Path, *, about: dict[str, Any], weights: dict[str, Tensor] | None = None
+    encoder: SwinEncoder, folder: Path | str, *, about: dict[str, Any], weights: dict[str, Tensor] | None = None
 ) -> None:
     """Write weights and description into ``folder``.
 
@@ -29,6 +29,7 @@ def save_encoder(
             the weights were trained. Must be plain JSON.
         weights: the state to write instead of the encoder's own, for gathered or averaged weights.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = encoder.state_dict() if weights is None else weights
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)

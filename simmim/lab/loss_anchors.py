@@ -60,6 +60,8 @@ def loss_anchors(
         ValueError: no stage of pretraining, no images, or masks that do not fit the image.
     """
     stage = next((stage for stage in recipe.stages.values() if isinstance(stage, Pretrain)), None)
+    if images < 1:
+        raise ValueError(f"--images must be at least 1, got {images}")
     if stage is None:
         raise ValueError(f"{recipe.name} has no stage of pretraining: it has {', '.join(recipe.stages)}")
     wanted = [

@@ -171,7 +171,7 @@ def test_all_problems_come_at_once(write):
 def test_a_missing_recipe_suggests_a_shipped_one(tmp_path):
     with pytest.raises(ValueError, match=r"did you mean simmim_swinv2_b\?"):
         load_recipe("simmim_swin2_b.yaml")
-    with pytest.raises(ValueError, match="shipped recipes: .*demo"):
+    with pytest.raises(ValueError, match=r"shipped recipes: .*demo"):
         load_recipe(str(tmp_path / "zzz"))
 
 

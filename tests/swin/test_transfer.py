@@ -135,3 +135,51 @@ def test_repeat_cycles_and_mean_averages():
     weight = torch.arange(3.0).view(1, 3, 1, 1)
     assert inflate_channels(weight, 6, "repeat").flatten().tolist() == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
     assert inflate_channels(weight, 2, "mean").flatten().tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("position_bias", ["log_cpb", "linear_cpb", "table"])
+def test_a_frozen_bias_is_the_same_encoder(position_bias, tmp_path):
+    encoder = trained(position_bias=position_bias)
+    swin.save_encoder(encoder, tmp_path / "export", about={})
+    frozen = swin.load_encoder(tmp_path / "export", position_bias="table")
+    assert frozen.config.position_bias == "table" and frozen.config.reference_windows == PUBLISHED
+    images = torch.randn(1, 3, 192, 192)
+    torch.testing.assert_close(frozen(images), encoder(images), rtol=1e-4, atol=1e-4)
+    steps = [step["step"] for step in frozen.history]
+    assert steps == ([] if position_bias == "table" else ["freeze"])
+    swin.save_encoder(frozen, tmp_path / "frozen", about={})
+    torch.testing.assert_close(swin.load_encoder(tmp_path / "frozen")(images), frozen(images))
+
+
+def test_a_frozen_bias_is_resampled_at_a_larger_window(export):
+    """The tables are those of the windows of training, 12 12 12 6, whatever the reference was before."""
+    moved = swin.load_encoder(export, image_size=288, window_size=18, position_bias="table")
+    tables = [
+        block.attn.position_bias.make_table((window, window))
+        for layer, window in zip(swin.load_encoder(export).layers, (12, 12, 12, 6), strict=True)
+        for block in layer.blocks
+    ]
+    windows = [(12, 18)] * 6 + [(6, 9)] * 2
+    for old, found, (before, after) in zip(tables, _tables(moved), windows, strict=True):
+        torch.testing.assert_close(found, resample_table(old.detach(), (before,) * 2, (after,) * 2, "bicubic"))
+    assert [step["step"] for step in moved.history] == ["freeze", "transfer"]
+    assert not any("cpb_mlp" in name for name in moved.state_dict())
+
+
+def test_a_frozen_bias_comes_after_a_transfer_too(export):
+    """Frozen where it is used, not where it was first trained."""
+    larger = swin.transfer(swin.load_encoder(export), image_size=384, window_size=24)
+    frozen = swin.transfer(larger, position_bias="table")
+    assert frozen.config.reference_windows == ((24, 24), (24, 24), (24, 24), (12, 12))
+    images = torch.randn(1, 3, 384, 384)
+    torch.testing.assert_close(frozen(images), larger(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_does_not_become_continuous(tmp_path):
+    swin.save_encoder(trained(position_bias="table"), tmp_path, about={})
+    with pytest.raises(ValueError, match="position_bias"):
+        swin.load_encoder(tmp_path, position_bias="log_cpb")
+
+
+def _tables(encoder: swin.SwinEncoder) -> list[torch.Tensor]:
+    return [tensor for name, tensor in encoder.state_dict().items() if name.endswith("relative_position_bias.table")]

@@ -1,0 +1,156 @@
+"""Pretrained against scratch, from a recipe to its table and page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import swin
+from simmim.cli import main
+from simmim.lab import label_efficiency as lab
+from simmim.recipe import load_recipe
+from simmim.stages import training
+from simmim.stages.evaluate import evaluate_classifier
+
+FINETUNE = {
+    "kind": "finetune",
+    "init_from": "pretrain",
+    "image_size": 32,
+    "window_size": 4,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "labels": {"shots": 4, "val_images": 20},
+    "augment": {"rand_augment": None},
+    "schedule": {"epochs": 2, "warmup_epochs": 0.5, "base_lr": 0.05},
+    "log": {"metrics_every_steps": 1, "checkpoint_every_steps": 2, "pictures_every_steps": 2},
+}
+RECIPE = {
+    "data": {"path": "builtin:shapes", "num_images": 60, "holdout_images": 4, "num_workers": 0},
+    "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]},
+    "stages": {
+        "pretrain": {
+            "image_size": 32,
+            "window_size": 4,
+            "batch_size": 8,
+            "micro_batch_size": 8,
+            "mask": {"patch_size": 8},
+            "schedule": {"epochs": 0.6, "warmup_epochs": 0.1, "base_lr": 0.05},
+            "log": {"metrics_every_steps": 1, "pictures_every_steps": 2},
+        },
+        "finetune_32": FINETUNE,
+        "scratch_32": {**FINETUNE, "init_from": "scratch", "layer_decay": 1.0},
+        "transfer_48": {**FINETUNE, "kind": "transfer", "init_from": "finetune_32", "image_size": 48, "window_size": 6},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "proof.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+def command(*arguments: object) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(["lab", "label-efficiency", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("done")
+    assert command(recipe, "--out", out, "--seeds", 0, 3) == 0
+    return out / "proof"
+
+
+def test_what_is_found_is_what_the_stages_found(done):
+    content = json.loads((done / "label_efficiency.json").read_text())
+    assert content["seeds"] == [0, 3]
+    assert content["pairs"] == [{"pretrained": "finetune_32", "scratch": "scratch_32"}]
+    for name in ("finetune_32", "scratch_32", "transfer_48"):
+        summaries = [json.loads((done / f"seeds/seed_{seed}/{name}/summary.json").read_text()) for seed in (0, 3)]
+        assert content["accuracy"][name] == [summary["holdout_top1"] for summary in summaries]
+    ways = content["transfers"]["transfer_48"]
+    assert list(ways) == [lab.CONTINUOUS, lab.BICUBIC, lab.TUNED]
+    assert ways[lab.TUNED] == content["accuracy"]["transfer_48"]
+
+
+def test_both_arms_of_a_seed_see_the_same_labels(done):
+    """And other seeds see others; the pretrained arm starts from the one pretraining."""
+    for seed in (0, 3):
+        recipes = [
+            load_recipe(str(done / f"seeds/seed_{seed}/{name}/recipe.yaml")) for name in ("finetune_32", "scratch_32")
+        ]
+        assert {recipe.seed for recipe in recipes} == {seed}
+    stage = recipes[0].stages["finetune_32"]
+    assert Path(stage.init_from) == done / "pretrain/export"
+    assert not (done / "seeds/seed_0/pretrain").exists()
+
+
+def test_the_untrained_transfer_is_what_evaluate_says(done):
+    content = json.loads((done / "label_efficiency.json").read_text())
+    export = done / "seeds/seed_0/finetune_32/export"
+    accelerator = lab.make_accelerator(None)
+    numbers = evaluate_classifier(
+        export, "builtin:shapes", accelerator, batch_size=20, num_workers=0, image_size=48, window_size=6
+    )
+    assert numbers["images"] == 500  # the same pictures, and more of them
+    part = lab.with_seed(load_recipe(str(done / "seeds/seed_0/transfer_48/recipe.yaml")), 0, done.parent)
+    judged = lab.judge_transfer(part, "transfer_48", done / "seeds", None)
+    assert judged[lab.CONTINUOUS] == content["transfers"]["transfer_48"][lab.CONTINUOUS][0]
+    # A frozen bias is another encoder: its features at the larger window differ.
+    images = torch.randn(1, 3, 48, 48)
+    kept, frozen = (
+        swin.load_encoder(export, image_size=48, window_size=6, position_bias=bias)(images)
+        for bias in ("log_cpb", "table")
+    )
+    assert not torch.equal(kept, frozen)
+
+
+def test_the_table_and_the_page(done):
+    text = (done / "label_efficiency.txt").read_text()
+    content = json.loads((done / "label_efficiency.json").read_text())
+    assert "held-out top-1, %, mean ± s.d. of seeds 0, 3" in text
+    assert f"{100 * mean(content['accuracy']['finetune_32']):.1f} ± " in text
+    gains = [a - b for a, b in zip(content["accuracy"]["finetune_32"], content["accuracy"]["scratch_32"], strict=True)]
+    assert lab.percent(gains) in text
+    for way in (lab.CONTINUOUS, lab.BICUBIC, lab.TUNED):
+        assert way in text
+    with Image.open(done / "page.png") as page:
+        assert page.width > 1000 and len(page.convert("L").getcolors(256)) > 100
+
+
+def test_what_is_done_is_not_done_again(recipe, done, monkeypatch, capsys):
+    before = (done / "label_efficiency.json").read_text()
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert command(recipe, "--out", done.parent, "--seeds", 0, 3) == 0
+    assert (done / "label_efficiency.json").read_text() == before
+
+
+def test_percent():
+    assert lab.percent([0.5]) == "50.0"
+    assert lab.percent([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
+
+
+@pytest.mark.parametrize("change", [{"schedule": {"epochs": 3}}, {"labels": {"shots": 5}}, {"batch_size": 4}])
+def test_only_equal_budgets_are_compared(change, recipe, tmp_path, capsys):
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"]["scratch_32"].update(change)
+    path = tmp_path / "unequal.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert command(path, "--out", tmp_path) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_several_pairs_find_their_own_controls():
+    recipe = load_recipe("cifar_swinv2_nano")
+    assert [tuple(pair) for pair in lab.find_pairs(recipe)] == [
+        (f"finetune_{share}", f"scratch_{share}") for share in (1, 10, 100)
+    ]
