@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/simmim pretrain recipes/demo.yaml
+	$(BIN)/simmim lab label-efficiency recipes/demo.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

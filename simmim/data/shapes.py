@@ -17,8 +17,9 @@ from simmim.counter_rng import random_bits, uniform
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
-GRAIN = 0.1
-_NUM_LEAVES = 7
+GRAIN = 0.05
+KEPT_BYTES = 256 << 20  # of drawn pictures: drawing takes longer than a small encoder does
+_NUM_LEAVES = 3
 _LEAF_DRAWS = 5  # and a colour
 _OBJECT_DRAWS = 8  # and two colours
 _HELD_OUT_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
@@ -37,6 +38,7 @@ class Shapes:
     ) -> None:
         self.num_images, self.size, self.channels = num_images, size, channels
         self.start = _HELD_OUT_START if held_out else 0
+        self._drawn: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return self.num_images
@@ -49,6 +51,14 @@ class Shapes:
         return self._classes(self._draws(number))[1]
 
     def read(self, number: int) -> Tensor:
+        if number in self._drawn:
+            return self._drawn[number]
+        image = self._draw(number)
+        if (len(self._drawn) + 1) * image.nbytes <= KEPT_BYTES:
+            self._drawn[number] = image
+        return image
+
+    def _draw(self, number: int) -> Tensor:
         draws = self._draws(number)
         shape, texture = self._classes(draws)
         leaves, rest = draws[2:].split([_NUM_LEAVES * (_LEAF_DRAWS + self.channels), _OBJECT_DRAWS + 2 * self.channels])
@@ -101,13 +111,13 @@ def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int,
     first, second = draws[_OBJECT_DRAWS:].view(2, channels)
     # Two colours of one texture that are far enough apart to be seen: mirrored in the cube where not.
     second = torch.where((first - second).abs() < 0.35, (first + 0.5) % 1, second)
-    radius = 0.65 + 0.3 * size
+    radius = 0.9 + 0.3 * size
     offset = (2 * place - 1) * 0.2
     dy, dx = y - offset[0], x - offset[1]
     u, v = _rotate(dy / radius, dx / radius, 0.5 * (2 * angle - 1))  # up to half a radian
     inside = _inside(shape, u, v)
     s, t = _rotate(dy, dx, math.pi * tilt)
-    pattern = _pattern(texture, s, t, period=0.42 + 0.16 * period, phase=phase)
+    pattern = _pattern(texture, s, t, period=0.33 + 0.17 * period, phase=phase)
     colour = torch.where(pattern, first[:, None, None], second[:, None, None])
     shading = 1 + 0.4 * (u * math.cos(6.28 * light) + v * math.sin(6.28 * light))
     return torch.where(inside, (colour * shading).clamp(0, 1), image)

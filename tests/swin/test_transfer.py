@@ -70,7 +70,7 @@ def test_a_chain_of_transfers_keeps_the_first_reference(export, tmp_path):
     [
         ({"reference_windows": (24, 24, 24, 12)}, "reference_windows .* contradicts the stored .*shift every bias"),
         ({"embed_dim": 16}, "embed_dim 16 contradicts the stored 8: the weights were made for it"),
-        ({"position_bias": "table"}, "position_bias table contradicts the stored log_cpb"),
+        ({"position_bias": "linear_cpb"}, "position_bias linear_cpb contradicts the stored log_cpb"),
         ({"patch_size": 2}, "patch_size 2 contradicts the stored 4"),
         ({"in_chans": 5}, "the weights take 3 channels, but in_chans is 5: ask for inflate='mean' or 'repeat'"),
         ({"in_chans": 5, "inflate": "copy"}, "unknown inflation 'copy': expected mean or repeat"),
