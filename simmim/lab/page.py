@@ -38,7 +38,7 @@ def draw_page(
     left.axis("off")
     if pictures:
         left.imshow(matplotlib.image.imread(pictures[-1]))
-        left.set_title(f"held-out images, {pictures[-1].stem.replace('_', ' ').replace(' 0', ' ').lstrip('0')}")
+        left.set_title(f"held-out images, step {int(pictures[-1].stem.removeprefix('step_'))}")
     draw_pretraining(right, folder / pretraining)
     curves, gains, larger = bottom.subplots(1, 3)
     draw_curves(curves, folder / "seeds", pairs, seeds)
@@ -69,8 +69,10 @@ def draw_curves(axis: Axes, folder: Path, pairs: Sequence[tuple[str, ...]], seed
     for stage, colour, label in zip(pairs[0], (PRETRAINED, SCRATCH), ("pretrained", "from scratch"), strict=True):
         for seed in seeds:
             rows = read_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
-            epochs = {row["step"]: row["epoch"] for row in rows if "epoch" in row}
-            points = [(epochs[row["step"]], 100 * row["holdout_top1"]) for row in rows if "holdout_top1" in row]
+            epochs_per_step = next(row["epoch"] / row["step"] for row in rows if "epoch" in row)
+            points = [
+                (row["step"] * epochs_per_step, 100 * row["holdout_top1"]) for row in rows if "holdout_top1" in row
+            ]
             axis.plot(*zip(*points, strict=True), color=colour, label=label if seed == seeds[0] else None)
     axis.set(title=" and ".join(pairs[0]), xlabel="epoch", ylabel="held-out top-1, %")
     axis.legend(fontsize=8)

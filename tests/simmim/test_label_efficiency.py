@@ -30,7 +30,7 @@ FINETUNE = {
     "labels": {"shots": 4, "val_images": 20},
     "augment": {"rand_augment": None},
     "schedule": {"epochs": 2, "warmup_epochs": 0.5, "base_lr": 0.05},
-    "log": {"metrics_every_steps": 1, "checkpoint_every_steps": 2, "pictures_every_steps": 2},
+    "log": {"metrics_every_steps": 3, "checkpoint_every_steps": 2, "pictures_every_steps": 2},
 }
 RECIPE = {
     "data": {"path": "builtin:shapes", "num_images": 60, "holdout_images": 4, "num_workers": 0},
