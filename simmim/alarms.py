@@ -20,7 +20,7 @@ class Smooth(NamedTuple):
 
 
 def overfitting(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Say so when the held-out loss begins to rise while the training loss falls; once, not ever after.
+    """Say so when the held-out loss begins to rise while the training loss falls; once at each turn.
 
     Held-out images and masks never change, so their loss moves with the weights alone. It rises when its
     mean over the last three evaluations is more than 1 % above its lowest such mean; the training loss
@@ -31,12 +31,14 @@ def overfitting(rows: Sequence[dict[str, Any]]) -> str | None:
             up to an evaluation.
     """
     training: list[float] = []
+    last = math.nan
     points: list[tuple[int, float, float]] = []  # step, held-out loss, training loss since the point before
     for row in rows:
         if "loss" in row:
             training.append(row["loss"])
         if "holdout_loss" in row:
-            points.append((row["step"], row["holdout_loss"], mean(training) if training else math.nan))
+            last = mean(training) if training else last
+            points.append((row["step"], row["holdout_loss"], last))
             training = []
     windows = [points[end - EVALUATIONS : end] for end in range(EVALUATIONS, len(points) + 1)]
     smooth = [Smooth(w[-1][0], mean(p[1] for p in w), mean(p[2] for p in w)) for w in windows]

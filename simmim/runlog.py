@@ -30,10 +30,7 @@ class RunLog:
         self.metrics_file, self.events_file = folder / "metrics.jsonl", folder / "events.jsonl"
         self.broken_file = folder / "bad_images.csv"
         self._bar: tqdm | None = None
-        self._broken: set[str] = set()
-        if self.broken_file.exists():
-            with self.broken_file.open(newline="", encoding="utf-8") as file:
-                self._broken = {row[0] for row in csv.reader(file) if row}
+        self._broken = self._read_broken()
         self._images, self._since = 0, time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -95,12 +92,18 @@ class RunLog:
     def broken(self, images: list[tuple[str, str]]) -> None:
         """Name every broken image once, in ``bad_images.csv`` and on the console."""
         for name, reason in images:
-            if name in self._broken:
+            if name in self._broken or name in self._read_broken():  # another process may have named it
                 continue
             self._broken.add(name)
             with self.broken_file.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([name, reason])
             tqdm.write(f"skipped a broken image: {name} ({reason})", file=sys.stdout)
+
+    def _read_broken(self) -> set[str]:
+        if not self.broken_file.exists():
+            return set()
+        with self.broken_file.open(newline="", encoding="utf-8") as file:
+            return {row[0] for row in csv.reader(file) if row}
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Save a picture as ``step_00001000.png``."""
@@ -112,8 +115,8 @@ class RunLog:
         """Close the progress bar and sum up."""
         if self._bar:
             self._bar.close()
-        if self._broken:
-            self.say(f"{len(self._broken)} broken image(s) skipped so far, named in {self.broken_file}")
+        if broken := self._read_broken():
+            self.say(f"{len(broken)} broken image(s) skipped so far, named in {self.broken_file}")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

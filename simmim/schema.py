@@ -172,6 +172,22 @@ class Augment(Settings):
     cutmix: NotNegative = Field(1.0, description="alpha; 0: none")
 
 
+class FinetuneCrop(Crop):
+    """The crops of a classifier are smaller."""
+
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+class FinetuneSchedule(Schedule):
+    """The rates of a classifier are higher."""
+
+    base_lr: Positive = 1.25e-3
+    warmup_epochs: NotNegative = 20
+    warmup_lr: NotNegative = 2.5e-7
+    min_lr: NotNegative = Field(2.5e-7, description="where cosine ends")
+
+
 class Finetune(Settings):
     """Classification: the supervised stage on many labels, fine-tuning, and transfer to another size."""
 
@@ -187,10 +203,10 @@ class Finetune(Settings):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, judged and exported")
     batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
     micro_batch_size: Count = Field(128, description="images per forward pass of one process")
-    crop: Crop = Crop(scale=(0.08, 1.0), interpolation="bicubic")
+    crop: FinetuneCrop = FinetuneCrop()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule(base_lr=1.25e-3, warmup_epochs=20, warmup_lr=2.5e-7, min_lr=2.5e-7)
+    schedule: FinetuneSchedule = FinetuneSchedule()
     log: Log = Log()
 
     @model_validator(mode="after")

@@ -28,32 +28,44 @@ class Samples(Dataset):
     ``(n,)``, for which the source has to be one with labels. Without ``image`` when too many are broken.
 
     A broken image is replaced by the next one of the source, so that batches keep their size; twenty
-    in a row end the run.
+    in a row end the run. Without ``replace`` it is left out, so that no image counts twice.
     """
 
     def __init__(
-        self, source: Source, transform: RandomCrop | CenterCrop, seed: int, *, labelled: bool = False
+        self,
+        source: Source,
+        transform: RandomCrop | CenterCrop,
+        seed: int,
+        *,
+        labelled: bool = False,
+        replace: bool = True,
     ) -> None:
         self.source, self.transform, self.seed, self.labelled = source, transform, seed, labelled
+        self.replace = replace
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws)
         broken: list[tuple[str, str]] = []
-        images, labels = [], []
-        for number, u in zip(index.tolist(), draws, strict=True):
+        images, labels, kept = [], [], []
+        for place, (number, u) in enumerate(zip(index.tolist(), draws, strict=True)):
             found = self._read(number, broken)
             if found is None:
-                return {"broken": broken}
+                if self.replace:
+                    return {"broken": broken}
+                continue
+            kept.append(place)
             images.append(self.transform(found[1], u))
             if self.labelled:
                 labels.append(cast(Labelled, self.source).label(found[0]))
-        batch = {"image": torch.stack(images), "epoch": epoch, "index": index, "broken": broken}
+        if not images:
+            return {"broken": broken}
+        batch = {"image": torch.stack(images), "epoch": epoch[kept], "index": index[kept], "broken": broken}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
     def _read(self, number: int, broken: list[tuple[str, str]]) -> tuple[int, Tensor] | None:
-        """The image, or the next good one, and its number."""
-        for attempt in range(MAX_BROKEN_IN_A_ROW):
+        """The image, or the next good one if it is to be replaced, and its number."""
+        for attempt in range(MAX_BROKEN_IN_A_ROW if self.replace else 1):
             candidate = (number + attempt) % len(self.source)
             try:
                 return candidate, self.source.read(candidate)
@@ -130,16 +142,21 @@ def evaluation_batches(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> Batches:
-    """Every image once, over all processes, as epoch 0 of seed 0: the same crops and masks every time."""
+    """Every good image once, over all processes, as epoch 0 of seed 0: the same crops and masks every time."""
     keys = [(0, number) for number in range(rank, len(source), world_size)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return Batches(Samples(source, transform, seed=0, labelled=labelled), batches, num_workers)
+    return Batches(Samples(source, transform, seed=0, labelled=labelled, replace=False), batches, num_workers)
 
 
 class Batches:
-    """A DataLoader that names the broken images when it has to give up; can be iterated again."""
+    """A DataLoader that names the broken images when it has to give up; can be iterated again.
+
+    ``broken`` holds the images that were left out, names and reasons.
+    """
 
     def __init__(self, samples: Samples, keys: Any, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self.replace = samples.replace
+        self.broken: dict[str, str] = {}
         self.loader = DataLoader(
             samples,
             batch_sampler=keys,
@@ -157,6 +174,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
+            if not self.replace:
+                self.broken.update(batch["broken"])
+                if "image" not in batch:
+                    continue
             if "image" not in batch:
                 names = "; ".join(f"{name}: {reason}" for name, reason in batch["broken"][-3:])
                 raise ValueError(f"{MAX_BROKEN_IN_A_ROW} images in a row could not be read, the last: {names}")

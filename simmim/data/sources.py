@@ -147,40 +147,44 @@ class Subset:
         return self.source.name(self.numbers[number])
 
 
-def split_holdout(source: Source, holdout_images: int) -> tuple[Source, Source | None]:
+def split_holdout(source: Source, holdout_images: int, reserved: int = 0) -> tuple[Source, Source | None]:
     """Take a fixed random set of images out of training: ``(training, holdout)``.
 
     The same images for every seed and recipe, so that held-out losses compare. Never more than a
     tenth of the source; None when that leaves nothing.
+
+    Args:
+        reserved: as many are kept out of training, if that is more: other stages are judged by them.
     """
     count = min(holdout_images, len(source) // 10)
-    if count == 0:
+    unseen = min(max(holdout_images, reserved), len(source) // 10)
+    if unseen == 0:
         return source, None
     generator = torch.Generator().manual_seed(derive_seed("holdout", 0))
     order = torch.randperm(len(source), generator=generator).tolist()
-    return Subset(source, sorted(order[count:])), Subset(source, order[:count])
+    return Subset(source, sorted(order[unseen:])), Subset(source, order[:count]) if count else None
 
 
 def labelled_sources(
-    path: str | Path, channels: int, holdout_images: int, val_path: str | Path | None = None
+    path: str | Path, channels: int, holdout_images: int, val_path: str | Path | None = None, reserved: int = 0
 ) -> tuple[Labelled, Labelled]:
     """Training and held-out images of a folder with one subfolder per class.
 
-    ``path`` and ``val_path``; or ``path/train`` and ``path/val`` (or ``validation``, ``test``) where
-    both are there; else the split of :func:`split_holdout`.
+    ``path`` (its ``train`` where it has one) and ``val_path``; or ``path/train`` and ``path/val`` (or
+    ``validation``, ``test``) where both are there; else the split of :func:`split_holdout`.
 
     Raises:
         ValueError: as :class:`ClassFolder`; too few images to hold any out.
     """
     root = Path(path).expanduser()
     if val_path is not None:
-        training = ClassFolder(root, channels)
+        training = ClassFolder(root / "train" if (root / "train").is_dir() else root, channels)
         return training, ClassFolder(val_path, channels, training.classes)
     for name in VALIDATION:
         if (root / "train").is_dir() and (root / name).is_dir():
             training = ClassFolder(root / "train", channels)
             return training, ClassFolder(root / name, channels, training.classes)
-    kept, holdout = split_holdout(ClassFolder(root, channels), holdout_images)
+    kept, holdout = split_holdout(ClassFolder(root, channels), holdout_images, reserved)
     if holdout is None:
         raise ValueError(f"{root} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
     return cast(Labelled, kept), cast(Labelled, holdout)

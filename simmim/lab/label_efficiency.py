@@ -57,15 +57,17 @@ def label_efficiency(
 ) -> Findings:
     """Pretrain once, repeat the stages with labels for every seed, and write the table and the page.
 
-    What is finished is not done again, so the same call continues an interrupted one and several calls
-    with other ``seeds`` can share the work.
+    What is finished is not done again, so the same call continues an interrupted one. The table and the
+    page are of the seeds of the last call.
 
     Args:
         out: as for :func:`simmim.stages.run`; seeds go into ``out / recipe.name / seeds``.
 
     Raises:
-        ValueError: a recipe without anything to compare, or a stage that cannot run.
+        ValueError: a recipe without anything to compare, a seed given twice, or a stage that cannot run.
     """
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be different and not negative, got {', '.join(map(str, seeds))}")
     pairs = find_pairs(recipe)
     folder = out / recipe.name
     for name, stage in recipe.stages.items():
@@ -151,9 +153,13 @@ def judge_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) 
     _, holdout = make_labelled(recipe, stage, size)
     accuracies = {}
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
-    for what, bias in {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}.items():
+    ways = {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}
+    if encoder.config.position_bias == "table":
+        del ways[CONTINUOUS]
+    how: dict[str, Any] = {"interpolation": stage.crop.interpolation, "batch_size": stage.micro_batch_size}
+    for what, bias in ways.items():
         larger = load_encoder(export, image_size=size, window_size=window, position_bias=bias)
-        accuracies[what] = judge(larger, classifier, holdout, pixels, make_accelerator(precision))["top1"]
+        accuracies[what] = judge(larger, classifier, holdout, pixels, make_accelerator(precision), **how)["top1"]
     return accuracies
 
 

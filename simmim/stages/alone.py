@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from simmim.recipe import dump_recipe
+from simmim.data.hub import is_hub
+from simmim.recipe import dump_recipe, load_recipe
 from simmim.schema import Recipe
 from simmim.stages.assembly import FIXED
 from swin import SIZES, import_encoder, load_description, load_encoder
 from swin.weights import DESCRIPTION
 
+SIZES_OF_A_STAGE = ("image_size", "window_size")
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -22,14 +26,13 @@ def make_recipe(
     A recipe that is there already is left as it is: it may have been edited.
 
     Raises:
-        ValueError: no data, or an encoder that cannot be read.
+        ValueError: no data, an encoder that cannot be read, or a recipe of that name for another task.
     """
     if not data:
         raise ValueError("--encoder needs --data FOLDER, with one subfolder per class")
-    name = name or f"finetune_{Path(data).expanduser().resolve().name.removeprefix('builtin:')}"
+    last = data.rstrip("/").split("/")[-1] if is_hub(data) else Path(data).expanduser().resolve().name
+    name = name or "finetune_" + re.sub(r"[^\w.+-]+", "_", last.removeprefix("hf:").removeprefix("builtin:"))
     path = out / name / "recipe.yaml"
-    if path.exists():
-        return path
     if (encoder / DESCRIPTION).exists():
         config, pixels = load_encoder(encoder).config, load_description(encoder).get("pixels", IMAGENET)
     else:
@@ -43,7 +46,7 @@ def make_recipe(
         "schedule": {"base_lr": 1.25e-3, "epochs": 50, "warmup_epochs": 5, "warmup_lr": 2.5e-7, "min_lr": 2.5e-7},
         "log": {"pictures_every_steps": 500, "checkpoint_every_steps": 500},
     }
-    given = {"image_size": image_size, "window_size": window_size}
+    given = dict(zip(SIZES_OF_A_STAGE, (image_size, window_size), strict=True))
     stage |= {key: value for key, value in given.items() if value is not None}
     if config.in_chans != 3:
         stage["augment"] = {"rand_augment": None}
@@ -58,6 +61,23 @@ def make_recipe(
             "stages": {"finetune": stage},
         }
     )
+    if path.exists():
+        _same_task(path, recipe, stage)
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# simmim finetune {path}\n{dump_recipe(recipe)}", encoding="utf-8")
+    unfinished = path.with_name(f".recipe_{os.getpid()}.yaml")  # several processes may write it at the same time
+    unfinished.write_text(f"# simmim finetune {path}\n{dump_recipe(recipe)}", encoding="utf-8")
+    os.replace(unfinished, path)
     return path
+
+
+def _same_task(path: Path, wanted: Recipe, given: dict[str, Any]) -> None:
+    there = load_recipe(str(path))
+    old, new = (recipe.stages.get("finetune") for recipe in (there, wanted))
+    pairs: dict[str, Any] = {"data": (there.data.path, wanted.data.path)}
+    pairs |= {
+        key: (getattr(old, key, None), getattr(new, key)) for key in ("init_from", *SIZES_OF_A_STAGE) if key in given
+    }
+    for key, (before, now) in pairs.items():
+        if before != now:
+            raise ValueError(f"{path} was written for {key} {before}, not {now}: give another --name, or edit it")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 
 from simmim.checkpoint import different_settings, list_checkpoints, load_state
 from simmim.data import CenterCrop, Folder, Shapes, Source, evaluation_batches, split_holdout
@@ -73,10 +74,11 @@ def make_accelerator(precision: str | None) -> Accelerator:
     return accelerator
 
 
-def make_sources(data: Data, size: Pair, channels: int) -> tuple[Source, Source | None]:
+def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tuple[Source, Source | None]:
     """Training images and held-out images (None where too few are left to hold any out).
 
     Of a folder with ``train`` and ``val`` only the training images are used: no stage may see the others.
+    Of one without, ``reserved`` images are kept out of training.
     """
     if data.path == "builtin:shapes":
         held_out = Shapes(data.holdout_images, size, channels, held_out=True)
@@ -87,8 +89,15 @@ def make_sources(data: Data, size: Pair, channels: int) -> tuple[Source, Source 
         raise ValueError("the recipe names no images: set data.path=FOLDER_OF_IMAGES (or builtin:shapes)")
     root = Path(data.path).expanduser()
     if (root / "train").is_dir() and any((root / name).is_dir() for name in VALIDATION):
-        root = root / "train"
-    return split_holdout(Folder(root, channels), data.holdout_images)
+        return split_holdout(Folder(root / "train", channels), data.holdout_images)
+    return split_holdout(Folder(root, channels), data.holdout_images, reserved)
+
+
+def reserved_images(recipe: Recipe, path: str) -> int:
+    """How many images of ``path`` the stages with labels hold out for themselves: none may be trained on before."""
+    stages = [stage for stage in recipe.stages.values() if isinstance(stage, Finetune)]
+    own = [stage.labels for stage in stages if (stage.labels.path or recipe.data.path) == path]
+    return max((labels.val_images for labels in own if not labels.val_path), default=0)
 
 
 def make_views(
@@ -160,7 +169,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
         if not path.exists():
             raise ValueError(f"{name} starts from {init}, which has not been run: `simmim run` walks all stages")
     encoder = load_encoder(path) if (path / DESCRIPTION).exists() else import_encoder(path)[0]
-    fingerprint = _fingerprint(encoder)
+    digest = fingerprint(encoder)
     wanted = encoder_config(recipe.encoder, stage)
     for field in FIXED:
         if getattr(encoder.config, field) != getattr(wanted, field):
@@ -169,7 +178,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
                 f"says {getattr(wanted, field)}: correct encoder in the recipe"
             )
     size, window = geometry(stage, encoder)
-    return Start(transfer(encoder, image_size=size, window_size=window, drop_path=stage.drop_path), path, fingerprint)
+    return Start(transfer(encoder, image_size=size, window_size=window, drop_path=stage.drop_path), path, digest)
 
 
 def geometry(stage: Pretrain | Finetune, encoder: SwinEncoder) -> tuple[Pair, Pair]:
@@ -183,23 +192,29 @@ def geometry(stage: Pretrain | Finetune, encoder: SwinEncoder) -> tuple[Pair, Pa
     return size, stage.window_size or (in_proportion[0], in_proportion[1])
 
 
-def _fingerprint(encoder: SwinEncoder) -> str:
+def fingerprint(module: nn.Module) -> str:
+    """Of its weights: equal for equal weights."""
     digest = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
+    for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def decisive_settings(recipe: Recipe, name: str, **facts: Any) -> dict[str, Any]:
-    """What must not change when a stage continues: everything but names, places and bookkeeping."""
+def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> dict[str, Any]:
+    """What must not change when a stage continues: everything but names, places and bookkeeping.
+
+    Where a place is left out (``init_from``, ``head``), what was found there is not.
+    """
     stage = recipe.stages[name]
-    passing = {"log", "init_from"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
+    passing = {"log", "init_from", "head"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
     settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": {"path", "num_workers"}})
     if isinstance(stage, Finetune):
         settings["data"] = {key: settings["data"][key] for key in ("mean", "std")}
     own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, "labels": {"path", "val_path"}})
-    return {**settings, "stage": own, **facts}
+    config = start.encoder.config
+    own |= {"image_size": list(config.image_size), "window_size": list(config.window_size)}
+    return {**settings, "stage": own, "starts_from": start.fingerprint, **facts}
 
 
 def starting_point(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, int]:

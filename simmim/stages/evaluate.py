@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from einops import reduce
 from torch import Tensor
 from tqdm import tqdm
@@ -45,7 +47,16 @@ def evaluate_classifier(
     encoder, pixels = open_encoder(path, **sizes)
     classifier = load_classifier(path)
     source = labelled_images(data, encoder, classifier.classes, len(classifier.weight))
-    return judge(encoder, classifier, source, pixels, accelerator, batch_size=batch_size, num_workers=num_workers)
+    return judge(
+        encoder,
+        classifier,
+        source,
+        pixels,
+        accelerator,
+        interpolation=interpolation_of(path),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
 
 
 def judge(
@@ -55,18 +66,28 @@ def judge(
     pixels: dict[str, list[float]],
     accelerator: Accelerator,
     *,
+    interpolation: str,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """What :func:`evaluate_classifier` gives, of an encoder, a classifier and images that are open already."""
+    """What :func:`evaluate_classifier` gives, of an encoder, a classifier and images that are open already.
+
+    Raises:
+        ValueError: no image could be read.
+    """
     names = classifier.classes or [str(number) for number in range(len(classifier.weight))]
     objective = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
     objective.head.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
     objective.to(accelerator.device).eval()
-    views = _views(source, encoder, batch_size, accelerator, num_workers)
+    views = _views(source, encoder, batch_size, accelerator, num_workers, interpolation)
     with accelerator.autocast():
         numbers = evaluate(objective, _with_progress(views, accelerator), accelerator)
-    return {"images": len(source), **numbers}
+    for name, reason in views.broken.items():
+        print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
+    images = len(source) - sum(gather_object([len(views.broken)]))
+    if not images:
+        raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read")
+    return {"images": images, **numbers}
 
 
 def probe(
@@ -139,6 +160,12 @@ def open_encoder(path: Path, **sizes: Any) -> tuple[SwinEncoder, dict[str, list[
     return encoder, IMAGENET
 
 
+def interpolation_of(path: Path) -> str:
+    """How the images were enlarged that an export was judged on in training; bicubic if it does not say."""
+    trained = load_description(path).get("trained", {}) if (path / DESCRIPTION).exists() else {}
+    return trained.get("settings", {}).get("stage", {}).get("crop", {}).get("interpolation", "bicubic")
+
+
 def labelled_images(data: str, encoder: SwinEncoder, classes: Sequence[str] | None, count: int) -> Labelled:
     """Validation images whose labels are the numbers of a classifier.
 
@@ -185,9 +212,14 @@ def _labelled_pair(data: str, encoder: SwinEncoder) -> tuple[Labelled, Labelled]
 
 
 def _views(
-    source: Labelled, encoder: SwinEncoder, batch_size: int, accelerator: Accelerator, num_workers: int
+    source: Labelled,
+    encoder: SwinEncoder,
+    batch_size: int,
+    accelerator: Accelerator,
+    num_workers: int,
+    interpolation: str = "bicubic",
 ) -> Batches:
-    view = CenterCrop(encoder.config.image_size, "bicubic")
+    view = CenterCrop(encoder.config.image_size, interpolation)
     shares = (accelerator.process_index, accelerator.num_processes)
     views = make_views(source, view, batch_size, True, shares, num_workers)
     assert isinstance(views, Batches)

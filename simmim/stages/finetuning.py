@@ -14,7 +14,17 @@ from simmim.data.hub import hub_sources, is_hub
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
 from simmim.schema import Finetune, Recipe
-from simmim.stages.assembly import Start, decisive_settings, export, is_done, make_accelerator, make_start, publish
+from simmim.stages.assembly import (
+    Start,
+    decisive_settings,
+    export,
+    fingerprint,
+    is_done,
+    make_accelerator,
+    make_start,
+    publish,
+    reserved_images,
+)
 from simmim.stages.training import Job, num_steps, train
 from swin.config import Pair
 
@@ -38,10 +48,12 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
     training, holdout = make_labelled(recipe, stage, start.encoder.config.image_size)
+    objective = make_objective(recipe, stage, start, list(training.classes))
     settings = decisive_settings(
         recipe,
         name,
-        starts_from=start.fingerprint,
+        start,
+        head="fresh" if wanted_head(stage) == "fresh" else fingerprint(objective.head),
         num_training_images=len(training),
         classes=list(training.classes),
         precision=accelerator.mixed_precision,
@@ -51,7 +63,7 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
         accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
         return folder / "export"
     job = Job(
-        objective=make_objective(recipe, stage, start, list(training.classes)),
+        objective=objective,
         training=training,
         holdout=holdout,
         transform=make_transform(recipe, stage, start.encoder.config.image_size),
@@ -60,10 +72,11 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
     )
-    objective, views, log, _ = train(job, recipe, name, folder, settings, accelerator)
+    result = train(job, recipe, name, folder, settings, accelerator)
+    objective, log = result.objective, result.log
     assert isinstance(objective, Classify)
     with accelerator.autocast():
-        numbers = {f"holdout_{key}": value for key, value in evaluate(objective, views, accelerator).items()}
+        numbers = {f"holdout_{key}": value for key, value in evaluate(objective, result.views, accelerator).items()}
     if accelerator.is_main_process:
         log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
         (folder / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -89,7 +102,9 @@ def make_labelled(recipe: Recipe, stage: Finetune, size: Pair) -> tuple[Labelled
     elif not path:
         raise ValueError("the recipe names no labelled images: set data.path or the labels.path of the stage")
     else:
-        training, holdout = labelled_sources(path, channels, labels.val_images, labels.val_path or None)
+        training, holdout = labelled_sources(
+            path, channels, labels.val_images, labels.val_path or None, reserved_images(recipe, path)
+        )
     return training if labels.shots is None else few_labels(training, labels.shots, recipe.seed), holdout
 
 
@@ -111,7 +126,7 @@ def make_objective(recipe: Recipe, stage: Finetune, start: Start, classes: list[
         label_smoothing=stage.label_smoothing,
         **stage.augment.model_dump(exclude={"rand_augment"}),
     )
-    head = stage.head or ("keep" if stage.kind == "transfer" else "fresh")
+    head = wanted_head(stage)
     if head == "fresh":
         return objective
     if start.path is None:
@@ -122,3 +137,8 @@ def make_objective(recipe: Recipe, stage: Finetune, start: Start, classes: list[
     else:
         take_over_rows(objective.head, old, Path(head))
     return objective
+
+
+def wanted_head(stage: Finetune) -> str:
+    """fresh, keep, or a file that maps classes."""
+    return stage.head or ("keep" if stage.kind == "transfer" else "fresh")

@@ -25,6 +25,7 @@ from simmim.stages.assembly import (
     make_sources,
     make_start,
     publish,
+    reserved_images,
 )
 from simmim.stages.training import Job, num_steps, train
 from swin import SwinEncoder
@@ -46,13 +47,15 @@ def pretrain(recipe: Recipe, out: Path, *, name: str = "pretrain", precision: st
     stage = recipe.stages[name]
     assert isinstance(stage, Pretrain)
     accelerator = make_accelerator(precision)
-    training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans)
+    training, holdout = make_sources(
+        recipe.data, stage.image_size, recipe.encoder.in_chans, reserved_images(recipe, recipe.data.path)
+    )
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
     settings = decisive_settings(
         recipe,
         name,
-        starts_from=start.fingerprint,
+        start,
         num_training_images=len(training),
         precision=accelerator.mixed_precision,
     )

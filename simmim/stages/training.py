@@ -91,8 +91,9 @@ def train(
     shares = (accelerator.process_index, accelerator.num_processes)
     views = make_views(job.holdout, view, stage.micro_batch_size, job.labelled, shares)
     shown = job.training if job.holdout is None else job.holdout
-    preview = next(iter(make_views(shown, view, PREVIEW_IMAGES, job.labelled)))
-    log.broken(preview["broken"])
+    preview = next(iter(make_views(shown, view, PREVIEW_IMAGES, job.labelled)), None)
+    if preview is None:
+        raise ValueError(f"none of {len(shown)} images, {shown.name(0)} for one, could be read")
     model, optimizer = accelerator.prepare(objective, optimizer)
     if start_step < total_steps:
         fit(
@@ -128,5 +129,7 @@ def train(
             average=average,
             **stage.log.model_dump(),
         )
+    if isinstance(views, Batches):
+        log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
     return Trained(judged.eval(), views, log, total_steps)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import swin
 from simmim import engine
 from simmim.cli import main
-from simmim.data import Shapes
+from simmim.data import Shapes, labelled_sources
 from simmim.stages import assembly, training
 
 ROOT = Path(__file__).parents[2]
@@ -336,3 +336,95 @@ def test_probe_of_every_stage(straight, tmp_path, capsys):
     assert set(rows[0]["knn"]) == {"10", "20"} and set(rows[0]["few_shot"]) == {"1", "5", "10"}
     assert "10-shot" in capsys.readouterr().out
     assert all(0 <= row["linear"] <= 1 and row["effective_rank"] > 1 for row in rows)
+
+
+def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path, monkeypatch):
+    """A folder without a split: pretraining leaves out what the stages with labels hold out."""
+    write_images(tmp_path / "all", ["a", "b"], 40)
+    seen: dict[str, set[str]] = {}
+
+    def spy(job, recipe, name, *rest):
+        seen[name] = {job.training.name(number) for number in range(len(job.training))}
+        held_out.setdefault(name, set()).update(job.holdout.name(number) for number in range(len(job.holdout)))
+        return train(job, recipe, name, *rest)
+
+    held_out: dict[str, set[str]] = {}
+    train = training.train
+    monkeypatch.setattr("simmim.stages.pretraining.train", spy)
+    monkeypatch.setattr("simmim.stages.finetuning.train", spy)
+    (tmp_path / "folder.yaml").write_text(yaml.safe_dump(CHAIN, sort_keys=False))
+    overrides = [f"data.path={tmp_path / 'all'}", "stages.finetune_32.labels.val_images=3"]
+    overrides += [f"stages.{name}.labels.shots=null" for name in ("supervised", "finetune_32", "transfer_48")]
+    assert command("run", tmp_path / "folder.yaml", "--out", tmp_path, *overrides) == 0
+    judged = set.union(*(held_out[name] for name in ("supervised", "finetune_32", "transfer_48")))
+    assert len(judged) == 8 and len(held_out["finetune_32"]) == 3 and len(held_out["pretrain"]) == 4
+    for names in seen.values():
+        assert len(names) == 72 and not names & judged
+
+
+def test_a_broken_image_counts_for_nothing(straight, tmp_path, capsys):
+    export = straight / "chain/finetune_32/export"
+    write_images(tmp_path / "val", ["plain", "stripes", "checks", "rings"], 3)
+    assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "whole.json", "--num-workers", 0) == 0
+    broken = sorted((tmp_path / "val").glob("*/*.png"))[0]
+    good = broken.read_bytes()
+    broken.write_bytes(good[:60])
+    assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "less.json", "--num-workers", 0) == 0
+    assert broken.name in capsys.readouterr().err
+    broken.unlink()
+    assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "gone.json", "--num-workers", 0) == 0
+    whole, less, gone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "less", "gone"))
+    assert (whole["images"], less["images"], gone["images"]) == (12, 11, 11)
+    assert less == pytest.approx(gone)
+    for image in (tmp_path / "val").glob("*/*.png"):
+        image.write_bytes(good[:60])
+    assert command("evaluate", export, tmp_path / "val", "--num-workers", 0) == 2
+    assert "none of 11 images" in capsys.readouterr().err
+
+
+def test_another_size_or_head_is_another_stage(recipe, straight, tmp_path, capsys):
+    """The weights of a continuous bias do not tell the size, and those of the encoder not the classifier."""
+    start, larger = straight / "chain/finetune_32/export", tmp_path / "larger"
+    assert command("convert", start, larger, "--image-size", 48, "--window-size", 6) == 0
+    arguments = ["finetune", recipe, "--stage", "supervised", "--out", tmp_path]
+    assert command(*arguments, f"stages.supervised.init_from={start}") == 0
+    assert command(*arguments, f"stages.supervised.init_from={larger}") == 2
+    assert "image_size" in capsys.readouterr().err
+    mapping = tmp_path / "classes.txt"
+    mapping.write_text("0 1 2 3")
+    arguments += ["name=mapped", f"stages.supervised.init_from={start}", f"stages.supervised.head={mapping}"]
+    assert command(*arguments) == 0
+    assert command(*arguments) == 0
+    assert "done before" in capsys.readouterr().out
+    mapping.write_text("3 2 1 0")
+    assert command(*arguments) == 2
+    assert "head" in capsys.readouterr().err
+
+
+def test_the_recipe_of_another_encoder_is_not_taken_for_this_one(straight, tmp_path, capsys):
+    write_images(tmp_path / "my textures (2)", ["a", "b"], 12)
+    arguments = [
+        "--data",
+        tmp_path / "my textures (2)",
+        "--out",
+        tmp_path / "runs",
+        "stages.finetune.schedule.epochs=6",
+    ]
+    first, second = straight / "chain/pretrain/export", straight / "chain/supervised/export"
+    assert command("finetune", "--encoder", first, *arguments) == 0
+    assert (tmp_path / "runs/finetune_my_textures_2_/recipe.yaml").exists()
+    capsys.readouterr()
+    assert command("finetune", "--encoder", second, *arguments) == 2
+    assert "was written for init_from" in capsys.readouterr().err
+    assert command("finetune", "--encoder", first, "--image-size", 48, *arguments) == 2
+    assert "was written for image_size None" in capsys.readouterr().err
+    assert command("finetune", "--encoder", second, "--name", "second", *arguments) == 0
+
+
+def test_a_validation_folder_elsewhere(straight, tmp_path):
+    write_images(tmp_path / "data/train", ["a", "b"], 6)
+    write_images(tmp_path / "data/val", ["a", "b"], 3)
+    write_images(tmp_path / "elsewhere", ["a", "b"], 5)
+    training_images, held_out = labelled_sources(tmp_path / "data", 3, 10, tmp_path / "elsewhere")
+    assert list(training_images.classes) == ["a", "b"]
+    assert (len(training_images), len(held_out)) == (12, 10)

@@ -155,3 +155,9 @@ def test_several_pairs_find_their_own_controls():
     assert [tuple(pair) for pair in lab.find_pairs(recipe)] == [
         (f"finetune_{share}", f"scratch_{share}") for share in (1, 10, 100)
     ]
+
+
+@pytest.mark.parametrize("seeds", [[0, 0], [-1]])
+def test_seeds_that_repeat(seeds, recipe, tmp_path, capsys):
+    assert command(recipe, "--out", tmp_path, "--seeds", *seeds) == 2
+    assert "seeds must be different" in capsys.readouterr().err

@@ -205,3 +205,14 @@ stages:
     assert stages["finetune_b"].drop_path == 0.3
     with pytest.raises(ValueError, match="drop_path"):
         load_recipe(write(text + "    drop_path: 0\n    drop_path: 1\n"))
+
+
+def test_a_part_of_a_schedule_keeps_the_defaults_of_its_stage(write):
+    text = (
+        "stages: {finetune: {init_from: x, schedule: {epochs: 30}, crop: {scale: [0.3, 1]}}, pretrain: {init_from: y}}"
+    )
+    stages = load_recipe(write(text)).stages
+    schedule = stages["finetune"].schedule
+    assert (schedule.epochs, schedule.base_lr, schedule.warmup_epochs, schedule.min_lr) == (30, 1.25e-3, 20, 2.5e-7)
+    assert stages["finetune"].crop.interpolation == "bicubic" and stages["finetune"].crop.scale == (0.3, 1)
+    assert (stages["pretrain"].schedule.base_lr, stages["pretrain"].crop.interpolation) == (1e-4, "bilinear")
