@@ -114,7 +114,9 @@ def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {parent} holds a value, not further keys")
-        values = child
+        # Stages that repeat another share its parts: this one gets its own.
+        values[parent] = dict(child)
+        values = values[parent]
     values[last] = value
 
 

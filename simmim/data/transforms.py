@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,12 +94,19 @@ class RandAugmentedCrop(RandomCrop):
         fill = tuple(round(255 * value) for value in mean)
         settings = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
         self.rand_augment = rand_augment_transform(rand_augment, settings)
+        for op in self.rand_augment.ops:
+            if op.name.startswith("Posterize"):  # a high level asks for 0 bits, which Pillow refuses
+                op.level_fn = partial(_at_least_a_bit, op.level_fn)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         pixels = super().__call__(image, draws[:-1]).permute(1, 2, 0).numpy()
         with _seeded(int(draws[-1] * 2**32)):
             pixels = np.array(self.rand_augment(Image.fromarray(pixels)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _at_least_a_bit(level_fn: Callable, level: float, settings: dict) -> tuple[int]:
+    return (max(1, level_fn(level, settings)[0]),)
 
 
 @contextmanager

@@ -73,17 +73,17 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
         ema_decay=stage.ema_decay,
     )
     result = train(job, recipe, name, folder, settings, accelerator)
-    objective, log = result.objective, result.log
-    assert isinstance(objective, Classify)
+    judged, log = result.objective, result.log
+    assert isinstance(judged, Classify)
     with accelerator.autocast():
-        numbers = {f"holdout_{key}": value for key, value in evaluate(objective, result.views, accelerator).items()}
+        numbers = {f"holdout_{key}": value for key, value in evaluate(judged, result.views, accelerator).items()}
     if accelerator.is_main_process:
         log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
         (folder / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         steps = num_steps(recipe, name, len(training))
         trained = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": settings}
-        unfinished = export(objective.encoder, folder / "export", recipe, trained, classes=objective.classes)
-        save_classifier(unfinished, objective.head)
+        unfinished = export(judged.encoder, folder / "export", recipe, trained, classes=judged.classes)
+        save_classifier(unfinished, judged.head)
         publish(unfinished, folder / "export")
         log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder, simmim evaluate)")
     accelerator.wait_for_everyone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from itertools import chain
 
 import numpy as np
@@ -11,7 +12,16 @@ import torch
 from PIL import Image
 
 from simmim.counter_rng import uniform
-from simmim.data import CenterCrop, Folder, RandomCrop, Shapes, evaluation_batches, split_holdout, training_batches
+from simmim.data import (
+    CenterCrop,
+    Folder,
+    RandAugmentedCrop,
+    RandomCrop,
+    Shapes,
+    evaluation_batches,
+    split_holdout,
+    training_batches,
+)
 from simmim.data.loader import StepKeys
 from simmim.data.shapes import TEXTURES
 
@@ -193,3 +203,14 @@ def test_labels_are_balanced_and_colour_does_not_tell_them():
     by_class = torch.stack([means[labels[:1000] == label].mean(dim=0) for label in range(len(TEXTURES))])
     spread = means.std(dim=0).mean() / math.sqrt(1000 / len(TEXTURES))
     assert by_class.std(dim=0).mean() < 2 * spread
+
+
+def test_rand_augment_keeps_a_bit_at_the_highest_level():
+    """0 bits, which timm asks for in some percent of the official draws, is refused by Pillow."""
+    crop = RandAugmentedCrop((16, 16), rand_augment="rand-m10-inc1", mean=[0.5, 0.5, 0.5])
+    (posterize,) = [op for op in crop.rand_augment.ops if op.name.startswith("Posterize")]
+    posterize.prob = 1.0
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    result = np.array(posterize(Image.fromarray(image.permute(1, 2, 0).numpy())))
+    assert set(np.unique(result)) == {0, 128}
+    assert pickle.loads(pickle.dumps(crop)).size == (16, 16)  # workers may be spawned

@@ -203,6 +203,9 @@ stages:
     stages = load_recipe(write(text)).stages
     assert (stages["finetune_a"].layer_decay, stages["finetune_b"].layer_decay) == (0.5, 1)
     assert stages["finetune_b"].drop_path == 0.3
+    shared = text.replace("drop_path: 0.3", "labels: {shots: 5}")
+    stages = load_recipe(write(shared), ["stages.finetune_b.labels.shots=9"]).stages
+    assert (stages["finetune_a"].labels.shots, stages["finetune_b"].labels.shots) == (5, 9)
     with pytest.raises(ValueError, match="drop_path"):
         load_recipe(write(text + "    drop_path: 0\n    drop_path: 1\n"))
 
