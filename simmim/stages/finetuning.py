@@ -77,6 +77,8 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
     assert isinstance(judged, Classify)
     with accelerator.autocast():
         numbers = {f"holdout_{key}": value for key, value in evaluate(judged, result.views, accelerator).items()}
+    if not numbers:
+        raise ValueError(f"none of the {len(holdout)} held-out images could be read: checkpoints are in {folder}")
     if accelerator.is_main_process:
         log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
         (folder / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 
 from simmim.checkpoint import load_checkpoint
 from simmim.data import CenterCrop, RandomCrop, Source, training_batches
-from simmim.data.loader import Batches
+from simmim.data.loader import Batch, Batches
 from simmim.engine import fit
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
@@ -90,10 +90,7 @@ def train(
     view = CenterCrop(size, job.transform.interpolation)
     shares = (accelerator.process_index, accelerator.num_processes)
     views = make_views(job.holdout, view, stage.micro_batch_size, job.labelled, shares)
-    shown = job.training if job.holdout is None else job.holdout
-    preview = next(iter(make_views(shown, view, PREVIEW_IMAGES, job.labelled)), None)
-    if preview is None:
-        raise ValueError(f"none of {len(shown)} images, {shown.name(0)} for one, could be read")
+    preview = make_preview(job, view)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if start_step < total_steps:
         fit(
@@ -133,3 +130,18 @@ def train(
         log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
     return Trained(judged.eval(), views, log, total_steps)
+
+
+def make_preview(job: Job, view: CenterCrop) -> Batch:
+    """The first images that can be read: held-out ones, or of training where there are none.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    for source in (job.holdout, job.training):
+        views = make_views(source, view, PREVIEW_IMAGES, job.labelled)
+        for batch in views:
+            return batch
+    assert isinstance(views, Batches)
+    names = "; ".join(f"{name}: {reason}" for name, reason in list(views.broken.items())[-3:])
+    raise ValueError(f"none of {len(job.training)} images could be read, the last: {names}")

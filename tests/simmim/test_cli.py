@@ -68,7 +68,7 @@ def test_an_empty_folder_and_a_folder_of_text_files(tmp_path, capsys):
     for number in range(12):
         (tmp_path / "text" / f"{number}.jpg").write_text("text")
     assert pretrain(f"data.path={tmp_path / 'text'}", "--out", out) == 2
-    assert "20 images in a row could not be read" in error_of(capsys)
+    assert "none of 11 images could be read, the last: " in error_of(capsys)
 
 
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
