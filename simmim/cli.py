@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim import __version__
+from simmim.data_commands import add_data
 
 PRETRAIN_EXAMPLES = """examples:
   simmim pretrain recipes/demo.yaml
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     _add_evaluate(commands)
     _add_convert(commands)
+    add_data(commands)
     _add_lab(commands)
     return parser
 

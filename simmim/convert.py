@@ -76,7 +76,8 @@ def _open(source: Path, say: Callable[[str], None], **arguments: Any) -> tuple[S
         pixels = IMAGENET
         say(str(report))
     channels = encoder.config.in_chans
-    return encoder, {key: [values[i % len(values)] for i in range(channels)] for key, values in pixels.items()}
+    per_channel = {key: [pixels[key][i % len(pixels[key])] for i in range(channels)] for key in ("mean", "std")}
+    return encoder, {**pixels, **per_channel}
 
 
 def _write_native(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
@@ -128,7 +129,8 @@ def _write_timm(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
             "num_classes": 0,
             "input_size": [config.in_chans, *config.image_size],
             "fixed_input_size": True,
-            **pixels,
+            "mean": pixels["mean"],
+            "std": pixels["std"],
             "first_conv": "patch_embed.proj",
             "classifier": "head.fc",
         },

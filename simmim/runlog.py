@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import sys
 import time
@@ -24,11 +25,14 @@ class RunLog:
     Broken images are the exception: each process names its own.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, pictures: str = "reconstructions") -> None:
+    def __init__(
+        self, folder: Path, *, is_main: bool, pictures: str = "reconstructions", max_broken: float = math.inf
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.is_main, self.pictures = folder, is_main, folder / pictures
         self.metrics_file, self.events_file = folder / "metrics.jsonl", folder / "events.jsonl"
         self.broken_file = folder / "bad_images.csv"
+        self.max_broken = max_broken
         self._bar: tqdm | None = None
         self._broken = self._read_broken()
         self._images, self._since = 0, time.perf_counter()
@@ -90,7 +94,11 @@ class RunLog:
                 file.write(json.dumps({"step": step, "event": "warning", "text": text}) + "\n")
 
     def broken(self, images: list[tuple[str, str]]) -> None:
-        """Name every broken image once, in ``bad_images.csv`` and on the console."""
+        """Name every broken image once, in ``bad_images.csv`` and on the console.
+
+        Raises:
+            ValueError: more than ``max_broken`` by now.
+        """
         for name, reason in images:
             if name in self._broken or name in self._read_broken():  # another process may have named it
                 continue
@@ -98,6 +106,13 @@ class RunLog:
             with self.broken_file.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([name, reason])
             tqdm.write(f"skipped a broken image: {name} ({reason})", file=sys.stdout)
+            if len(found := self._read_broken()) > self.max_broken:
+                self.end()
+                raise ValueError(
+                    f"{len(found)} images could not be read, more than data.max_broken_share allows "
+                    f"({self.max_broken:.0f}): see {self.broken_file}, mend them or raise the share; "
+                    "the same command then continues from the last checkpoint"
+                )
 
     def _read_broken(self) -> set[str]:
         if not self.broken_file.exists():

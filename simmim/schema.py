@@ -29,12 +29,29 @@ class Settings(BaseModel):
 class Data(Settings):
     """Which images."""
 
-    path: str = Field("", description="a folder of images, flat or nested, or builtin:shapes")
+    path: str = Field(
+        "",
+        description="a folder of images, a .zip, .tar, .parquet or .npy file, a pattern of such, a list (.txt, .csv), "
+        "hf:NAME, stream:hf:NAME, or builtin:shapes",
+    )
     mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0, 1]")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel, of pixels in [0, 1]")
+    value_range: tuple[float, float] | None = Field(
+        None, description="black and white in files of more than 8 bits; null: the whole range of 16 bits"
+    )
     num_images: Count = Field(100_000, description="how many builtin images make an epoch")
     holdout_images: int = Field(64, ge=0, description="kept out of training for pictures and the held-out loss")
-    num_workers: int = Field(2, ge=0, description="loader processes for each training process")
+    max_broken_share: Share = Field(0.01, description="more broken images than that (and than 10) end the run")
+    read_timeout_s: Positive = Field(60, description="an image that has not come by then counts as broken")
+    num_workers: int | None = Field(
+        None, ge=0, description="loader processes for each training process; null: by the number of cores"
+    )
+
+    @model_validator(mode="after")
+    def _range(self) -> Data:
+        if self.value_range and self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range must go from black to white, got {list(self.value_range)}")
+        return self
 
 
 class Encoder(Settings):
@@ -153,7 +170,7 @@ class Pretrain(Settings):
 
 
 class Labels(Settings):
-    """Which labelled images: folders with one subfolder per class, or builtin:shapes."""
+    """Which labelled images: one subfolder per class, a list or table with a column of labels, builtin:shapes."""
 
     path: str = Field("", description="empty: data.path; its train and val (or test) subfolders where it has both")
     val_path: str = Field("", description="empty: the val subfolder, or val_images held out of the others")

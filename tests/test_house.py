@@ -27,6 +27,7 @@ FLOORS = [
     {"simmim.engine"},
     {"simmim.stages"},
     {"simmim.lab"},
+    {"simmim.data_commands"},
     {"simmim.cli"},
     {"tools"},
 ]

@@ -1,24 +1,30 @@
 """Images from where they lie to uint8 batches. Knows nothing of masks or models."""
 
+from simmim.data.decode import Decoder, Pixels
 from simmim.data.loader import evaluation_batches, training_batches
 from simmim.data.shapes import Shapes
 from simmim.data.sources import (
-    ClassFolder,
-    Folder,
+    Images,
     Labelled,
+    LabelledImages,
     Source,
     Subset,
     few_labels,
     labelled_sources,
+    open_files,
+    open_images,
     split_holdout,
+    training_images,
 )
 from simmim.data.transforms import CenterCrop, RandAugmentedCrop, RandomCrop
 
 __all__ = [
     "CenterCrop",
-    "ClassFolder",
-    "Folder",
+    "Decoder",
+    "Images",
     "Labelled",
+    "LabelledImages",
+    "Pixels",
     "RandAugmentedCrop",
     "RandomCrop",
     "Shapes",
@@ -27,6 +33,9 @@ __all__ = [
     "evaluation_batches",
     "few_labels",
     "labelled_sources",
+    "open_files",
+    "open_images",
     "split_holdout",
     "training_batches",
+    "training_images",
 ]

@@ -7,15 +7,17 @@ is always exact, no sample is dropped, and a run continues at any step without r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from simmim.counter_rng import permutation, uniform
-from simmim.data.sources import UNREADABLE, Labelled, Source
+from simmim.data.reading import Reader
+from simmim.data.sources import Labelled, Source
+from simmim.data.tables import BLOCKS_TOGETHER
 from simmim.data.transforms import CenterCrop, RandomCrop
 
 Batch = dict[str, Any]
@@ -29,6 +31,9 @@ class Samples(Dataset):
 
     A broken image is replaced by the next one of the source, so that batches keep their size; twenty
     in a row end the run. Without ``replace`` it is left out, so that no image counts twice.
+
+    Args:
+        timeout_s: after which an image that cannot be fetched is given up as broken.
     """
 
     def __init__(
@@ -39,38 +44,45 @@ class Samples(Dataset):
         *,
         labelled: bool = False,
         replace: bool = True,
+        timeout_s: float = 60.0,
     ) -> None:
         self.source, self.transform, self.seed, self.labelled = source, transform, seed, labelled
         self.replace = replace
+        self._reader = Reader(source.fetch, timeout_s)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws)
+        numbers = index.tolist()
         broken: list[tuple[str, str]] = []
         images, labels, kept = [], [], []
-        for place, (number, u) in enumerate(zip(index.tolist(), draws, strict=True)):
-            found = self._read(number, broken)
+        for place, content in enumerate(self._reader.many(numbers)):
+            found = self._read(numbers[place], content, draws[place], broken)
             if found is None:
                 if self.replace:
                     return {"broken": broken}
                 continue
             kept.append(place)
-            images.append(self.transform(found[1], u))
+            images.append(found[1])
             if self.labelled:
                 labels.append(cast(Labelled, self.source).label(found[0]))
         if not images:
             return {"broken": broken}
-        batch = {"image": torch.stack(images), "epoch": epoch[kept], "index": index[kept], "broken": broken}
+        # In a worker this writes each image straight into memory that the main process sees.
+        batch = {"image": default_collate(images), "epoch": epoch[kept], "index": index[kept], "broken": broken}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
-    def _read(self, number: int, broken: list[tuple[str, str]]) -> tuple[int, Tensor] | None:
-        """The image, or the next good one if it is to be replaced, and its number."""
+    def _read(
+        self, number: int, content: Callable[[], Any], draws: Tensor, broken: list[tuple[str, str]]
+    ) -> tuple[int, Tensor] | None:
+        """The number and pixels of the image, or of the next good one if it is to be replaced."""
         for attempt in range(MAX_BROKEN_IN_A_ROW if self.replace else 1):
             candidate = (number + attempt) % len(self.source)
             try:
-                return candidate, self.source.read(candidate)
-            except UNREADABLE as error:
-                broken.append((self.source.name(candidate), _first_line(error)))
+                got = content() if attempt == 0 else self._reader.one(candidate)
+                return candidate, self.transform(self.source.decode(got), draws)
+            except Exception as error:  # damaged bytes raise almost anything; each is named with its reason
+                broken.append((self.source.name(candidate), reason_of(error)))
         return None  # an exception would reach the main process wrapped in the worker's traceback
 
 
@@ -84,13 +96,14 @@ class StepKeys:
         seed: int,
         batch_size: int,
         micro_batch_size: int,
+        blocks: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
         end_step: int,
     ) -> None:
         assert batch_size % (micro_batch_size * world_size) == 0
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.blocks = size, seed, blocks
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.start_step, self.end_step = start_step, end_step
@@ -108,9 +121,24 @@ class StepKeys:
             for position in range(start, start + self.micro_batch_size):
                 epoch, place = divmod(position, self.size)
                 if epoch != order_epoch:
-                    order_epoch, order = epoch, permutation(self.seed, epoch, self.size)
+                    order_epoch, order = epoch, epoch_order(self.seed, epoch, self.size, self.blocks)
                 keys.append((epoch, int(order[place])))
             yield keys
+
+
+def epoch_order(seed: int, epoch: int, size: int, blocks: Tensor | None = None) -> Tensor:
+    """The order of an epoch, int64 ``(size,)``: random; with blocks, a few random blocks at a time.
+
+    Args:
+        blocks: int ``(size,)``, the block of each image.
+    """
+    order = permutation(seed, epoch, size)
+    if blocks is None:
+        return order
+    num_blocks = int(blocks.max()) + 1
+    turn = torch.empty(num_blocks, dtype=torch.int64)
+    turn[permutation(seed, epoch, num_blocks)] = torch.arange(num_blocks) // BLOCKS_TOGETHER
+    return order[turn[blocks.long()][order].argsort(stable=True)]
 
 
 def training_batches(
@@ -121,6 +149,7 @@ def training_batches(
     labelled: bool = False,
     num_workers: int = 0,
     pin_memory: bool = False,
+    timeout_s: float = 60.0,
     **steps: int,
 ) -> Batches:
     """Micro-batches of one process; ``steps`` are the arguments of :class:`StepKeys`.
@@ -128,8 +157,9 @@ def training_batches(
     Raises:
         ValueError: while iterating, when too many images in a row are broken.
     """
-    keys = StepKeys(len(source), seed=seed, **steps)
-    return Batches(Samples(source, transform, seed, labelled=labelled), keys, num_workers, pin_memory)
+    keys = StepKeys(len(source), seed=seed, blocks=source.blocks, **steps)
+    samples = Samples(source, transform, seed, labelled=labelled, timeout_s=timeout_s)
+    return Batches(samples, keys, num_workers, pin_memory)
 
 
 def evaluation_batches(
@@ -141,11 +171,13 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    timeout_s: float = 60.0,
 ) -> Batches:
     """Every good image once, over all processes, as epoch 0 of seed 0: the same crops and masks every time."""
     keys = [(0, number) for number in range(rank, len(source), world_size)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return Batches(Samples(source, transform, seed=0, labelled=labelled, replace=False), batches, num_workers)
+    samples = Samples(source, transform, seed=0, labelled=labelled, replace=False, timeout_s=timeout_s)
+    return Batches(samples, batches, num_workers)
 
 
 class Batches:
@@ -160,10 +192,10 @@ class Batches:
         self.loader = DataLoader(
             samples,
             batch_sampler=keys,
-            collate_fn=_identity,  # samples come as a batch already
+            collate_fn=identity,  # samples come as a batch already
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
             prefetch_factor=4 if num_workers else None,
             # The base seed of workers would be drawn from the global generator; nothing here uses it.
             generator=torch.Generator().manual_seed(0),
@@ -184,13 +216,18 @@ class Batches:
             yield batch
 
 
-def _identity(batch: Any) -> Any:
+def identity(batch: Any) -> Any:
+    """Of what comes as a batch already; workers that are started afresh need a name for it."""
     return batch
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
+    """Workers share the cores among themselves."""
     torch.set_num_threads(1)
 
 
-def _first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """One line for people."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

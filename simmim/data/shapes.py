@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from simmim.counter_rng import random_bits, uniform
+from simmim.data.decode import Pixels
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
@@ -32,6 +33,7 @@ class Shapes:
     """
 
     classes = TEXTURES
+    blocks = None
 
     def __init__(
         self, num_images: int, size: tuple[int, int] = (64, 64), channels: int = 3, *, held_out: bool = False
@@ -50,7 +52,16 @@ class Shapes:
         """The number of its texture in ``TEXTURES``."""
         return self._classes(self._draws(number))[1]
 
+    def fetch(self, number: int) -> int:
+        """Nothing to wait for."""
+        return number
+
+    def decode(self, content: int) -> Pixels:
+        """Drawing is work like decoding."""
+        return Pixels(self.read(content))
+
     def read(self, number: int) -> Tensor:
+        """uint8 ``(c, H, W)``."""
         if number in self._drawn:
             return self._drawn[number]
         image = self._draw(number)

@@ -1,37 +1,78 @@
-"""Where images come from. A source has a length and gives uint8 images ``(c, H, W)`` by number."""
+"""Images by number, from whatever they lie in. Where they lie is one thing, what they are another:
+``Files`` give bytes, ``Images`` make pictures of them."""
 
 from __future__ import annotations
 
-import os
-import warnings
+import glob
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from simmim.counter_rng import derive_seed, permutation
+from simmim.data.decode import MODES, Decoder, Picture
+from simmim.data.manifest import (
+    ARCHIVES,
+    LISTS,
+    cached_manifest,
+    keep_folder,
+    load_manifest,
+    open_manifest,
+    scan,
+)
+from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-VALIDATION = ("val", "validation", "test")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What Pillow raises for a file that is not a good image."""
+INDEX = "index.arrow"
+"""The manifest of a packed data set, beside its shards."""
+ARRAYS = (".npy", ".tif", ".tiff")
+"""Files that may have any number of channels."""
+
+
+class Files(Protocol):
+    """Contents of images by number: a folder, archives, a table, an array."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of classes in the order of their numbers, where somebody has written it down."""
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """int ``(n,)``, the block of each image, where images of one block had better be read together."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str: ...
+
+    def fetch(self, number: int) -> bytes | np.ndarray: ...
+
+    def labels(self) -> pa.Array | None: ...
+
+    def part(self, name: str) -> Files | None: ...
 
 
 class Source(Protocol):
     """Images by number."""
 
-    def __len__(self) -> int: ...
+    @property
+    def blocks(self) -> Tensor | None:
+        """As of :class:`Files`."""
 
-    def read(self, number: int) -> Tensor:
-        """uint8 ``(c, H, W)``. Raises one of ``UNREADABLE`` for a broken image."""
+    def __len__(self) -> int: ...
 
     def name(self, number: int) -> str:
         """What a person would call this image: a path, usually."""
+
+    def fetch(self, number: int) -> Any:
+        """What disk or network are needed for; may take long, may be called by several threads at once."""
+
+    def decode(self, content: Any) -> Picture:
+        """The picture of what ``fetch`` has brought. Damaged content raises almost anything."""
 
 
 class Labelled(Source, Protocol):
@@ -44,114 +85,201 @@ class Labelled(Source, Protocol):
     def label(self, number: int) -> int: ...
 
 
-class Folder:
-    """All images below a folder, flat or nested, in the order of their sorted paths; no labels needed.
+class Images:
+    """Pictures of any files.
 
     Raises:
-        ValueError: no such folder, no image in it, or a number of channels that no image file has.
+        ValueError: a number of channels that none of the files can have.
     """
 
-    def __init__(self, path: str | Path, channels: int = 3) -> None:
-        self.root = Path(path).expanduser()
-        if not self.root.is_dir():
-            raise ValueError(f"data.path {str(path)!r} is not a folder: set data.path=FOLDER_OF_IMAGES")
-        if channels not in MODES:
-            raise ValueError(f"image files have 1, 3 or 4 channels, but the encoder wants in_chans={channels}")
-        self.mode = MODES[channels]
-        self.paths, num_others = _scan(self.root)
-        if not self.paths:
-            raise ValueError(
-                f"no images in {self.root} or below it ({num_others} other files): expected "
-                f"{' '.join(sorted(EXTENSIONS))}"
-            )
+    def __init__(self, files: Files, decoder: Decoder | None = None) -> None:
+        self.files, self.decoder = files, decoder or Decoder()
+        if self.decoder.channels not in MODES and not isinstance(files, Array) and len(files):
+            first = files.name(0)
+            if Path(first).suffix and not first.lower().endswith(ARRAYS):
+                raise ValueError(
+                    f"image files have 1, 3 or 4 channels, but the encoder wants in_chans={self.decoder.channels}: "
+                    f"only {', '.join(ARRAYS)} can have so many, not {first}"
+                )
+
+    @property
+    def blocks(self) -> Tensor | None:
+        return self.files.blocks
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def name(self, number: int) -> str:
-        return str(self.root / self.paths[number])
+        return self.files.name(number)
+
+    def fetch(self, number: int) -> bytes | np.ndarray:
+        return self.files.fetch(number)
+
+    def decode(self, content: bytes | np.ndarray) -> Picture:
+        return self.decoder(content)
 
     def read(self, number: int) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(self.root / self.paths[number]) as file:
-                image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I;16"):  # Pillow clips these instead of scaling them
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                pixels = np.array(image.convert(self.mode))
-        return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+        """The whole image, uint8 ``(c, H, W)``."""
+        picture = self.decode(self.fetch(number))
+        return picture.crop((0, 0, *picture.size), picture.size)
 
 
-class ClassFolder(Folder):
-    """A folder with one subfolder for each class; below that, flat or nested.
+class LabelledImages(Images):
+    """Images that have a class: the first folder of their path, or the label of a list or table.
 
-    Classes are in the order of their names, in numeric order where every name is a whole number
-    (``10`` after ``9``, as in ImageNet-V2).
+    Classes are in the order that the data set gives them, or of their names, in numeric order where
+    every name is a whole number (``10`` after ``9``, as in ImageNet-V2).
 
     Args:
-        classes: the names that another folder has given numbers to, for a validation set.
+        classes: the names that other images have given numbers to, for a validation set.
 
     Raises:
-        ValueError: as :class:`Folder`; images outside of class folders, or fewer than two classes.
+        ValueError: images without a class, unknown classes, or fewer than two.
     """
 
-    def __init__(self, path: str | Path, channels: int = 3, classes: Sequence[str] | None = None) -> None:
-        super().__init__(path, channels)
-        parts = [Path(image).parts for image in self.paths]
-        loose = [part[0] for part in parts if len(part) == 1]
-        if loose:
+    def __init__(self, files: Files, decoder: Decoder | None = None, classes: Sequence[str] | None = None) -> None:
+        super().__init__(files, decoder)
+        labels = files.labels()
+        place = _place(files)
+        if labels is None:
+            raise ValueError(f"{place} says nothing of classes: labels come from folders, lists or columns of labels")
+        if labels.null_count:
+            loose = pc.indices_nonzero(pc.is_null(labels))
             raise ValueError(
-                f"{len(loose)} image(s) lie in {self.root} itself, {loose[0]} for one: labels are read from one "
-                "subfolder per class"
+                f"{labels.null_count} image(s) in {place} have no class, {files.name(loose[0].as_py())} for one: "
+                "labels are read from one subfolder per class"
             )
-        found = {part[0] for part in parts}
+        found = set(pc.unique(labels).to_pylist())
         if classes is None:
             if len(found) < 2:
-                raise ValueError(f"{self.root} holds one class only, {found.pop()}: expected one subfolder per class")
+                raise ValueError(f"{place} holds one class only, {found.pop()}: expected one subfolder per class")
             numeric = all(name.isdecimal() for name in found)
-            classes = sorted(found, key=int) if numeric else sorted(found)
-        elif unknown := sorted(found - set(classes)):
+            classes = files.classes or (sorted(found, key=int) if numeric else sorted(found))
+        if unknown := sorted(found - set(classes)):
             raise ValueError(
-                f"{self.root} holds classes that the training images lack: {', '.join(unknown[:5])}"
+                f"{place} holds classes that the training images lack: {', '.join(unknown[:5])}"
                 f"{' and others' if len(unknown) > 5 else ''}"
             )
         self.classes = list(classes)
-        number_of = {name: number for number, name in enumerate(self.classes)}
-        self._labels = [number_of[part[0]] for part in parts]
+        numbers = pc.index_in(labels, value_set=pa.array(self.classes, labels.type))
+        self._labels = torch.from_numpy(numbers.to_numpy(zero_copy_only=False).astype(np.int32))
 
     def label(self, number: int) -> int:
-        return self._labels[number]
+        return int(self._labels[number])
 
 
 class Subset:
     """Some of the images of a source, in a given order; labelled if the source is."""
 
-    def __init__(self, source: Source, numbers: list[int]) -> None:
+    def __init__(self, source: Source, numbers: Sequence[int] | Tensor) -> None:
         self.source = source
-        self.numbers = numbers
+        self.numbers = torch.as_tensor(numbers, dtype=torch.int64)
 
     @property
     def classes(self) -> Sequence[str]:
         return cast(Labelled, self.source).classes
 
+    @property
+    def blocks(self) -> Tensor | None:
+        return None if self.source.blocks is None else self.source.blocks[self.numbers]
+
     def label(self, number: int) -> int:
-        return cast(Labelled, self.source).label(self.numbers[number])
+        return cast(Labelled, self.source).label(int(self.numbers[number]))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def read(self, number: int) -> Tensor:
-        return self.source.read(self.numbers[number])
-
     def name(self, number: int) -> str:
-        return self.source.name(self.numbers[number])
+        return self.source.name(int(self.numbers[number]))
+
+    def fetch(self, number: int) -> Any:
+        return self.source.fetch(int(self.numbers[number]))
+
+    def decode(self, content: Any) -> Picture:
+        return self.source.decode(content)
+
+
+def open_files(path: str | Path) -> Files:
+    """Whatever ``path`` names.
+
+    - a folder: of images, flat or nested; else of ``.tar`` or ``.zip`` shards; else of parquet or Arrow
+      files; packed by ``simmim data pack``; or saved by ``datasets``
+    - a file: ``.zip``, ``.tar``, a list (``.txt``, ``.csv``, ``.tsv``), ``.parquet``, ``.arrow``, ``.npy``
+    - a pattern of such files: ``shards/*.tar``
+    - ``hf:NAME`` of a data set of ``datasets``, ``stream:hf:NAME`` or ``stream:PATTERN`` of parquet to be streamed
+
+    Raises:
+        ValueError: nothing of that kind.
+        OSError: it cannot be read.
+    """
+    text = str(path)
+    if text.startswith(STREAM):
+        return open_stream(text)
+    if text.startswith(PREFIX):
+        return open_data_set(text)
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _open_folder(place)
+    if place.is_file():
+        return _open_shards(place, [place])
+    matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
+    if not matches:
+        raise ValueError(
+            f"data.path {text!r} is not a folder, nor a file or a pattern of files: set data.path=FOLDER_OF_IMAGES"
+        )
+    return _open_shards(place, matches)
+
+
+def open_images(path: str | Path, decoder: Decoder | None = None) -> Images:
+    """All images that ``path`` names, or the split to train on, as :func:`open_files`; without labels."""
+    return Images(open_files(path), decoder)
+
+
+def _open_folder(folder: Path) -> Files:
+    if (folder / INDEX).exists():
+        packed = load_manifest(folder / INDEX)
+        assert packed is not None
+        return packed
+    if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+        return open_data_set(f"{PREFIX}{folder}")
+    if (manifest := cached_manifest(folder)) is not None:
+        return manifest
+    began = time.time()
+    found = scan(folder)
+    if found.images:
+        return keep_folder(folder, found, began)
+    return _open_shards(folder, found.shards) if found.shards else open_manifest(folder)
+
+
+def _open_shards(path: Path, files: list[Path]) -> Files:
+    """Files of one kind, called ``path`` together."""
+    kinds = {file.suffix.lower() for file in files}
+    if kinds <= ARCHIVES:
+        return open_manifest(path, files)
+    if kinds == {".parquet"} or kinds == {".arrow"}:
+        return open_tables(str(path), files)
+    if len(files) == 1 and kinds <= LISTS:
+        return open_manifest(path)
+    if len(files) == 1 and kinds == {".npy"}:
+        return Array(files[0])
+    advice = ": unpack it first, its images cannot be read one by one" if kinds & {".gz", ".tgz", ".bz2", ".xz"} else ""
+    raise ValueError(
+        f"{path} is a file of a kind that holds no set of images ({' '.join(sorted(kinds))}){advice}"
+        f"{'' if advice else ': expected .zip .tar .parquet .arrow .npy .txt .csv, or a folder'}"
+    )
+
+
+def is_name(path: str | Path) -> bool:
+    """Whether a path is no path: the name of a data set, or built in."""
+    return str(path).startswith((PREFIX, STREAM, "builtin:"))
 
 
 def split_holdout(source: Source, holdout_images: int, reserved: int = 0) -> tuple[Source, Source | None]:
     """Take a fixed random set of images out of training: ``(training, holdout)``.
 
     The same images for every seed and recipe, so that held-out losses compare. Never more than a
-    tenth of the source; None when that leaves nothing.
+    tenth of the source; None when that leaves nothing. Of a stream it is the first images, so that
+    they lie together.
 
     Args:
         reserved: as many are kept out of training, if that is more: other stages are judged by them.
@@ -161,32 +289,52 @@ def split_holdout(source: Source, holdout_images: int, reserved: int = 0) -> tup
     if unseen == 0:
         return source, None
     generator = torch.Generator().manual_seed(derive_seed("holdout", 0))
-    order = torch.randperm(len(source), generator=generator).tolist()
-    return Subset(source, sorted(order[unseen:])), Subset(source, order[:count]) if count else None
+    in_blocks = source.blocks is not None
+    order = torch.arange(len(source)) if in_blocks else torch.randperm(len(source), generator=generator)
+    training = Subset(source, order[unseen:].sort().values)
+    return training, Subset(source, order[:count]) if count else None
+
+
+def training_images(
+    path: str | Path, decoder: Decoder, holdout_images: int, reserved: int = 0
+) -> tuple[Source, Source | None]:
+    """Images for training without labels, and held-out ones (None where too few are left to hold any out).
+
+    Where there is a train and a val part only the first is used: no stage may see the other. Where there
+    is not, ``reserved`` images are kept out of training.
+
+    Raises:
+        ValueError, OSError: as :func:`open_files`.
+    """
+    files = open_files(path)
+    train, val = files.part("train"), files.part("val")
+    if train is not None and val is not None:
+        return split_holdout(Images(train, decoder), holdout_images)
+    return split_holdout(Images(files, decoder), holdout_images, reserved)
 
 
 def labelled_sources(
-    path: str | Path, channels: int, holdout_images: int, val_path: str | Path | None = None, reserved: int = 0
+    path: str | Path, decoder: Decoder, holdout_images: int, val_path: str | Path | None = None, reserved: int = 0
 ) -> tuple[Labelled, Labelled]:
-    """Training and held-out images of a folder with one subfolder per class.
+    """Training and held-out images with labels.
 
     ``path`` (its ``train`` where it has one) and ``val_path``; or ``path/train`` and ``path/val`` (or
     ``validation``, ``test``) where both are there; else the split of :func:`split_holdout`.
 
     Raises:
-        ValueError: as :class:`ClassFolder`; too few images to hold any out.
+        ValueError: as :class:`LabelledImages`; too few images to hold any out.
     """
-    root = Path(path).expanduser()
+    files = open_files(path)
+    train, val = files.part("train"), files.part("val")
     if val_path is not None:
-        training = ClassFolder(root / "train" if (root / "train").is_dir() else root, channels)
-        return training, ClassFolder(val_path, channels, training.classes)
-    for name in VALIDATION:
-        if (root / "train").is_dir() and (root / name).is_dir():
-            training = ClassFolder(root / "train", channels)
-            return training, ClassFolder(root / name, channels, training.classes)
-    kept, holdout = split_holdout(ClassFolder(root, channels), holdout_images, reserved)
+        training = LabelledImages(train or files, decoder)
+        return training, LabelledImages(open_files(val_path), decoder, training.classes)
+    if train is not None and val is not None:
+        training = LabelledImages(train, decoder)
+        return training, LabelledImages(val, decoder, training.classes)
+    kept, holdout = split_holdout(LabelledImages(files, decoder), holdout_images, reserved)
     if holdout is None:
-        raise ValueError(f"{root} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
+        raise ValueError(f"{path} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
     return cast(Labelled, kept), cast(Labelled, holdout)
 
 
@@ -211,18 +359,6 @@ def few_labels(source: Labelled, shots: int, seed: int) -> Labelled:
     raise ValueError(f"class {source.classes[label]} has {shots - missing} images, but shots is {shots}: lower it")
 
 
-def _scan(root: Path) -> tuple[list[str], int]:
-    """Image paths relative to ``root``, sorted, and how many files are something else."""
-    paths, num_others = [], 0
-    for folder, _, files in os.walk(root, onerror=_raise):
-        for file in files:
-            path = Path(folder, file)
-            if path.suffix.lower() in EXTENSIONS and not file.startswith("."):
-                paths.append(str(path.relative_to(root)))
-            else:
-                num_others += 1
-    return sorted(paths), num_others
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _place(files: Files) -> str:
+    """What a person calls all of it."""
+    return str(getattr(files, "root", "") or (files.name(0).rpartition("/")[0] if len(files) else "the data"))

@@ -1,4 +1,4 @@
-"""uint8 image of any size -> uint8 image of the wanted size. Pure functions of the drawn numbers."""
+"""Picture of any size -> uint8 image of the wanted size. Pure functions of the drawn numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
+
+from simmim.data.decode import Box, Picture
 
 _ATTEMPTS = 10
 
@@ -46,15 +47,14 @@ class RandomCrop:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.interpolation = interpolation
 
-    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """``image`` uint8 ``(c, H, W)``, ``draws`` float64 ``(num_draws,)`` in [0, 1)."""
+    def __call__(self, picture: Picture, draws: Tensor) -> Tensor:
+        """uint8 ``(c, H, W)``; ``draws`` float64 ``(num_draws,)`` in [0, 1)."""
         values = draws.tolist()
-        top, left, height, width = self.box(image.shape[1], image.shape[2], values[1:])
-        result = resize(image[:, top : top + height, left : left + width], self.size, self.interpolation)
-        return result.flip(-1) if values[0] < self.flip else result
+        box = self.box(*picture.size, values[1:])
+        return picture.crop(box, self.size, self.interpolation, flip=values[0] < self.flip)
 
-    def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
-        """``(top, left, height, width)`` of the crop."""
+    def box(self, height: int, width: int, draws: list[float]) -> Box:
+        """The crop of an image of this size."""
         low, high = (math.log(r) for r in self.ratio)
         for attempt in range(_ATTEMPTS):
             u_area, u_ratio, u_top, u_left = draws[4 * attempt : 4 * attempt + 4]
@@ -74,9 +74,9 @@ class CenterCrop:
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear") -> None:
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        top, left, height, width = _central_box(image.shape[1], image.shape[2], self.size[1] / self.size[0])
-        return resize(image[:, top : top + height, left : left + width], self.size, self.interpolation)
+    def __call__(self, picture: Picture, draws: Tensor) -> Tensor:
+        box = _central_box(*picture.size, self.size[1] / self.size[0])
+        return picture.crop(box, self.size, self.interpolation)
 
 
 class RandAugmentedCrop(RandomCrop):
@@ -98,8 +98,8 @@ class RandAugmentedCrop(RandomCrop):
             if op.name.startswith("Posterize"):  # a high level asks for 0 bits, which Pillow refuses
                 op.level_fn = partial(_at_least_a_bit, op.level_fn)
 
-    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        pixels = super().__call__(image, draws[:-1]).permute(1, 2, 0).numpy()
+    def __call__(self, picture: Picture, draws: Tensor) -> Tensor:
+        pixels = super().__call__(picture, draws[:-1]).permute(1, 2, 0).numpy()
         with _seeded(int(draws[-1] * 2**32)):
             pixels = np.array(self.rand_augment(Image.fromarray(pixels)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -122,13 +122,6 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
-    """Antialiased resize of uint8 ``(c, H, W)``."""
-    if tuple(image.shape[1:]) == size:
-        return image
-    return F.interpolate(image[None], size, mode=interpolation, antialias=True)[0]
-
-
-def _central_box(height: int, width: int, ratio: float) -> tuple[int, int, int, int]:
+def _central_box(height: int, width: int, ratio: float) -> Box:
     h, w = min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
     return (height - h) // 2, (width - w) // 2, h, w

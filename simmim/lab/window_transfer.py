@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from simmim.checkpoint import load_checkpoint
 from simmim.counter_rng import derive_seed
-from simmim.data import CenterCrop, RandomCrop, Shapes, evaluation_batches, labelled_sources, training_batches
+from simmim.data import CenterCrop, Decoder, RandomCrop, Shapes, evaluation_batches, labelled_sources, training_batches
 from simmim.data.loader import Batches
 from simmim.data.sources import Labelled
 from simmim.engine import evaluate, fit
@@ -207,7 +207,7 @@ def _sources(plan: Plan) -> tuple[Labelled, Labelled]:
     if plan.data == "builtin:shapes":
         size = _size(plan, 2)
         return Shapes(plan.steps * plan.batch_size, size), Shapes(HOLDOUT, size, held_out=True)
-    return labelled_sources(plan.data, 3, HOLDOUT)
+    return labelled_sources(plan.data, Decoder(3), HOLDOUT)
 
 
 def _size(plan: Plan, factor: float) -> tuple[int, int]:

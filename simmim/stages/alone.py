@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from simmim.data.hub import is_hub
+from simmim.data.sources import is_name
 from simmim.recipe import dump_recipe, load_recipe
 from simmim.schema import Recipe
 from simmim.stages.assembly import FIXED
@@ -30,8 +30,9 @@ def make_recipe(
     """
     if not data:
         raise ValueError("--encoder needs --data FOLDER, with one subfolder per class")
-    last = data.rstrip("/").split("/")[-1] if is_hub(data) else Path(data).expanduser().resolve().name
-    name = name or "finetune_" + re.sub(r"[^\w.+-]+", "_", last.removeprefix("hf:").removeprefix("builtin:"))
+    place = Path(data).expanduser().resolve()
+    last = re.split("[:/]", data.rstrip("/"))[-1] if is_name(data) else place.stem if place.is_file() else place.name
+    name = name or "finetune_" + re.sub(r"[^\w.+-]+", "_", last)
     path = out / name / "recipe.yaml"
     if (encoder / DESCRIPTION).exists():
         config, pixels = load_encoder(encoder).config, load_description(encoder).get("pixels", IMAGENET)
@@ -54,7 +55,7 @@ def make_recipe(
         {
             "name": name,
             "data": {
-                "path": data if data.startswith(("hf:", "builtin:")) else str(Path(data).expanduser().resolve()),
+                "path": data if is_name(data) else str(place),
                 **pixels,
             },
             "encoder": {"name": size, **{field: getattr(config, field) for field in FIXED}},

@@ -13,9 +13,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from simmim.checkpoint import different_settings, list_checkpoints, load_state
-from simmim.data import CenterCrop, Folder, Shapes, Source, evaluation_batches, split_holdout
+from simmim.data import CenterCrop, Decoder, Shapes, Source, evaluation_batches, training_images
 from simmim.data.loader import Batches
-from simmim.data.sources import VALIDATION
 from simmim.optim import LearningRate, make_lr
 from simmim.recipe import dump_recipe
 from simmim.runlog import RunLog, write_environment
@@ -36,6 +35,8 @@ FIXED = (
     "position_bias",
     "extra_norm_interval",
 )
+
+PASSING_DATA = {"path", "num_workers", "max_broken_share", "read_timeout_s"}
 
 
 class Start(NamedTuple):
@@ -75,11 +76,7 @@ def make_accelerator(precision: str | None) -> Accelerator:
 
 
 def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tuple[Source, Source | None]:
-    """Training images and held-out images (None where too few are left to hold any out).
-
-    Of a folder with ``train`` and ``val`` only the training images are used: no stage may see the others.
-    Of one without, ``reserved`` images are kept out of training.
-    """
+    """Training images and held-out ones, as :func:`training_images`."""
     if data.path == "builtin:shapes":
         held_out = Shapes(data.holdout_images, size, channels, held_out=True)
         return Shapes(data.num_images, size, channels), held_out if data.holdout_images else None
@@ -87,10 +84,19 @@ def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tu
         raise ValueError(f"data.path {data.path!r}: the only builtin data is builtin:shapes")
     if not data.path:
         raise ValueError("the recipe names no images: set data.path=FOLDER_OF_IMAGES (or builtin:shapes)")
-    root = Path(data.path).expanduser()
-    if (root / "train").is_dir() and any((root / name).is_dir() for name in VALIDATION):
-        return split_holdout(Folder(root / "train", channels), data.holdout_images)
-    return split_holdout(Folder(root, channels), data.holdout_images, reserved)
+    return training_images(data.path, Decoder(channels, data.value_range), data.holdout_images, reserved)
+
+
+def num_workers_of(data: Data, accelerator: Accelerator) -> int:
+    """Loader processes beside each training process: as the recipe says, else one per core that is left.
+
+    On a processor the training itself needs the cores; ``simmim data probe`` measures what pays.
+    """
+    if data.num_workers is not None:
+        return data.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(2 if accelerator.device.type == "cpu" else 16, share - (accelerator.device.type != "cpu")))
 
 
 def reserved_images(recipe: Recipe, path: str) -> int:
@@ -107,6 +113,7 @@ def make_views(
     labelled: bool,
     shares: tuple[int, int] = (0, 1),
     num_workers: int = 0,
+    timeout_s: float = 60.0,
 ) -> Batches | list:
     """Fixed central crops, the same in every epoch and run; of (rank, world size) the share of one process."""
     if source is None:
@@ -120,6 +127,7 @@ def make_views(
         rank=rank,
         world_size=world_size,
         num_workers=num_workers,
+        timeout_s=timeout_s,
     )
 
 
@@ -208,9 +216,9 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
     """
     stage = recipe.stages[name]
     passing = {"log", "init_from", "head"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
-    settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": {"path", "num_workers"}})
+    settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": PASSING_DATA})
     if isinstance(stage, Finetune):
-        settings["data"] = {key: settings["data"][key] for key in ("mean", "std")}
+        settings["data"] = {key: settings["data"][key] for key in ("mean", "std", "value_range")}
     own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, "labels": {"path", "val_path"}})
     config = start.encoder.config
     own |= {"image_size": list(config.image_size), "window_size": list(config.window_size)}
@@ -242,14 +250,15 @@ def is_done(folder: Path, settings: dict[str, Any]) -> bool:
     return export.exists() and load_description(export).get("trained", {}).get("settings") == settings
 
 
-def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, pictures: str) -> RunLog:
+def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, pictures: str, num_images: int) -> RunLog:
     """Create the run folder with its resolved recipe and environment."""
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_environment(folder, processes=accelerator.num_processes, precision=accelerator.mixed_precision)
     accelerator.wait_for_everyone()
-    return RunLog(folder, is_main=accelerator.is_main_process, pictures=pictures)
+    max_broken = max(10.0, recipe.data.max_broken_share * num_images)
+    return RunLog(folder, is_main=accelerator.is_main_process, pictures=pictures, max_broken=max_broken)
 
 
 def export(encoder: SwinEncoder, folder: Path, recipe: Recipe, trained: dict[str, Any], **about: Any) -> Path:
@@ -260,7 +269,7 @@ def export(encoder: SwinEncoder, folder: Path, recipe: Recipe, trained: dict[str
     """
     unfinished = folder.with_name(".writing_export")
     shutil.rmtree(unfinished, ignore_errors=True)
-    pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
+    pixels = {"mean": recipe.data.mean, "std": recipe.data.std, "value_range": recipe.data.value_range}
     save_encoder(encoder, unfinished, about={"pixels": pixels, **about, "trained": trained})
     return unfinished
 

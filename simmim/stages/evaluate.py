@@ -16,10 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.classifier import Classifier, load_classifier
-from simmim.data import CenterCrop, ClassFolder, Labelled, Shapes, labelled_sources
-from simmim.data.hub import hub_sources, is_hub
+from simmim.data import CenterCrop, Decoder, Labelled, LabelledImages, Shapes, labelled_sources, open_files
 from simmim.data.loader import Batches
-from simmim.data.sources import VALIDATION
 from simmim.engine import evaluate, to_device
 from simmim.objectives.classify import Classify
 from simmim.probes import effective_rank, few_shot, knn, linear
@@ -37,7 +35,7 @@ def evaluate_classifier(
 
     Args:
         path: an export of a stage with labels, or a classifier of another project.
-        data: a folder with one subfolder per class, or with ``val``; ``hf:`` a data set; builtin:shapes.
+        data: anything with labels, of which ``val`` is taken where there is one; or builtin:shapes.
         sizes: ``image_size`` and ``window_size``, as for :func:`swin.load_encoder`.
 
     Raises:
@@ -46,7 +44,7 @@ def evaluate_classifier(
     accelerator = make_accelerator(precision)
     encoder, pixels = open_encoder(path, **sizes)
     classifier = load_classifier(path)
-    source = labelled_images(data, encoder, classifier.classes, len(classifier.weight))
+    source = labelled_images(data, encoder, pixels, classifier.classes, len(classifier.weight))
     return judge(
         encoder,
         classifier,
@@ -63,7 +61,7 @@ def judge(
     encoder: SwinEncoder,
     classifier: Classifier,
     source: Labelled,
-    pixels: dict[str, list[float]],
+    pixels: dict[str, Any],
     accelerator: Accelerator,
     *,
     interpolation: str,
@@ -105,7 +103,7 @@ def probe(
     if accelerator.num_processes > 1:
         raise ValueError("probes run in one process: start simmim probe without accelerate launch")
     encoder, pixels = open_encoder(path, **sizes)
-    training, holdout = _labelled_pair(data, encoder)
+    training, holdout = _labelled_pair(data, encoder, pixels)
     objective = (
         Classify(encoder, list(training.classes), mean=pixels["mean"], std=pixels["std"]).to(accelerator.device).eval()
     )
@@ -148,7 +146,7 @@ def format_probe(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"{line[0]:<12}" + "".join(f"{cell:>10}" for cell in line[1:]) for line in lines)
 
 
-def open_encoder(path: Path, **sizes: Any) -> tuple[SwinEncoder, dict[str, list[float]]]:
+def open_encoder(path: Path, **sizes: Any) -> tuple[SwinEncoder, dict[str, Any]]:
     """An export, or the file of another project, and the statistics of its pixels.
 
     Raises:
@@ -166,10 +164,12 @@ def interpolation_of(path: Path) -> str:
     return trained.get("settings", {}).get("stage", {}).get("crop", {}).get("interpolation", "bicubic")
 
 
-def labelled_images(data: str, encoder: SwinEncoder, classes: Sequence[str] | None, count: int) -> Labelled:
+def labelled_images(
+    data: str, encoder: SwinEncoder, pixels: dict[str, Any], classes: Sequence[str] | None, count: int
+) -> Labelled:
     """Validation images whose labels are the numbers of a classifier.
 
-    Folders are matched by name. Folders that are numbers are the numbers of the classes themselves,
+    Classes are matched by name. Names that are numbers are the numbers of the classes themselves,
     ``10`` after ``9`` (ImageNet-V2), where the classifier does not call its classes by numbers.
 
     Raises:
@@ -177,38 +177,39 @@ def labelled_images(data: str, encoder: SwinEncoder, classes: Sequence[str] | No
     """
     size, channels = encoder.config.image_size, encoder.config.in_chans
     if data == "builtin:shapes":
-        source: Labelled = Shapes(500, size, channels, held_out=True)
-    elif is_hub(data):
-        source = hub_sources(data, channels)[1]
+        shapes = Shapes(500, size, channels, held_out=True)
+        if list(shapes.classes) != list(classes or shapes.classes) or len(shapes.classes) != count:
+            raise ValueError(f"{data} has {len(shapes.classes)} classes that are not the {count} of the classifier")
+        return shapes
+    files = open_files(data)
+    files = files.part("val") or files
+    labels = files.labels()
+    found = sorted(set(labels.drop_null().to_pylist())) if labels is not None else []
+    by_number = bool(found) and all(name.isdecimal() for name in found) and not set(found) <= set(classes or [])
+    if by_number:
+        numbers = [str(number) for number in range(count)]
+        if unknown := sorted(set(found) - set(numbers), key=int):
+            raise ValueError(f"{data} has a class {unknown[0]}, but the classifier has classes 0 to {count - 1}")
+        known = numbers
     else:
-        root = Path(data).expanduser()
-        root = next((root / name for name in VALIDATION if (root / name).is_dir()), root)
-        folders = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        by_number = (
-            bool(folders) and all(name.isdecimal() for name in folders) and not set(folders) <= set(classes or [])
-        )
-        if by_number or classes is None:
-            numbers = [str(number) for number in range(count)]
-            known = numbers if by_number else folders
-            if by_number and (unknown := sorted(set(folders) - set(numbers), key=int)):
-                raise ValueError(f"{root} has a folder {unknown[0]}, but the classifier has classes 0 to {count - 1}")
-            if len(known) != count:
-                raise ValueError(
-                    f"{root} has {len(known)} classes, but the classifier {count} without names: give all of them"
-                )
-        else:
-            known = list(classes)
-        return ClassFolder(root, channels, known)
-    if list(source.classes) != list(classes or source.classes) or len(source.classes) != count:
-        raise ValueError(f"{data} has {len(source.classes)} classes that are not the {count} of the classifier")
-    return source
+        known = list(classes or files.classes or found)
+        if len(known) != count:
+            raise ValueError(
+                f"{data} has {len(known)} classes, but the classifier {count} without names: give all of them"
+            )
+    return LabelledImages(files, Decoder(channels, _range(pixels)), known)
 
 
-def _labelled_pair(data: str, encoder: SwinEncoder) -> tuple[Labelled, Labelled]:
+def _range(pixels: dict[str, Any]) -> tuple[float, float] | None:
+    low_high = pixels.get("value_range")
+    return (low_high[0], low_high[1]) if low_high else None
+
+
+def _labelled_pair(data: str, encoder: SwinEncoder, pixels: dict[str, Any]) -> tuple[Labelled, Labelled]:
     size, channels = encoder.config.image_size, encoder.config.in_chans
     if data == "builtin:shapes":
         return Shapes(2000, size, channels), Shapes(500, size, channels, held_out=True)
-    return hub_sources(data, channels) if is_hub(data) else labelled_sources(data, channels, 5000)
+    return labelled_sources(data, Decoder(channels, _range(pixels)), 5000)
 
 
 def _views(

@@ -9,8 +9,7 @@ import torch
 
 from simmim.classifier import load_classifier, save_classifier, take_over, take_over_rows
 from simmim.counter_rng import derive_seed
-from simmim.data import Labelled, RandAugmentedCrop, RandomCrop, Shapes, few_labels, labelled_sources
-from simmim.data.hub import hub_sources, is_hub
+from simmim.data import Decoder, Labelled, RandAugmentedCrop, RandomCrop, Shapes, few_labels, labelled_sources
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
 from simmim.schema import Finetune, Recipe
@@ -99,13 +98,12 @@ def make_labelled(recipe: Recipe, stage: Finetune, size: Pair) -> tuple[Labelled
     if path == "builtin:shapes":
         training: Labelled = Shapes(recipe.data.num_images, size, channels)
         holdout: Labelled = Shapes(labels.val_images, size, channels, held_out=True)
-    elif is_hub(path):
-        training, holdout = hub_sources(path, channels)
     elif not path:
         raise ValueError("the recipe names no labelled images: set data.path or the labels.path of the stage")
     else:
+        decoder = Decoder(channels, recipe.data.value_range)
         training, holdout = labelled_sources(
-            path, channels, labels.val_images, labels.val_path or None, reserved_images(recipe, path)
+            path, decoder, labels.val_images, labels.val_path or None, reserved_images(recipe, path)
         )
     return training if labels.shots is None else few_labels(training, labels.shots, recipe.seed), holdout
 

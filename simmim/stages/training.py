@@ -17,7 +17,14 @@ from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
 from simmim.runlog import RunLog
 from simmim.schema import Recipe
-from simmim.stages.assembly import derive_accumulation, make_views, open_folder, schedule_of, starting_point
+from simmim.stages.assembly import (
+    derive_accumulation,
+    make_views,
+    num_workers_of,
+    open_folder,
+    schedule_of,
+    starting_point,
+)
 
 PREVIEW_IMAGES = 8
 
@@ -74,7 +81,7 @@ def train(
         **stage.optimizer.model_dump(include={"weight_decay", "betas", "eps"}),
     )
     checkpoint, start_step = starting_point(folder, settings)
-    log = open_folder(folder, recipe, accelerator, job.pictures)
+    log = open_folder(folder, recipe, accelerator, job.pictures, len(job.training))
     log.say(
         f"{recipe.name}/{name}: {recipe.encoder.name}, {sum(p.numel() for p in objective.parameters()):,} "
         f"parameters; {len(job.training):,} images at {size[0]} x {size[1]} px; {total_steps} steps of "
@@ -89,7 +96,8 @@ def train(
 
     view = CenterCrop(size, job.transform.interpolation)
     shares = (accelerator.process_index, accelerator.num_processes)
-    views = make_views(job.holdout, view, stage.micro_batch_size, job.labelled, shares)
+    timeout_s = recipe.data.read_timeout_s
+    views = make_views(job.holdout, view, stage.micro_batch_size, job.labelled, shares, timeout_s=timeout_s)
     preview = make_preview(job, view)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if start_step < total_steps:
@@ -102,7 +110,8 @@ def train(
                 job.transform,
                 labelled=job.labelled,
                 seed=recipe.seed,
-                num_workers=recipe.data.num_workers,
+                num_workers=num_workers_of(recipe.data, accelerator),
+                timeout_s=recipe.data.read_timeout_s,
                 pin_memory=accelerator.device.type == "cuda",
                 batch_size=stage.batch_size,
                 micro_batch_size=stage.micro_batch_size,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import swin
 from simmim import engine
 from simmim.cli import main
-from simmim.data import Shapes, labelled_sources
+from simmim.data import Decoder, Shapes, labelled_sources
 from simmim.stages import assembly, training
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +207,7 @@ def test_stages_from_scratch_and_from_the_named_one(recipe, straight, tmp_path, 
             "larger than the",
         ),
         (["--stage=transfer_48", "stages.transfer_48.init_from={export}"], "holds no classifier"),
-        (["--stage=finetune_32", "stages.finetune_32.init_from={export}", "data.path={loose}"], "lie in"),
+        (["--stage=finetune_32", "stages.finetune_32.init_from={export}", "data.path={loose}"], "have no class"),
         (["--stage=finetune_32", "stages.finetune_32.init_from={export}", "data.path={one}"], "one class only"),
         (
             ["--stage=finetune_32", "stages.finetune_32.init_from={export}", "stages.finetune_32.head=x.txt"],
@@ -298,7 +298,7 @@ def test_folders_of_numbers_are_class_numbers(straight, tmp_path, capsys):
     write_images(tmp_path / "others", ["cat", "dog"], 5)
     capsys.readouterr()
     assert command("evaluate", export, tmp_path / "wrong") == 2
-    assert "folder 17, but the classifier has classes 0 to 3" in capsys.readouterr().err
+    assert "class 17, but the classifier has classes 0 to 3" in capsys.readouterr().err
     assert command("evaluate", export, tmp_path / "others") == 2
     assert "cat, dog" in capsys.readouterr().err
     assert command("evaluate", straight / "chain/pretrain/export", tmp_path / "named") == 2
@@ -425,6 +425,6 @@ def test_a_validation_folder_elsewhere(straight, tmp_path):
     write_images(tmp_path / "data/train", ["a", "b"], 6)
     write_images(tmp_path / "data/val", ["a", "b"], 3)
     write_images(tmp_path / "elsewhere", ["a", "b"], 5)
-    training_images, held_out = labelled_sources(tmp_path / "data", 3, 10, tmp_path / "elsewhere")
+    training_images, held_out = labelled_sources(tmp_path / "data", Decoder(3), 10, tmp_path / "elsewhere")
     assert list(training_images.classes) == ["a", "b"]
     assert (len(training_images), len(held_out)) == (12, 10)

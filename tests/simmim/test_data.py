@@ -14,11 +14,13 @@ from PIL import Image
 from simmim.counter_rng import uniform
 from simmim.data import (
     CenterCrop,
-    Folder,
+    Decoder,
+    Pixels,
     RandAugmentedCrop,
     RandomCrop,
     Shapes,
     evaluation_batches,
+    open_images,
     split_holdout,
     training_batches,
 )
@@ -39,8 +41,9 @@ def test_a_folder_is_read_flat_and_nested_in_sorted_order(tmp_path):
     write_images(tmp_path, 1, suffix=".jpg")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
-    folder = Folder(tmp_path)
-    assert folder.paths == ["000.jpg", "a/000.JPEG", "b/deep/000.png", "b/deep/001.png"]
+    folder = open_images(tmp_path)
+    names = ["000.jpg", "a/000.JPEG", "b/deep/000.png", "b/deep/001.png"]
+    assert [folder.name(number) for number in range(4)] == [str(tmp_path / name) for name in names]
     assert folder.read(2).shape == (3, 30, 40)
     expected = np.asarray(Image.open(tmp_path / "b/deep/001.png"))
     assert np.array_equal(folder.read(3).permute(1, 2, 0).numpy(), expected)
@@ -50,36 +53,37 @@ def test_a_folder_is_read_flat_and_nested_in_sorted_order(tmp_path):
 def test_every_mode_is_converted_to_the_wanted_channels(tmp_path, channels, mode):
     for number, source in enumerate(["L", "RGB", "RGBA", "P", "CMYK", "1", "LA"]):
         Image.new(source, (8, 6), 1).save(tmp_path / f"{number}.{'tif' if source == 'CMYK' else 'png'}")
-    folder = Folder(tmp_path, channels)
+    folder = open_images(tmp_path, Decoder(channels))
     assert {folder.read(number).shape for number in range(len(folder))} == {(channels, 6, 8)}
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert Folder(tmp_path, 1).read(0).unique().tolist() == [0x80]
+    assert open_images(tmp_path, Decoder(1)).read(0).unique().tolist() == [0x80]
 
 
 def test_exif_rotation_is_applied(tmp_path):
     image, exif = Image.new("RGB", (20, 10)), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "a.jpg", exif=exif)
-    assert Folder(tmp_path).read(0).shape == (3, 20, 10)
+    assert open_images(tmp_path).read(0).shape == (3, 20, 10)
 
 
 def test_an_image_bomb_is_refused(tmp_path):
     Image.new("1", (15_000, 10_000)).save(tmp_path / "bomb.png")
     with pytest.raises(Image.DecompressionBombWarning):
-        Folder(tmp_path).read(0)
+        open_images(tmp_path).read(0)
 
 
 def test_folders_that_cannot_work_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
-        Folder(tmp_path / "missing")
+        open_images(tmp_path / "missing")
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"no images in .* \(1 other files\)"):
-        Folder(tmp_path)
+        open_images(tmp_path)
+    write_images(tmp_path, 1)
     with pytest.raises(ValueError, match="1, 3 or 4 channels"):
-        Folder(tmp_path, 7)
+        open_images(tmp_path, Decoder(7))
 
 
 def test_broken_images_are_replaced_and_named(tmp_path):
@@ -87,14 +91,15 @@ def test_broken_images_are_replaced_and_named(tmp_path):
     (tmp_path / "002.png").write_bytes((tmp_path / "002.png").read_bytes()[:300])
     (tmp_path / "004.png").write_bytes(b"")
     steps = {"batch_size": 6, "micro_batch_size": 6, "end_step": 1}
-    (batch,) = training_batches(Folder(tmp_path), RandomCrop((16, 16)), seed=0, **steps)
+    (batch,) = training_batches(open_images(tmp_path), RandomCrop((16, 16)), seed=0, **steps)
     assert batch["image"].shape == (6, 3, 16, 16)
     assert sorted(name[-7:] for name, _ in batch["broken"]) == ["002.png", "004.png"]
     for number in range(6):
         (tmp_path / f"{number:03d}.png").write_text("not an image")
     for num_workers in (0, 1):
         with pytest.raises(ValueError, match="20 images in a row could not be read"):
-            list(training_batches(Folder(tmp_path), RandomCrop((16, 16)), seed=0, num_workers=num_workers, **steps))
+            images, crop = open_images(tmp_path), RandomCrop((16, 16))
+            list(training_batches(images, crop, seed=0, num_workers=num_workers, **steps))
 
 
 def test_batches_do_not_depend_on_workers_or_micro_batches(tmp_path):
@@ -102,7 +107,7 @@ def test_batches_do_not_depend_on_workers_or_micro_batches(tmp_path):
 
     def samples(**arguments):
         arguments = {"batch_size": 6, "micro_batch_size": 6, "end_step": 4} | arguments
-        batches = list(training_batches(Folder(tmp_path), RandomCrop((16, 16)), seed=3, **arguments))
+        batches = list(training_batches(open_images(tmp_path), RandomCrop((16, 16)), seed=3, **arguments))
         return torch.cat([b["index"] for b in batches]), torch.cat([b["image"] for b in batches])
 
     index, images = samples()
@@ -151,26 +156,26 @@ def test_crops_resize_and_flip():
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).repeat(5, 1, 1)
     draws = torch.full((RandomCrop.num_draws,), 0.999, dtype=torch.float64)
     whole = RandomCrop((8, 8), (1, 1), (1, 1))
-    assert torch.equal(whole(image, draws), image)
+    picture = Pixels(image)
+    assert torch.equal(whole(picture, draws), image)
     draws[0] = 0.0
-    assert torch.equal(whole(image, draws), image.flip(-1))
-    assert CenterCrop((4, 8))(image, draws).shape == (5, 4, 8)
-    assert torch.equal(CenterCrop((4, 8))(image, draws), image[:, 2:6])
+    assert torch.equal(whole(picture, draws), image.flip(-1))
+    assert torch.equal(CenterCrop((4, 8))(picture, draws), image[:, 2:6])
 
 
 def test_the_holdout_is_disjoint_and_never_more_than_a_tenth(tmp_path):
     write_images(tmp_path, 30)
-    training, holdout = split_holdout(Folder(tmp_path), 64)
+    training, holdout = split_holdout(open_images(tmp_path), 64)
     assert len(training) == 27 and len(holdout) == 3
-    assert not set(training.numbers) & set(holdout.numbers)
+    assert not set(training.numbers.tolist()) & set(holdout.numbers.tolist())
     write_images(tmp_path / "few", 9)
-    training, holdout = split_holdout(Folder(tmp_path / "few"), 64)
+    training, holdout = split_holdout(open_images(tmp_path / "few"), 64)
     assert len(training) == 9 and holdout is None
 
 
 def test_evaluation_shows_every_image_once_and_can_be_repeated(tmp_path):
     write_images(tmp_path, 5)
-    batches = evaluation_batches(Folder(tmp_path), CenterCrop((16, 16)), batch_size=2)
+    batches = evaluation_batches(open_images(tmp_path), CenterCrop((16, 16)), batch_size=2)
     assert [b["index"].tolist() for b in batches] == [[0, 1], [2, 3], [4]]
     assert len(list(batches)) == 3
 

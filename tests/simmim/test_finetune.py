@@ -134,7 +134,7 @@ def test_measures():
 
 def test_rand_augment_is_a_function_of_its_draws():
     transform = RandAugmentedCrop((32, 32), rand_augment="rand-m9-mstd0.5-inc1", mean=[0.5] * 3, scale=(0.5, 1.0))
-    image = Shapes(1, (48, 48)).read(0)
+    image = Shapes(1, (48, 48)).decode(0)
     generator = torch.Generator().manual_seed(0)
     draws = torch.rand(12, transform.num_draws, generator=generator, dtype=torch.float64)
     random.seed(3)

@@ -1,0 +1,444 @@
+"""Where each image lies: in a file of its own, or between two bytes of a zip or tar.
+
+A manifest is one table, kept as an Arrow file and mapped into memory: a million images cost no
+Python objects, workers share its pages, and the second start reads it instead of the folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+PHOTOS = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".jp2", ".bmp"))
+EXTENSIONS = PHOTOS | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy"}
+ARCHIVES = frozenset((".zip", ".tar"))
+SHARDS = ARCHIVES | {".parquet", ".arrow"}
+LISTS = frozenset((".txt", ".lst", ".csv", ".tsv"))
+VALIDATION = ("val", "validation", "test")
+MAX_BYTES = 1 << 30  # of one image
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "name")
+LABEL_COLUMNS = ("label", "class", "category", "target")
+_SETTLED_S = 2.0  # a folder changed later than that before it was listed may change again within one tick of its clock
+_WHOLE, STORED, _ZIPPED, _LOST = 0, 1, 2, 3  # how an image lies: its own file, bytes, a zip entry; or not at all
+
+SCHEMA = pa.schema(
+    [
+        ("name", pa.large_string()),
+        ("label", pa.large_string()),
+        ("place", pa.int32()),
+        ("kind", pa.int8()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+
+
+class Entry(NamedTuple):
+    """One row: an image called ``name``, in the archive number ``place`` unless it is a file."""
+
+    name: str
+    label: str | None = None
+    place: int = -1
+    kind: int = _WHOLE
+    offset: int = 0
+    size: int = 0
+
+
+class Manifest:
+    """Images of a folder, a list, zips or tars; ``fetch`` gives the content of one.
+
+    Args:
+        table: with the columns of ``SCHEMA``.
+        root: what names of files are relative to.
+        places: the archives.
+    """
+
+    blocks = None
+
+    def __init__(
+        self,
+        table: pa.Table,
+        root: Path,
+        places: list[Path],
+        *,
+        prefix: str = "",
+        classes: list[str] | None = None,
+        file: Path | None = None,
+    ) -> None:
+        self.table, self.root, self.places, self.prefix, self.classes = table, root, places, prefix, classes
+        self._file = file
+        columns = [table.column(name) for name in SCHEMA.names]
+        self._columns = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in columns]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __reduce__(self) -> Any:
+        if self._file is not None:  # a worker that is started afresh maps the file instead of receiving the table
+            return _reopen, (self._file, self.prefix)
+        return _rebuild, (self.table, self.root, self.places, self.prefix, self.classes)
+
+    def name(self, number: int) -> str:
+        """A path for a person to find the image by."""
+        entry = self._entry(number)
+        if entry.kind == _WHOLE:
+            return str(self.root / entry.name)
+        part = part_of(self.places[entry.place].name)
+        name = entry.name.removeprefix(f"{part}/") if part else entry.name
+        return f"{self.places[entry.place]}/{name}".rstrip("/")
+
+    def relative_name(self, number: int) -> str:
+        """The path below the folder or in the archive."""
+        return self._columns[0][number].as_py().removeprefix(self.prefix)
+
+    def fetch(self, number: int) -> bytes:
+        """The content of the image.
+
+        Raises:
+            OSError, ValueError, zlib.error: it cannot be had.
+        """
+        entry = self._entry(number)
+        if entry.kind == _WHOLE:
+            with open(self.root / entry.name, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                    raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+                return file.readall()
+        if entry.kind == _LOST:
+            raise ValueError("the archive is damaged or cut short")
+        with open(self.places[entry.place], "rb", buffering=0) as file:
+            start = entry.offset if entry.kind == STORED else _content_of_zip_entry(file, entry.offset)
+            content = _read(file, start, entry.size & ~_DEFLATED)
+        return _inflate(content) if entry.size & _DEFLATED else content
+
+    def labels(self) -> pa.Array | None:
+        """The name of the class of each image: that of the list or shard, else its first folder; None where none."""
+        given = self._columns[1]
+        if given.null_count < len(given):
+            return given
+        names = self._columns[0]
+        names = pc.utf8_slice_codeunits(names, len(self.prefix)) if self.prefix else names
+        parts = pc.split_pattern(names, "/", max_splits=1)
+        return pc.if_else(pc.equal(pc.list_value_length(parts), 2), pc.list_element(parts, 0), None)
+
+    def part(self, name: str) -> Manifest | None:
+        """Only what lies below ``train``, or ``val`` (``validation``, ``test``); None where there is nothing."""
+        for folder in VALIDATION if name == "val" else (name,):
+            rows = self._below(f"{self.prefix}{folder}/")
+            if rows is not None:
+                return rows
+        return None
+
+    def _below(self, prefix: str) -> Manifest | None:
+        numbers = pc.indices_nonzero(pc.starts_with(self._columns[0], prefix))
+        if not len(numbers):
+            return None
+        first, count = numbers[0].as_py(), len(numbers)
+        in_one_piece = numbers[-1].as_py() - first + 1 == count  # the usual case; it costs no memory
+        table = self.table.slice(first, count) if in_one_piece else self.table.take(numbers).combine_chunks()
+        return Manifest(table, self.root, self.places, prefix=prefix, classes=self.classes, file=self._file)
+
+    def _entry(self, number: int) -> Entry:
+        return Entry(*(column[number].as_py() for column in self._columns))
+
+
+_DEFLATED = 1 << 62  # a bit of the size: the bytes are deflated
+
+
+def _rebuild(table: pa.Table, root: Path, places: list[Path], prefix: str, classes: list[str] | None) -> Manifest:
+    return Manifest(table, root, places, prefix=prefix, classes=classes)
+
+
+def _reopen(file: Path, prefix: str) -> Manifest | None:
+    manifest = load_manifest(file)
+    return manifest if manifest is None or not prefix else manifest._below(prefix)
+
+
+def open_manifest(path: Path, archives: list[Path] | None = None) -> Manifest:
+    """The manifest of a folder, of a list (``.txt``, ``.csv``) or of archives, from the cache where it still holds.
+
+    Args:
+        path: the folder or list; for archives, what they are called together.
+
+    Raises:
+        ValueError: nothing in it, or an archive that is damaged (one of several is counted as one broken image).
+        OSError: it cannot be read.
+    """
+    if (manifest := cached_manifest(path, archives)) is not None:
+        return manifest
+    began = time.time()
+    if archives is not None:
+        return _keep(path, Manifest(make_table(_list_archives(archives)), path.parent, archives), archives, began)
+    if path.suffix.lower() in LISTS and path.is_file():
+        return _keep(path, Manifest(make_table(_read_list(path)), path.parent, []), [path], began)
+    found = scan(path)
+    if not found.images:
+        raise ValueError(
+            f"no images in {path} or below it ({found.num_others} other files): expected {' '.join(sorted(EXTENSIONS))}"
+        )
+    return keep_folder(path, found, began)
+
+
+def keep_folder(root: Path, found: Found, began: float) -> Manifest:
+    """The manifest of a folder that was listed at ``began``, s."""
+    table = make_table(Entry(name) for name in found.images)
+    return _keep(root, Manifest(table, root, []), found.folders, began)
+
+
+def _keep(path: Path, manifest: Manifest, watched: list[Path], began: float) -> Manifest:
+    """Save it in the cache, if what was listed had settled before."""
+    stamps = [_stamp(file) for file in watched]
+    if all(modified < (began - _SETTLED_S) * 1e9 for _, modified, _ in stamps):
+        try:
+            cached = _cache_file(path, manifest.places)
+            save_manifest(cached, manifest, stamps)
+            return load_manifest(cached) or manifest
+        except OSError:
+            pass  # no place for a cache: it is listed again next time
+    return manifest
+
+
+def cached_manifest(path: Path, archives: list[Path] | None = None) -> Manifest | None:
+    """That of an earlier time, if nothing has changed."""
+    cached = _cache_file(path, archives)
+    return load_manifest(cached, check=True) if cached.exists() else None
+
+
+def make_table(entries: Iterable[Entry]) -> pa.Table:
+    """One column for each field."""
+    columns = list(zip(*entries, strict=True)) or [()] * len(SCHEMA)
+    return pa.table([pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+
+def save_manifest(file: Path, manifest: Manifest, stamps: list[Any]) -> None:
+    """Write beside and rename: several processes may do it at the same time.
+
+    Relative places are below the folder of the file, which may then be moved.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    places = [str(place) for place in manifest.places]
+    about = {"root": str(manifest.root), "places": places, "classes": manifest.classes, "stamps": stamps}
+    schema = SCHEMA.with_metadata({"simmim": json.dumps(about)})
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(manifest.table.combine_chunks(), max_chunksize=max(1, len(manifest)))
+    os.replace(unfinished, file)
+
+
+def load_manifest(file: Path, *, check: bool = False) -> Manifest | None:
+    """Map a saved manifest; None if ``check`` finds that what it lists has changed, or it is damaged."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        about = json.loads(table.schema.metadata[b"simmim"])
+        if check and any(_stamp(Path(stamp[0])) != tuple(stamp) for stamp in about["stamps"]):
+            return None
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        if check:
+            return None
+        raise
+    places = [file.parent / place for place in about["places"]]
+    return Manifest(table, file.parent / about["root"], places, classes=about["classes"], file=file)
+
+
+def _cache_file(path: Path, archives: list[Path] | None) -> Path:
+    home = os.environ.get("SIMMIM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "simmim")
+    key = "\0".join(str(place.resolve()) for place in [path, *(archives or [])])
+    return Path(home).expanduser() / "manifests" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    # The size of a folder says nothing, and some file systems count it anew.
+    return str(file), status.st_mtime_ns, 0 if file.is_dir() else status.st_size
+
+
+class Found(NamedTuple):
+    """What lies in a folder and below it."""
+
+    images: list[str]
+    """Paths below the folder, sorted."""
+    folders: list[Path]
+    shards: list[Path]
+    """Archives and tables, sorted."""
+    num_others: int
+
+
+def scan(root: Path) -> Found:
+    """List a folder; links to folders are followed once, what begins with a dot is left out.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+    images: list[str] = []
+    shards: list[Path] = []
+    watched: list[Path] = []
+    num_others = 0
+    folders, seen = [("", root)], set()
+    while folders:
+        prefix, folder = folders.pop()
+        identity = os.stat(folder)
+        if (identity.st_dev, identity.st_ino) in seen:
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        watched.append(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append((f"{prefix}{entry.name}/", Path(entry.path)))
+                elif is_image(entry.name) and entry.is_file():
+                    images.append(prefix + entry.name)
+                elif os.path.splitext(entry.name)[1].lower() in SHARDS:
+                    shards.append(Path(entry.path))
+                else:
+                    num_others += 1
+    return Found(sorted(images), watched, sorted(shards), num_others)
+
+
+def is_image(name: str) -> bool:
+    """By its extension."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _read_list(path: Path) -> list[Entry]:
+    """A text file with a path per line, or a table with a column of paths and perhaps one of labels."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        if path.suffix.lower() in (".txt", ".lst"):
+            entries = [Entry(line.strip()) for line in file if line.strip() and not line.startswith("#")]
+        else:
+            rows = [row for row in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if row]
+            head = [cell.strip().lower() for cell in rows[0]] if rows else []
+            place, label = 0, 1
+            if rows and not is_image(rows[0][0]):
+                place = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
+                label = next((head.index(word) for word in LABEL_COLUMNS if word in head), len(head))
+                if place < 0:
+                    raise ValueError(
+                        f"{path} has the columns {', '.join(head)}: call the one with paths {' or '.join(PATH_COLUMNS)}"
+                    )
+                rows = rows[1:]
+            entries = [Entry(row[place], row[label] if label < len(row) else None) for row in rows]
+    if not entries:
+        raise ValueError(f"{path} lists no images: expected one path per line, relative to {path.parent}")
+    return entries
+
+
+def part_of(name: str) -> str | None:
+    """``train`` or ``val`` if that is what a shard is called after, as ``imagenet-train-0001.tar``."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return "train" if "train" in words else "val" if any(word in words for word in VALIDATION) else None
+
+
+def _list_archives(archives: list[Path]) -> Iterator[Entry]:
+    """Images of all archives, sorted by name within each; a damaged one of several is one lost image.
+
+    Where archives are called after train and val, so are the folders of what is in them.
+    """
+    count = 0
+    parts = [part_of(archive.name) for archive in archives]
+    are_parts = "train" in parts and "val" in parts
+    for place, archive in enumerate(archives):
+        try:
+            entries = _list_zip(archive, place) if archive.suffix.lower() == ".zip" else _list_tar(archive, place)
+        except (zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
+            if len(archives) == 1:
+                raise ValueError(f"{archive} is damaged or no archive ({error})") from None
+            entries = [Entry("", None, place, _LOST)]
+        count += len(entries)
+        if are_parts and parts[place]:
+            entries = [entry._replace(name=f"{parts[place]}/{entry.name}") for entry in entries]
+        yield from sorted(entries, key=lambda entry: entry.name)
+    if not count:
+        raise ValueError(f"no images in {archives[0]}{' and others' if len(archives) > 1 else ''}")
+
+
+def _list_zip(archive: Path, place: int) -> list[Entry]:
+    with zipfile.ZipFile(archive) as file:
+        found = [info for info in file.infolist() if not info.is_dir() and _is_visible(info.filename)]
+    for info in found:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise ValueError(f"{info.filename} is encrypted or packed by another method than deflate")
+    entries = []
+    for info in found:
+        size = info.compress_size | (_DEFLATED if info.compress_type == zipfile.ZIP_DEFLATED else 0)
+        entries.append(Entry(info.filename, None, place, _ZIPPED, info.header_offset, size))
+    return _without_common_folder(entries)
+
+
+def _list_tar(archive: Path, place: int) -> list[Entry]:
+    """Also the layout of WebDataset: ``key.cls`` is the label of ``key.jpg``."""
+    entries: list[Entry] = []
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(archive, "r:") as file:
+            for member in file:
+                if not member.isfile():
+                    continue
+                if _is_visible(member.name):
+                    name = member.name.removeprefix("./")
+                    entries.append(Entry(name, None, place, STORED, member.offset_data, member.size))
+                elif member.name.endswith(".cls") and member.size < 1000:
+                    content = file.extractfile(member)
+                    assert content is not None
+                    labels[member.name.removeprefix("./")[:-4]] = content.read().decode("utf-8", "replace").strip()
+    except tarfile.ReadError:
+        if not entries:
+            raise
+    entries = [entry._replace(label=labels.get(os.path.splitext(entry.name)[0])) for entry in entries]
+    return _without_common_folder(entries)
+
+
+def _is_visible(name: str) -> bool:
+    return is_image(name) and not any(part.startswith(".") for part in name.removeprefix("./").split("/"))
+
+
+def _without_common_folder(entries: list[Entry]) -> list[Entry]:
+    """Archives often hold one folder with everything in it; its name tells nothing."""
+    while entries:
+        folders = {entry.name.partition("/")[:2] for entry in entries}
+        folder, slash = folders.pop()
+        # Where all images are of one class in one folder, it has to stay.
+        if folders or not slash or not all("/" in entry.name[len(folder) + 1 :] for entry in entries):
+            return entries
+        entries = [entry._replace(name=entry.name[len(folder) + 1 :]) for entry in entries]
+    return entries
+
+
+def _content_of_zip_entry(file: Any, header: int) -> int:
+    """Where the bytes begin: the names in the header before them may be longer than in the directory."""
+    start = _read(file, header, 30)
+    return header + 30 + int.from_bytes(start[26:28], "little") + int.from_bytes(start[28:30], "little")
+
+
+def _read(file: Any, start: int, size: int) -> bytes:
+    if size > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+    file.seek(start)
+    content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"the archive is cut short: {len(content)} bytes of {size}")
+    return content
+
+
+def _inflate(content: bytes) -> bytes:
+    """Of a zip entry; one that grows beyond all bounds is refused."""
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    result = stream.decompress(content, MAX_BYTES)
+    if stream.unconsumed_tail:
+        raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+    if not stream.eof:
+        raise ValueError("the deflated content is cut short")
+    return result

@@ -1,0 +1,358 @@
+"""The same images in whatever they lie: the same names of classes, the same samples, the same pixels."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from simmim.data import (
+    Decoder,
+    LabelledImages,
+    RandomCrop,
+    labelled_sources,
+    open_files,
+    open_images,
+    split_holdout,
+    training_batches,
+    training_images,
+)
+from simmim.data.loader import epoch_order
+from simmim.data.manifest import load_manifest
+from simmim.data.tables import BLOCKS_TOGETHER
+
+CLASSES = ("ant", "bee", "cow")
+NAMES = [f"{CLASSES[number % 3]}/{number:02d}.png" for number in range(22)]
+
+
+def picture(number):
+    return np.random.default_rng(number).integers(0, 256, (30 + number % 5, 40, 3), dtype=np.uint8)
+
+
+def png(number):
+    file = io.BytesIO()
+    Image.fromarray(picture(number)).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = {name: png(number) for number, name in enumerate(NAMES)}
+SORTED = sorted(NAMES)
+
+
+def write_folder(path, names=NAMES):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(FILES[name])
+    return path
+
+
+def write_zip(path, method=zipfile.ZIP_DEFLATED, prefix="", names=NAMES):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name in names:
+            archive.writestr(prefix + name, FILES[name])
+    return path
+
+
+def write_tar(path, prefix="", names=NAMES, **others):
+    with tarfile.open(path, "w") as archive:
+        for name, content in [*((prefix + name, FILES[name]) for name in names), *others.items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(path):
+    path.mkdir()
+    for shard in range(3):
+        write_tar(path / f"part-{shard}.tar", names=SORTED[shard * 8 : shard * 8 + 8])
+    return path
+
+
+def data_set(names=SORTED):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    images = [{"bytes": FILES[name], "path": None} for name in names]
+    labels = [CLASSES.index(name[:3]) for name in names]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def write_parquet(path, rows_per_group=None, names=SORTED):
+    rows = data_set(names)
+    pq.write_table(rows.with_format("arrow")[:], path, row_group_size=rows_per_group)
+    return path
+
+
+def write_saved(path):
+    data_set().save_to_disk(path)
+    return path
+
+
+def write_list(path, folder):
+    path.write_text("# photographs\n" + "".join(f"{folder.name}/{name}\n" for name in SORTED))
+    return path
+
+
+def write_csv(path, folder):
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["weight", "label", "path"])
+        rows.writerows([1, name[:3], folder / name] for name in SORTED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory):
+    home = tmp_path_factory.mktemp("containers")
+    folder = write_folder(home / "folder")
+    places = {
+        "folder": folder,
+        "zip": write_zip(home / "deflated.zip", names=NAMES[::-1]),
+        "zip stored": write_zip(home / "stored.zip", zipfile.ZIP_STORED, "photos/"),
+        "tar": write_tar(home / "images.tar", "./photos/", NAMES[::-1]),
+        "tar shards": write_shards(home / "shards"),
+        "pattern": home / "shards" / "part-*.tar",
+        "list": write_list(home / "list.txt", folder),
+        "csv": write_csv(home / "table.csv", folder),
+        "parquet": write_parquet(home / "images.parquet"),
+        "saved data set": write_saved(home / "saved"),
+        "hf": f"hf:{home / 'saved'}",
+    }
+    datasets.config.HF_DATASETS_CACHE = Path(home / "cache")
+    return places
+
+
+ALL = ["folder", "zip", "zip stored", "tar", "tar shards", "pattern", "list", "csv", "parquet", "saved data set", "hf"]
+
+
+def digest(source, **arguments):
+    """Of all samples of three steps, in their order."""
+    arguments = {"seed": 3, "batch_size": 16, "micro_batch_size": 16, "end_step": 3} | arguments
+    hashed = hashlib.sha256()
+    for batch in training_batches(source, RandomCrop((16, 16)), **arguments):
+        assert not batch["broken"]
+        for index, epoch, image in zip(batch["index"], batch["epoch"], batch["image"], strict=True):
+            hashed.update(f"{index} {epoch}".encode() + image.numpy().tobytes())
+    return hashed.hexdigest()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_same_samples_and_pixels_from_every_container(containers, kind):
+    images, folder = open_images(containers[kind]), open_images(containers["folder"])
+    assert len(images) == len(NAMES)
+    assert digest(images) == digest(folder)
+    if kind not in ("list",):
+        labelled = LabelledImages(open_files(containers[kind]))
+        assert labelled.classes == list(CLASSES)
+        assert [labelled.label(number) for number in range(len(NAMES))] == [CLASSES.index(n[:3]) for n in SORTED]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar shards", "parquet"])
+def test_workers_change_nothing(containers, kind):
+    images = open_images(containers[kind])
+    alone = digest(images)
+    for num_workers in (1, 2, 4):
+        assert digest(images, num_workers=num_workers, micro_batch_size=4) == alone
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "parquet"])
+def test_two_processes_see_what_one_sees_and_a_run_continues_with_the_next_sample(containers, kind):
+    images = open_images(containers[kind])
+    steps = {"seed": 3, "batch_size": 16, "micro_batch_size": 8}
+
+    def samples(**arguments):
+        batches = training_batches(images, RandomCrop((16, 16)), **steps, **arguments)
+        return [
+            (int(i), image.numpy().tobytes()) for b in batches for i, image in zip(b["index"], b["image"], strict=True)
+        ]
+
+    alone = samples(end_step=4)
+    first, second = (samples(end_step=4, rank=rank, world_size=2, num_workers=rank) for rank in (0, 1))
+    shared = [pair for step in range(4) for share in (first, second) for pair in share[step * 8 : step * 8 + 8]]
+    assert shared == alone
+    assert samples(start_step=3, end_step=4, num_workers=1) == alone[48:]  # in the middle of the third epoch
+
+
+def test_what_a_worker_that_is_started_afresh_receives(containers):
+    folder = containers["folder"]
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    os.utime(folder, (1e9, 1e9))
+    for kind in ALL:
+        images = open_images(containers[kind])
+        again = pickle.loads(pickle.dumps(images))
+        assert again.fetch(5) == images.fetch(5) and again.name(5) == images.name(5)
+    assert len(pickle.dumps(open_images(folder))) < 600  # the place of the manifest, not its content
+    part = open_files(write_folder(folder.parent / "two", [f"{n}" for n in NAMES[:4]])).part("ant")
+    assert pickle.loads(pickle.dumps(part)).fetch(1) == part.fetch(1)
+
+
+def test_names_lead_to_the_image(containers):
+    expected = {
+        "folder": f"{containers['folder']}/{SORTED[3]}",
+        "zip": f"{containers['zip']}/{SORTED[3]}",
+        "tar shards": f"{containers['tar shards']}/part-0.tar/{SORTED[3]}",
+        "parquet": f"{containers['parquet']}/train/3",
+    }
+    for kind, name in expected.items():
+        assert open_images(containers[kind]).name(3) == name
+
+
+def test_train_and_val_inside_an_archive(tmp_path):
+    write_folder(tmp_path / "folder" / "train", NAMES[:14])
+    write_folder(tmp_path / "folder" / "test", NAMES[14:])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in sorted((tmp_path / "folder").rglob("*.png")):
+            archive.write(file, "everything" / file.relative_to(tmp_path / "folder"))
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "animals-train-0.tar", names=NAMES[:14])
+    write_tar(tmp_path / "shards" / "animals-validation-0.tar", names=NAMES[14:])
+    (tmp_path / "parquet").mkdir()
+    write_parquet(tmp_path / "parquet" / "train-0.parquet", names=sorted(NAMES[:14]))
+    write_parquet(tmp_path / "parquet" / "test-0.parquet", names=sorted(NAMES[14:]))
+    for place in ("folder", "a.zip", "shards", "parquet"):
+        training, holdout = labelled_sources(tmp_path / place, Decoder(), 5)
+        assert (len(training), len(holdout), list(holdout.classes)) == (14, 8, list(CLASSES)), place
+        assert [holdout.label(n) for n in range(8)] == [CLASSES.index(n[:3]) for n in sorted(NAMES[14:])]
+        unlabelled, own = training_images(tmp_path / place, Decoder(), 5)
+        assert len(unlabelled) + len(own) == 14, place
+
+
+def test_labels_of_web_dataset_shards(tmp_path):
+    classes = {f"{name[:-4]}.cls": str(CLASSES.index(name[:3])).encode() for name in NAMES}
+    flat = {name.replace("/", "_"): content for name, content in {**FILES, **classes}.items()}
+    write_tar(tmp_path / "a.tar", names=[], **flat)
+    labelled = LabelledImages(open_files(tmp_path / "a.tar"))
+    assert labelled.classes == ["0", "1", "2"] and [labelled.label(n) for n in (0, 10, 21)] == [0, 1, 2]
+
+
+def test_arrays_in_one_file_and_one_by_one(tmp_path):
+    array = np.random.default_rng(0).integers(0, 2**16, (20, 13, 24, 32), dtype=np.uint16)
+    np.save(tmp_path / "stack.npy", array)
+    np.save(tmp_path / "last.npy", array.transpose(0, 2, 3, 1))
+    (tmp_path / "folder").mkdir()
+    for number, one in enumerate(array):
+        np.save(tmp_path / "folder" / f"{number:02d}.npy", one)
+    sources = [open_images(tmp_path / name, Decoder(13)) for name in ("stack.npy", "last.npy", "folder")]
+    assert np.array_equal(sources[0].read(7).numpy(), array[7] >> 8)
+    assert len({digest(source) for source in sources}) == 1
+    assert pickle.loads(pickle.dumps(sources[0])).read(3).shape == (13, 24, 32)
+    np.save(tmp_path / "table.npy", np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"shape \(3, 4\)"):
+        open_images(tmp_path / "table.npy")
+
+
+def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
+    for shard in range(2):
+        names = SORTED[shard * 11 : shard * 11 + 11]
+        write_parquet(tmp_path / f"train-{shard}.parquet", 2, names)
+    stream = open_images(f"stream:{tmp_path}/train-*.parquet")
+    folder = open_images(write_folder(tmp_path / "folder"))
+    assert len(stream) == 22 and stream.name(12) == f"file://{tmp_path}/train-1.parquet/0/1"
+    assert all(torch.equal(stream.read(number), folder.read(number)) for number in range(22))
+    alone = digest(stream)
+    assert digest(stream, num_workers=2, micro_batch_size=4) == alone == digest(pickle.loads(pickle.dumps(stream)))
+    for epoch in range(3):
+        order = epoch_order(3, epoch, 22, stream.blocks)
+        assert sorted(order.tolist()) == list(range(22))
+        together = stream.blocks[order]
+        # In any stretch of the order only so many blocks are open, and each is visited in one go.
+        assert all(len(set(together[i : i + 4].tolist())) <= 2 * BLOCKS_TOGETHER for i in range(19))
+        spans = [max(np.flatnonzero(together == b)) - min(np.flatnonzero(together == b)) for b in range(12)]
+        assert max(spans) < 2 * BLOCKS_TOGETHER
+    assert not torch.equal(epoch_order(3, 0, 22, stream.blocks), epoch_order(3, 1, 22, stream.blocks))
+    assert LabelledImages(stream.files).classes == list(CLASSES)
+    training, holdout = split_holdout(stream, 2)
+    assert holdout.numbers.tolist() == [0, 1] and len(training.blocks) == 20
+    with pytest.raises(ValueError, match="only these can be streamed"):
+        open_files(f"stream:{tmp_path}/folder/*/*.png")
+
+
+def settle(folder):
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (1e9, 1e9))
+
+
+def test_a_manifest_is_kept_until_anything_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "folder")
+    open_files(folder)
+    assert not list(tmp_path.glob("cache/*/*"))  # just written: it may change again within the same tick of the clock
+    settle(folder)
+    assert len(open_files(folder)) == 22
+    (cached,) = tmp_path.glob("cache/manifests/*.arrow")
+    monkeypatch.setattr("simmim.data.sources.scan", None)  # the second start does not list the folder
+    assert [open_files(folder).name(n) for n in (0, 21)] == [f"{folder}/{SORTED[n]}" for n in (0, 21)]
+    monkeypatch.undo()
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "cache"))
+    (folder / "cow" / "zebra.png").write_bytes(png(50))
+    assert len(open_files(folder)) == 23
+    (folder / "cow" / "zebra.png").unlink()
+    (folder / "dog").mkdir()
+    assert len(open_files(folder)) == 22
+    settle(folder)
+    cached.write_bytes(cached.read_bytes()[:100])  # a damaged manifest is made anew
+    assert len(open_files(folder)) == 22 and load_manifest(cached) is not None
+    archive = write_zip(tmp_path / "a.zip")
+    os.utime(archive, (1e9, 1e9))
+    assert len(open_files(archive)) == 22
+    write_zip(archive, names=NAMES[:5])
+    assert len(open_files(archive)) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "file"))
+    folder = write_folder(tmp_path / "folder")
+    settle(folder)
+    assert digest(open_images(folder), num_workers=1)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(folder)
+    (folder / "ant" / "round").symlink_to(folder)
+    (tmp_path / "linked" / "dangling.png").symlink_to(tmp_path / "nothing.png")
+    assert len(open_files(tmp_path / "linked")) == 22
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.zip", b"PK\x03\x04 cut", "damaged or no archive"),
+        ("a.tar", b"no tar" * 300, "damaged or no archive"),
+        ("a.tar.gz", b"\x1f\x8b", "unpack it"),
+        ("a.csv", b"colour,size\nred,3\n", "call the one with paths"),
+        ("a.txt", b"\n# nothing\n", "lists no images"),
+        ("a.parquet", b"PAR1", "cannot be opened"),
+        ("a.npy", b"\x93NUMPY", "not an array"),
+        ("a.jpg", b"\xff\xd8", "holds no set of images"),
+    ],
+)
+def test_files_that_hold_nothing_say_so(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        open_files(tmp_path / name)
+
+
+def test_a_table_without_images(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    for path in (tmp_path / "a.parquet", f"stream:{tmp_path / 'a.parquet'}"):
+        with pytest.raises(ValueError, match="no column of images"):
+            open_files(path)
+    with pytest.raises(ValueError, match="not a folder, nor a file or a pattern"):
+        open_files(tmp_path / "*.tar")
