@@ -15,9 +15,12 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-AHEAD = 8
+AHEAD = 16
 """Images that are fetched before they are needed: enough to hide a network, few enough to keep in memory."""
+TOGETHER = 4
+"""Images that a thread fetches at a time: waking it costs as much as reading a small file."""
 THREADS = 4
+Task = deque[tuple[Future, int]]
 
 
 class Reader:
@@ -30,7 +33,7 @@ class Reader:
 
     def __init__(self, fetch: Callable[[int], Any], timeout_s: float = 60.0) -> None:
         self.fetch, self.timeout_s = fetch, timeout_s
-        self._tasks: SimpleQueue[tuple[Future, int]] = SimpleQueue()
+        self._tasks: SimpleQueue[Task] = SimpleQueue()
         self._num_threads, self._process = 0, -1
 
     def __reduce__(self) -> Any:
@@ -38,46 +41,53 @@ class Reader:
 
     def one(self, number: int) -> Any:
         """The content of one image. Raises what ``fetch`` raises, or TimeoutError."""
-        return self._wait(self._ask(number))
+        (content,) = self.many([number])
+        return content()
 
     def many(self, numbers: Sequence[int]) -> Iterator[Callable[[], Any]]:
         """For each number a function like :meth:`one`; the next few are on their way."""
-        waiting: deque[Future] = deque()
+        waiting: deque[tuple[Future, Task]] = deque()
         position = 0
         for _ in numbers:
-            while position < len(numbers) and len(waiting) < AHEAD:
-                waiting.append(self._ask(numbers[position]))
-                position += 1
-            yield partial(self._wait, waiting.popleft())
+            while position < len(numbers) and len(waiting) <= AHEAD - TOGETHER:
+                waiting.extend(self._ask(numbers[position : position + TOGETHER]))
+                position += TOGETHER
+            yield partial(self._wait, *waiting.popleft())
 
-    def _ask(self, number: int) -> Future:
+    def _ask(self, numbers: Sequence[int]) -> list[tuple[Future, Task]]:
         if self._process != os.getpid():  # threads do not survive a fork
             self._tasks, self._num_threads, self._process = SimpleQueue(), 0, os.getpid()
         if self._num_threads < THREADS:
             self._start()
-        future: Future = Future()
-        self._tasks.put((future, number))
-        return future
+        task: Task = deque((Future(), number) for number in numbers)
+        asked = [(future, task) for future, _ in task]
+        self._tasks.put(task)
+        return asked
 
     def _start(self) -> None:
         self._num_threads += 1
         # Daemons: a thread that hangs in the kernel must not keep the process from ending.
         threading.Thread(target=_work, args=(self._tasks, self.fetch), daemon=True).start()
 
-    def _wait(self, future: Future) -> Any:
+    def _wait(self, future: Future, task: Task) -> Any:
         try:
             return future.result(self.timeout_s)
         except TimeoutError as error:
             if future.done():  # the fetch itself ran into one, of the network for instance
                 raise
+            rest: Task = deque(task)  # what the thread that hangs would have fetched next is for others to fetch
+            task.clear()
+            self._tasks.put(rest)
             self._start()
             raise TimeoutError(f"no answer within {self.timeout_s:g} s") from error
 
 
-def _work(tasks: SimpleQueue[tuple[Future, int]], fetch: Callable[[int], Any]) -> None:
+def _work(tasks: SimpleQueue[Task], fetch: Callable[[int], Any]) -> None:
     while True:
-        future, number = tasks.get()
-        try:
-            future.set_result(fetch(number))
-        except Exception as error:
-            future.set_exception(error)
+        task = tasks.get()
+        while task:
+            future, number = task.popleft()
+            try:
+                future.set_result(fetch(number))
+            except Exception as error:
+                future.set_exception(error)
