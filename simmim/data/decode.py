@@ -7,7 +7,6 @@ place, on the memory that Pillow decoded into: no copy of the image, no float im
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +22,8 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 Box = tuple[int, int, int, int]
 """``(top, left, height, width)``, px."""
 
+MAX_PIXELS = 89_478_485
+"""Larger images are refused by their header, before they take memory: where Pillow begins to warn."""
 _ORIENTATION = 0x0112  # EXIF tag
 # EXIF orientation -> transposed, flipped left to right after that, flipped upside down after that.
 _TURNS = {
@@ -44,8 +45,10 @@ class Picture(Protocol):
 
     size: tuple[int, int]
     """``(H, W)``, px, as it is looked at: turned as its EXIF orientation says."""
-    kind: str
-    """For people: the format, and the mode where that is not usual."""
+
+    @property
+    def kind(self) -> str:
+        """For people: the format, and the mode where that is not usual."""
 
     def crop(self, box: Box, size: tuple[int, int], interpolation: str = "bilinear", *, flip: bool = False) -> Tensor:
         """uint8 ``(c, *size)``: the box, resized with antialiasing, mirrored left to right on request."""
@@ -140,13 +143,14 @@ class _ImageFile:
 
     def __init__(self, image: Image.Image, decoder: Decoder) -> None:
         self.image, self.decoder, self.mode = image, decoder, MODES[decoder.channels]
-        self.transposed, self.mirrored, self.upside_down = _TURNS.get(
-            image.getexif().get(_ORIENTATION, 1), (False, False, False)
-        )
+        self.transposed, self.mirrored, self.upside_down = _TURNS.get(_orientation(image), (False, False, False))
         width, height = image.size
         self.size = (width, height) if self.transposed else (height, width)
+
+    @property
+    def kind(self) -> str:
         turned = " turned" if self.transposed or self.mirrored or self.upside_down else ""
-        self.kind = f"{image.format}{'' if image.mode in ('RGB', 'L') else f' {image.mode}'}{turned}"
+        return f"{self.image.format}{'' if self.image.mode in ('RGB', 'L') else f' {self.image.mode}'}{turned}"
 
     def crop(self, box: Box, size: tuple[int, int], interpolation: str = "bilinear", *, flip: bool = False) -> Tensor:
         top, left, height, width = box
@@ -192,10 +196,16 @@ class _ImageFile:
 
 
 def _open(content: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow thinks of odd headers; what is wrong with the pixels it raises
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} px, more than {MAX_PIXELS / 1e6:.0f} megapixels: a bomb?")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+        return 1  # the usual case, without building a table of tags
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def _reduction(image: Image.Image, crop: tuple[int, int], size: tuple[int, int]) -> int:

@@ -7,7 +7,9 @@ is always exact, no sample is dropped, and a run continues at any step without r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from simmim.counter_rng import permutation, uniform
+from simmim.data.decode import Picture
 from simmim.data.reading import Reader
 from simmim.data.sources import Labelled, Source
 from simmim.data.tables import BLOCKS_TOGETHER
@@ -22,6 +25,8 @@ from simmim.data.transforms import CenterCrop, RandomCrop
 
 Batch = dict[str, Any]
 MAX_BROKEN_IN_A_ROW = 20
+HEADERS_TOGETHER = 16
+"""Headers are read so many at a time: between two large images the processor has forgotten how."""
 
 
 class Samples(Dataset):
@@ -52,37 +57,50 @@ class Samples(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
-        draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws)
+        draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws).tolist()
         numbers = index.tolist()
         broken: list[tuple[str, str]] = []
         images, labels, kept = [], [], []
-        for place, content in enumerate(self._reader.many(numbers)):
-            found = self._read(numbers[place], content, draws[place], broken)
-            if found is None:
-                if self.replace:
+        contents = self._reader.many(numbers)
+        for start in range(0, len(numbers), HEADERS_TOGETHER):
+            few = numbers[start : start + HEADERS_TOGETHER]
+            opened = [self._open(number, content, broken) for number, content in zip(few, contents, strict=False)]
+            for place, (number, picture) in enumerate(zip(few, opened, strict=True), start=start):
+                found = self._crop(number, picture, draws[place], broken)
+                if found is not None:
+                    kept.append(place)
+                    images.append(found[1])
+                    if self.labelled:
+                        labels.append(cast(Labelled, self.source).label(found[0]))
+                elif self.replace:
                     return {"broken": broken}
-                continue
-            kept.append(place)
-            images.append(found[1])
-            if self.labelled:
-                labels.append(cast(Labelled, self.source).label(found[0]))
         if not images:
             return {"broken": broken}
         # In a worker this writes each image straight into memory that the main process sees.
         batch = {"image": default_collate(images), "epoch": epoch[kept], "index": index[kept], "broken": broken}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
-    def _read(
-        self, number: int, content: Callable[[], Any], draws: Tensor, broken: list[tuple[str, str]]
+    def _open(self, number: int, content: Callable[[], Any], broken: list[tuple[str, str]]) -> Picture | None:
+        try:
+            return self.source.decode(content())
+        except Exception as error:  # damaged bytes raise almost anything; each is named with its reason
+            broken.append((self.source.name(number), reason_of(error)))
+            return None
+
+    def _crop(
+        self, number: int, picture: Picture | None, draws: list[float], broken: list[tuple[str, str]]
     ) -> tuple[int, Tensor] | None:
         """The number and pixels of the image, or of the next good one if it is to be replaced."""
-        for attempt in range(MAX_BROKEN_IN_A_ROW if self.replace else 1):
-            candidate = (number + attempt) % len(self.source)
-            try:
-                got = content() if attempt == 0 else self._reader.one(candidate)
-                return candidate, self.transform(self.source.decode(got), draws)
-            except Exception as error:  # damaged bytes raise almost anything; each is named with its reason
-                broken.append((self.source.name(candidate), reason_of(error)))
+        for _ in range(MAX_BROKEN_IN_A_ROW):
+            if picture is not None:
+                try:
+                    return number, self.transform(picture, draws)
+                except Exception as error:
+                    broken.append((self.source.name(number), reason_of(error)))
+            if not self.replace:
+                return None
+            number = (number + 1) % len(self.source)
+            picture = self._open(number, partial(self._reader.one, number), broken)
         return None  # an exception would reach the main process wrapped in the worker's traceback
 
 
@@ -222,8 +240,9 @@ def identity(batch: Any) -> Any:
 
 
 def one_thread(_: int) -> None:
-    """Workers share the cores among themselves."""
+    """Workers share the cores among themselves, and do not repeat what Pillow thinks of odd headers."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def reason_of(error: BaseException) -> str:

@@ -79,7 +79,7 @@ class Manifest:
         file: Path | None = None,
     ) -> None:
         self.table, self.root, self.places, self.prefix, self.classes = table, root, places, prefix, classes
-        self._file = file
+        self._file, self._folder = file, str(root)
         columns = [table.column(name) for name in SCHEMA.names]
         self._columns = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in columns]
 
@@ -110,12 +110,12 @@ class Manifest:
         Raises:
             OSError, ValueError, zlib.error: it cannot be had.
         """
-        entry = self._entry(number)
-        if entry.kind == _WHOLE:
-            with open(self.root / entry.name, "rb", buffering=0) as file:
+        if self._columns[3][number].as_py() == _WHOLE:
+            with open(os.path.join(self._folder, self._columns[0][number].as_py()), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
                 return file.readall()
+        entry = self._entry(number)
         if entry.kind == _LOST:
             raise ValueError("the archive is damaged or cut short")
         with open(self.places[entry.place], "rb", buffering=0) as file:

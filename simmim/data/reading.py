@@ -15,9 +15,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-AHEAD = 16
+AHEAD = 24
 """Images that are fetched before they are needed: enough to hide a network, few enough to keep in memory."""
-TOGETHER = 4
+TOGETHER = 8
 """Images that a thread fetches at a time: waking it costs as much as reading a small file."""
 THREADS = 4
 Task = deque[tuple[Future, int]]
@@ -75,9 +75,7 @@ class Reader:
         except TimeoutError as error:
             if future.done():  # the fetch itself ran into one, of the network for instance
                 raise
-            rest: Task = deque(task)  # what the thread that hangs would have fetched next is for others to fetch
-            task.clear()
-            self._tasks.put(rest)
+            self._tasks.put(task)  # what the thread that hangs would have fetched next
             self._start()
             raise TimeoutError(f"no answer within {self.timeout_s:g} s") from error
 
@@ -85,8 +83,11 @@ class Reader:
 def _work(tasks: SimpleQueue[Task], fetch: Callable[[int], Any]) -> None:
     while True:
         task = tasks.get()
-        while task:
-            future, number = task.popleft()
+        while True:
+            try:
+                future, number = task.popleft()
+            except IndexError:  # done, perhaps by another thread
+                break
             try:
                 future.set_result(fetch(number))
             except Exception as error:

@@ -47,13 +47,12 @@ class RandomCrop:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.interpolation = interpolation
 
-    def __call__(self, picture: Picture, draws: Tensor) -> Tensor:
-        """uint8 ``(c, H, W)``; ``draws`` float64 ``(num_draws,)`` in [0, 1)."""
-        values = draws.tolist()
-        box = self.box(*picture.size, values[1:])
-        return picture.crop(box, self.size, self.interpolation, flip=values[0] < self.flip)
+    def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
+        """uint8 ``(c, H, W)``; ``num_draws`` draws in [0, 1)."""
+        box = self.box(*picture.size, draws[1:])
+        return picture.crop(box, self.size, self.interpolation, flip=draws[0] < self.flip)
 
-    def box(self, height: int, width: int, draws: list[float]) -> Box:
+    def box(self, height: int, width: int, draws: Sequence[float]) -> Box:
         """The crop of an image of this size."""
         low, high = (math.log(r) for r in self.ratio)
         for attempt in range(_ATTEMPTS):
@@ -74,7 +73,7 @@ class CenterCrop:
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear") -> None:
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, picture: Picture, draws: Tensor) -> Tensor:
+    def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
         box = _central_box(*picture.size, self.size[1] / self.size[0])
         return picture.crop(box, self.size, self.interpolation)
 
@@ -94,15 +93,20 @@ class RandAugmentedCrop(RandomCrop):
         fill = tuple(round(255 * value) for value in mean)
         settings = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
         self.rand_augment = rand_augment_transform(rand_augment, settings)
-        for op in self.rand_augment.ops:
-            if op.name.startswith("Posterize"):  # a high level asks for 0 bits, which Pillow refuses
-                op.level_fn = partial(_at_least_a_bit, op.level_fn)
+        keep_a_bit(self.rand_augment)
 
-    def __call__(self, picture: Picture, draws: Tensor) -> Tensor:
+    def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
         pixels = super().__call__(picture, draws[:-1]).permute(1, 2, 0).numpy()
         with _seeded(int(draws[-1] * 2**32)):
             pixels = np.array(self.rand_augment(Image.fromarray(pixels)))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def keep_a_bit(rand_augment: Any) -> None:
+    """At a high level timm's posterize asks for 0 bits, which Pillow refuses: here it keeps one."""
+    for op in rand_augment.ops:
+        if op.name.startswith("Posterize"):
+            op.level_fn = partial(_at_least_a_bit, op.level_fn)
 
 
 def _at_least_a_bit(level_fn: Callable, level: float, settings: dict) -> tuple[int]:

@@ -71,7 +71,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 def test_an_image_bomb_is_refused(tmp_path):
     Image.new("1", (15_000, 10_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(Image.DecompressionBombWarning):
+    with pytest.raises(ValueError, match="15000 x 10000 px, more than 89 megapixels"):
         open_images(tmp_path).read(0)
 
 
@@ -138,7 +138,7 @@ def test_processes_share_the_batch_of_one():
 def test_crops_follow_their_ranges():
     crop = RandomCrop((16, 16), (0.25, 0.5), (0.5, 2.0))
     draws = uniform("crop", 0, torch.zeros(500, dtype=torch.int64), torch.arange(500), crop.num_draws)
-    boxes = [crop.box(300, 400, u[1:].tolist()) for u in draws]
+    boxes = [crop.box(300, 400, u[1:]) for u in draws.tolist()]
     areas = np.array([h * w / 120_000 for _, _, h, w in boxes])
     ratios = np.array([w / h for _, _, h, w in boxes])
     assert areas.min() > 0.24 and areas.max() < 0.51 and 0.36 < areas.mean() < 0.39
@@ -154,7 +154,7 @@ def test_an_impossible_ratio_falls_back_to_the_central_crop():
 
 def test_crops_resize_and_flip():
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).repeat(5, 1, 1)
-    draws = torch.full((RandomCrop.num_draws,), 0.999, dtype=torch.float64)
+    draws = [0.999] * RandomCrop.num_draws
     whole = RandomCrop((8, 8), (1, 1), (1, 1))
     picture = Pixels(image)
     assert torch.equal(whole(picture, draws), image)

@@ -140,14 +140,14 @@ def test_rand_augment_is_a_function_of_its_draws():
     random.seed(3)
     np.random.seed(3)
     before = random.getstate(), np.random.get_state()[1].tolist()
-    first = [transform(image, u) for u in draws]
+    first = [transform(image, u) for u in draws.tolist()]
     assert before == (random.getstate(), np.random.get_state()[1].tolist())  # the step's own draws are untouched
     random.seed(4)
-    assert all(torch.equal(a, transform(image, u)) for a, u in zip(first, draws, strict=True))
+    assert all(torch.equal(a, transform(image, u)) for a, u in zip(first, draws.tolist(), strict=True))
     assert all(a.shape == (3, 32, 32) and a.dtype == torch.uint8 for a in first)
     other = draws.clone()
     other[:, -1] = 1 - other[:, -1]  # the same crops
-    assert sum(not torch.equal(a, transform(image, u)) for a, u in zip(first, other, strict=True)) > 6
+    assert sum(not torch.equal(a, transform(image, u)) for a, u in zip(first, other.tolist(), strict=True)) > 6
 
 
 def test_few_labels():

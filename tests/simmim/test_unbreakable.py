@@ -32,7 +32,7 @@ BAD = {
     "truncated.jpg": "truncated",
     "empty.jpg": "empty",
     "page.jpg": "no kind of image",
-    "bomb.png": "exceeds limit",
+    "bomb.png": "more than 89 megapixels",
     "denied.png": "Permission denied",
     "vanished.png": "No such file",
 }
