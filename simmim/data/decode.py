@@ -229,6 +229,20 @@ def _memory(image: Image.Image) -> Tensor:
     return pixels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2)
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """uint8 ``(3, H, W)`` as a Pillow image; a crop of a file, whose pixels lie together, in one step."""
+    height, width = pixels.shape[1:]
+    if pixels.stride() == (1, 4 * width, 4):
+        together = pixels.as_strided((height, width, 4), (4 * width, 4, 1))
+        return Image.frombytes("RGB", (width, height), together.numpy(), "raw", "RGBX")
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_image(image: Image.Image) -> Tensor:
+    """uint8 ``(3, H, W)`` of an RGB image, in its memory."""
+    return _memory(image)[0, :3]
+
+
 def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """Antialiased resize of uint8 ``(1, c, H, W)``; always a copy."""
     if tuple(pixels.shape[2:]) == tuple(size):

@@ -21,7 +21,7 @@ from simmim.data.decode import Picture
 from simmim.data.reading import Reader
 from simmim.data.sources import Labelled, Source
 from simmim.data.tables import BLOCKS_TOGETHER
-from simmim.data.transforms import CenterCrop, RandomCrop
+from simmim.data.transforms import CenterCrop, RandomCrop, untouched_generators
 
 Batch = dict[str, Any]
 MAX_BROKEN_IN_A_ROW = 20
@@ -56,6 +56,10 @@ class Samples(Dataset):
         self._reader = Reader(source.fetch, timeout_s)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        with untouched_generators():
+            return self._batch(keys)
+
+    def _batch(self, keys: list[tuple[int, int]]) -> Batch:
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws).tolist()
         numbers = index.tolist()

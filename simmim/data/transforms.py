@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from simmim.data.decode import Box, Picture
+from simmim.data.decode import Box, Picture, from_image, to_image
 
 _ATTEMPTS = 10
 
@@ -90,16 +89,21 @@ class RandAugmentedCrop(RandomCrop):
 
     def __init__(self, size: tuple[int, int], *, rand_augment: str, mean: Sequence[float], **crop: Any) -> None:
         super().__init__(size, **crop)
-        fill = tuple(round(255 * value) for value in mean)
-        settings = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
+        settings = {
+            "translate_const": int(min(size) * 0.45),
+            "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+            "interpolation": Image.Resampling[self.interpolation.upper()],
+        }
         self.rand_augment = rand_augment_transform(rand_augment, settings)
         keep_a_bit(self.rand_augment)
 
     def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
-        pixels = super().__call__(picture, draws[:-1]).permute(1, 2, 0).numpy()
-        with _seeded(int(draws[-1] * 2**32)):
-            pixels = np.array(self.rand_augment(Image.fromarray(pixels)))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        """Seeds the global generators, which timm draws from: see :func:`untouched_generators`."""
+        image = to_image(super().__call__(picture, draws[:-1]))
+        seed = int(draws[-1] * 2**32)
+        random.seed(seed)
+        np.random.seed(seed)
+        return from_image(self.rand_augment(image))
 
 
 def keep_a_bit(rand_augment: Any) -> None:
@@ -114,11 +118,9 @@ def _at_least_a_bit(level_fn: Callable, level: float, settings: dict) -> tuple[i
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """What timm draws comes from ``seed``, and leaves no trace in the global generators."""
+def untouched_generators() -> Iterator[None]:
+    """What is drawn inside leaves no trace in the global generators of Python and NumPy."""
     before = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
     try:
         yield
     finally:

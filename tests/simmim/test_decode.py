@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from simmim.data import Decoder, Pixels
-from simmim.data.decode import BACKGROUND
+from simmim.data.decode import BACKGROUND, from_image, to_image
 
 
 def smooth(height, width, seed=0):
@@ -159,3 +159,14 @@ def test_arrays_are_never_unpickled():
 def test_what_is_no_image_is_said_to_be_none(data):
     with pytest.raises(Exception, match=r".+"):
         whole(data)
+
+
+def test_pixels_go_to_pillow_and_back():
+    """Four bytes of a file's pixels at once, or three of any other."""
+    data = content(smooth(30, 40))
+    crop = Decoder()(data).crop((2, 3, 20, 30), (10, 12))
+    assert crop.stride(0) == 1
+    for pixels in (crop, crop.contiguous()):
+        image = to_image(pixels)
+        assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0).numpy())
+        assert torch.equal(from_image(image), pixels)
