@@ -57,13 +57,12 @@ def data_speed(
     source = open_files(path)
     if len(source) < BATCH:
         raise ValueError(f"{path} holds {len(source)} images: {BATCH} are the least to measure with")
-    with TemporaryDirectory() as home, _one_core():
+    with TemporaryDirectory() as home, _one_core(), _own_cache(Path(home)):
         folder = Path(home) / "photos" / "all"
         folder.mkdir(parents=True)
         for number in range(min(images, len(source))):
             name = Path(source.name(number))
             (folder / f"{number:06d}{name.suffix}").symlink_to(name.resolve())
-        os.environ["SIMMIM_CACHE"] = f"{home}/cache"
         pack(str(folder), Path(home) / "packed", Packing())
         results = {
             "pretraining, 192 px": _race(_pretraining(folder, Path(home) / "packed"), rounds),
@@ -254,6 +253,19 @@ def _with_mask(image: Tensor) -> tuple[Tensor, np.ndarray]:
     mask = np.zeros(36, dtype=int)
     mask[np.random.permutation(36)[:22]] = 1
     return image, mask.reshape(6, 6).repeat(8, axis=0).repeat(8, axis=1)
+
+
+@contextmanager
+def _own_cache(home: Path) -> Iterator[None]:
+    """Nothing of the user's is used or left."""
+    before = os.environ.get("SIMMIM_CACHE")
+    os.environ["SIMMIM_CACHE"] = str(home / "cache")
+    try:
+        yield
+    finally:
+        del os.environ["SIMMIM_CACHE"]
+        if before is not None:
+            os.environ["SIMMIM_CACHE"] = before
 
 
 @contextmanager
