@@ -255,6 +255,8 @@ def _finish(shards: _Shards, out: Path, settings: dict[str, Any], classes: list[
             summary.add(Look(*look))
         before += about["bytes_before"]
     if not entries:
+        for file in [*out.glob("shard-*.tar"), *out.glob(".shard-*"), out / SETTINGS]:
+            file.unlink()  # nothing worth keeping: another try begins anew
         raise ValueError(
             f"none of {settings['images']} images could be read, the last: {': '.join(summary.broken[-1])}"
         )

@@ -30,8 +30,10 @@ def probe(
         seconds: how long each of them is measured.
 
     Raises:
-        ValueError: too many broken images.
+        ValueError: too many broken images, or a batch of none.
     """
+    if batch_size < 1 or not len(source):
+        raise ValueError(f"a batch of {batch_size} out of {len(source)} images: both have to be at least 1")
     counts = workers if workers is not None else _doubling(os.cpu_count() or 1)
     speeds = {}
     for count in counts:

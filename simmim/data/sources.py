@@ -217,7 +217,7 @@ def open_files(path: str | Path) -> Files:
         return open_stream(text)
     if text.startswith(PREFIX):
         return open_data_set(text)
-    place = Path(path).expanduser()
+    place = Path(path).expanduser().absolute()  # manifests are kept, whatever the working directory is next time
     if place.is_dir():
         return _open_folder(place)
     if place.is_file():

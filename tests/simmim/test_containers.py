@@ -313,6 +313,19 @@ def test_a_manifest_is_kept_until_anything_changes(tmp_path, monkeypatch):
     assert len(open_files(archive)) == 5
 
 
+def test_a_manifest_of_a_relative_path_holds_from_anywhere(tmp_path, monkeypatch):
+    settle(write_folder(tmp_path / "folder"))
+    archive = write_zip(tmp_path / "a.zip")
+    os.utime(archive, (1e9, 1e9))
+    monkeypatch.chdir(tmp_path)
+    for path in ("folder", "a.zip", "folder", "a.zip", "*.zip"):
+        assert open_files(path).fetch(0) == FILES[SORTED[0]]
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for path in ("../folder", "../a.zip"):
+        assert open_files(path).fetch(0) == FILES[SORTED[0]]
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "file"))

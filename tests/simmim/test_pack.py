@@ -131,6 +131,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
         (folder / name).write_bytes(b"broken")
     with pytest.raises(ValueError, match="none of 22 images could be read"):
         pack(str(folder), tmp_path / "nothing", Packing())
+    assert not list((tmp_path / "nothing").iterdir())
 
 
 def test_a_table_with_two_parts_keeps_them_and_its_labels(tmp_path):
@@ -179,5 +180,7 @@ def test_the_probe_counts_what_it_says(tmp_path):
     images = open_images(write_folder(tmp_path / "folder"))
     speeds = probe(images, RandomCrop((16, 16)), batch_size=8, workers=[0, 1], seconds=0.2)
     assert set(speeds) == {0, 1} and min(speeds.values()) > 0
+    with pytest.raises(ValueError, match="a batch of 0 out of 22"):
+        probe(images, RandomCrop((16, 16)), batch_size=0)
     text = format_probe({0: 100.0, 1: 240.0, 2: 470.0, 4: 480.0})
     assert "data.num_workers=2" in text and text.splitlines()[3].endswith("470  <-")
