@@ -6,33 +6,37 @@ Python objects, workers share its pages, and the second start reads it instead o
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
-import re
-import tarfile
 import time
-import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-PHOTOS = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".jp2", ".bmp"))
-EXTENSIONS = PHOTOS | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy"}
-ARCHIVES = frozenset((".zip", ".tar"))
-SHARDS = ARCHIVES | {".parquet", ".arrow"}
-LISTS = frozenset((".txt", ".lst", ".csv", ".tsv"))
-VALIDATION = ("val", "validation", "test")
+from simmim.data.listing import (
+    DEFLATED,
+    EXTENSIONS,
+    LISTS,
+    LOST,
+    STORED,
+    VALIDATION,
+    WHOLE,
+    Entry,
+    Found,
+    list_archives,
+    part_of,
+    read_list,
+    scan,
+)
+
 MAX_BYTES = 1 << 30  # of one image
-PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "name")
-LABEL_COLUMNS = ("label", "class", "category", "target")
 _SETTLED_S = 2.0  # a folder changed later than that before it was listed may change again within one tick of its clock
-_WHOLE, STORED, _ZIPPED, _LOST = 0, 1, 2, 3  # how an image lies: its own file, bytes, a zip entry; or not at all
+
 
 SCHEMA = pa.schema(
     [
@@ -44,17 +48,6 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
     ]
 )
-
-
-class Entry(NamedTuple):
-    """One row: an image called ``name``, in the archive number ``place`` unless it is a file."""
-
-    name: str
-    label: str | None = None
-    place: int = -1
-    kind: int = _WHOLE
-    offset: int = 0
-    size: int = 0
 
 
 class Manifest:
@@ -94,7 +87,7 @@ class Manifest:
     def name(self, number: int) -> str:
         """A path for a person to find the image by."""
         entry = self._entry(number)
-        if entry.kind == _WHOLE:
+        if entry.kind == WHOLE:
             return str(self.root / entry.name)
         part = part_of(self.places[entry.place].name)
         name = entry.name.removeprefix(f"{part}/") if part else entry.name
@@ -110,18 +103,18 @@ class Manifest:
         Raises:
             OSError, ValueError, zlib.error: it cannot be had.
         """
-        if self._columns[3][number].as_py() == _WHOLE:
+        if self._columns[3][number].as_py() == WHOLE:
             with open(os.path.join(self._folder, self._columns[0][number].as_py()), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
                 return file.readall()
         entry = self._entry(number)
-        if entry.kind == _LOST:
+        if entry.kind == LOST:
             raise ValueError("the archive is damaged or cut short")
         with open(self.places[entry.place], "rb", buffering=0) as file:
             start = entry.offset if entry.kind == STORED else _content_of_zip_entry(file, entry.offset)
-            content = _read(file, start, entry.size & ~_DEFLATED)
-        return _inflate(content) if entry.size & _DEFLATED else content
+            content = _read(file, start, entry.size & ~DEFLATED)
+        return _inflate(content) if entry.size & DEFLATED else content
 
     def labels(self) -> pa.Array | None:
         """The name of the class of each image: that of the list or shard, else its first folder; None where none."""
@@ -154,9 +147,6 @@ class Manifest:
         return Entry(*(column[number].as_py() for column in self._columns))
 
 
-_DEFLATED = 1 << 62  # a bit of the size: the bytes are deflated
-
-
 def _rebuild(table: pa.Table, root: Path, places: list[Path], prefix: str, classes: list[str] | None) -> Manifest:
     return Manifest(table, root, places, prefix=prefix, classes=classes)
 
@@ -180,9 +170,9 @@ def open_manifest(path: Path, archives: list[Path] | None = None) -> Manifest:
         return manifest
     began = time.time()
     if archives is not None:
-        return _keep(path, Manifest(make_table(_list_archives(archives)), path.parent, archives), archives, began)
+        return _keep(path, Manifest(make_table(list_archives(archives)), path.parent, archives), archives, began)
     if path.suffix.lower() in LISTS and path.is_file():
-        return _keep(path, Manifest(make_table(_read_list(path)), path.parent, []), [path], began)
+        return _keep(path, Manifest(make_table(read_list(path)), path.parent, []), [path], began)
     found = scan(path)
     if not found.images:
         raise ValueError(
@@ -262,159 +252,6 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     status = file.stat()
     # The size of a folder says nothing, and some file systems count it anew.
     return str(file), status.st_mtime_ns, 0 if file.is_dir() else status.st_size
-
-
-class Found(NamedTuple):
-    """What lies in a folder and below it."""
-
-    images: list[str]
-    """Paths below the folder, sorted."""
-    folders: list[Path]
-    shards: list[Path]
-    """Archives and tables, sorted."""
-    num_others: int
-
-
-def scan(root: Path) -> Found:
-    """List a folder; links to folders are followed once, what begins with a dot is left out.
-
-    Raises:
-        OSError: a folder that cannot be read.
-    """
-    images: list[str] = []
-    shards: list[Path] = []
-    watched: list[Path] = []
-    num_others = 0
-    folders, seen = [("", root)], set()
-    while folders:
-        prefix, folder = folders.pop()
-        identity = os.stat(folder)
-        if (identity.st_dev, identity.st_ino) in seen:
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        watched.append(folder)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append((f"{prefix}{entry.name}/", Path(entry.path)))
-                elif is_image(entry.name) and entry.is_file():
-                    images.append(prefix + entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in SHARDS:
-                    shards.append(Path(entry.path))
-                else:
-                    num_others += 1
-    return Found(sorted(images), watched, sorted(shards), num_others)
-
-
-def is_image(name: str) -> bool:
-    """By its extension."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _read_list(path: Path) -> list[Entry]:
-    """A text file with a path per line, or a table with a column of paths and perhaps one of labels."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        if path.suffix.lower() in (".txt", ".lst"):
-            entries = [Entry(line.strip()) for line in file if line.strip() and not line.startswith("#")]
-        else:
-            rows = [row for row in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if row]
-            head = [cell.strip().lower() for cell in rows[0]] if rows else []
-            place, label = 0, 1
-            if rows and not is_image(rows[0][0]):
-                place = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
-                label = next((head.index(word) for word in LABEL_COLUMNS if word in head), len(head))
-                if place < 0:
-                    raise ValueError(
-                        f"{path} has the columns {', '.join(head)}: call the one with paths {' or '.join(PATH_COLUMNS)}"
-                    )
-                rows = rows[1:]
-            entries = [Entry(row[place], row[label] if label < len(row) else None) for row in rows]
-    if not entries:
-        raise ValueError(f"{path} lists no images: expected one path per line, relative to {path.parent}")
-    return entries
-
-
-def part_of(name: str) -> str | None:
-    """``train`` or ``val`` if that is what a shard is called after, as ``imagenet-train-0001.tar``."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return "train" if "train" in words else "val" if any(word in words for word in VALIDATION) else None
-
-
-def _list_archives(archives: list[Path]) -> Iterator[Entry]:
-    """Images of all archives, sorted by name within each; a damaged one of several is one lost image.
-
-    Where archives are called after train and val, so are the folders of what is in them.
-    """
-    count = 0
-    parts = [part_of(archive.name) for archive in archives]
-    are_parts = "train" in parts and "val" in parts
-    for place, archive in enumerate(archives):
-        try:
-            entries = _list_zip(archive, place) if archive.suffix.lower() == ".zip" else _list_tar(archive, place)
-        except (zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
-            if len(archives) == 1:
-                raise ValueError(f"{archive} is damaged or no archive ({error})") from None
-            entries = [Entry("", None, place, _LOST)]
-        count += len(entries)
-        if are_parts and parts[place]:
-            entries = [entry._replace(name=f"{parts[place]}/{entry.name}") for entry in entries]
-        yield from sorted(entries, key=lambda entry: entry.name)
-    if not count:
-        raise ValueError(f"no images in {archives[0]}{' and others' if len(archives) > 1 else ''}")
-
-
-def _list_zip(archive: Path, place: int) -> list[Entry]:
-    with zipfile.ZipFile(archive) as file:
-        found = [info for info in file.infolist() if not info.is_dir() and _is_visible(info.filename)]
-    for info in found:
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise ValueError(f"{info.filename} is encrypted or packed by another method than deflate")
-    entries = []
-    for info in found:
-        size = info.compress_size | (_DEFLATED if info.compress_type == zipfile.ZIP_DEFLATED else 0)
-        entries.append(Entry(info.filename, None, place, _ZIPPED, info.header_offset, size))
-    return _without_common_folder(entries)
-
-
-def _list_tar(archive: Path, place: int) -> list[Entry]:
-    """Also the layout of WebDataset: ``key.cls`` is the label of ``key.jpg``."""
-    entries: list[Entry] = []
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(archive, "r:") as file:
-            for member in file:
-                if not member.isfile():
-                    continue
-                if _is_visible(member.name):
-                    name = member.name.removeprefix("./")
-                    entries.append(Entry(name, None, place, STORED, member.offset_data, member.size))
-                elif member.name.endswith(".cls") and member.size < 1000:
-                    content = file.extractfile(member)
-                    assert content is not None
-                    labels[member.name.removeprefix("./")[:-4]] = content.read().decode("utf-8", "replace").strip()
-    except tarfile.ReadError:
-        if not entries:
-            raise
-    entries = [entry._replace(label=labels.get(os.path.splitext(entry.name)[0])) for entry in entries]
-    return _without_common_folder(entries)
-
-
-def _is_visible(name: str) -> bool:
-    return is_image(name) and not any(part.startswith(".") for part in name.removeprefix("./").split("/"))
-
-
-def _without_common_folder(entries: list[Entry]) -> list[Entry]:
-    """Archives often hold one folder with everything in it; its name tells nothing."""
-    while entries:
-        folders = {entry.name.partition("/")[:2] for entry in entries}
-        folder, slash = folders.pop()
-        # Where all images are of one class in one folder, it has to stay.
-        if folders or not slash or not all("/" in entry.name[len(folder) + 1 :] for entry in entries):
-            return entries
-        entries = [entry._replace(name=entry.name[len(folder) + 1 :]) for entry in entries]
-    return entries
 
 
 def _content_of_zip_entry(file: Any, header: int) -> int:

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from simmim.data.decode import MODES, Decoder, Picture
+from simmim.data.listing import STORED, Entry
 from simmim.data.loader import identity, one_thread, reason_of
-from simmim.data.manifest import SCHEMA, STORED, Entry, Manifest, make_table, save_manifest
+from simmim.data.manifest import SCHEMA, Manifest, make_table, save_manifest
 from simmim.data.reading import Reader
 from simmim.data.sources import INDEX, Files, open_files
 from simmim.data.survey import Look, Summary, look_at, whole, write_broken

@@ -17,15 +17,8 @@ from torch import Tensor
 
 from simmim.counter_rng import derive_seed, permutation
 from simmim.data.decode import MODES, Decoder, Picture
-from simmim.data.manifest import (
-    ARCHIVES,
-    LISTS,
-    cached_manifest,
-    keep_folder,
-    load_manifest,
-    open_manifest,
-    scan,
-)
+from simmim.data.listing import ARCHIVES, LISTS, scan
+from simmim.data.manifest import cached_manifest, keep_folder, load_manifest, open_manifest
 from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
 
 INDEX = "index.arrow"

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from simmim.data.manifest import VALIDATION, part_of
+from simmim.data.listing import VALIDATION, part_of
 
 PREFIX, STREAM = "hf:", "stream:"
 LABELS = ("label", "labels", "class", "category", "target", "fine_label")

@@ -265,7 +265,8 @@ def test_memory_stays_flat(tmp_path):
 
 
 def test_a_manifest_costs_its_text_and_no_objects(tmp_path):
-    from simmim.data.manifest import Entry, Manifest, make_table
+    from simmim.data.listing import Entry
+    from simmim.data.manifest import Manifest, make_table
 
     count = 200_000
     manifest = Manifest(
