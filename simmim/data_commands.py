@@ -61,8 +61,11 @@ def _add(actions: Any, name: str, run: Any, meaning: str) -> argparse.ArgumentPa
 def _images(arguments: argparse.Namespace) -> Any:
     from simmim.data import Decoder, open_images
 
-    low_high = arguments.value_range
-    return open_images(arguments.path, Decoder(arguments.in_chans, (low_high[0], low_high[1]) if low_high else None))
+    return open_images(arguments.path, Decoder(arguments.in_chans, _range(arguments)))
+
+
+def _range(arguments: argparse.Namespace) -> tuple[float, float] | None:
+    return tuple(arguments.value_range) if arguments.value_range else None
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -79,10 +82,9 @@ def _pack(arguments: argparse.Namespace) -> int:
     from simmim.data.pack import Packing, pack
 
     given = {name: getattr(arguments, name) for name in ("short_side", "quality", "shard_images")}
-    low_high = arguments.value_range
     packing = Packing(
         channels=arguments.in_chans,
-        value_range=(low_high[0], low_high[1]) if low_high else None,
+        value_range=_range(arguments),
         **{name: value for name, value in given.items() if value is not None},
     )
     result = pack(arguments.path, arguments.out, packing, num_workers=arguments.num_workers)

@@ -100,16 +100,19 @@ class RunLog:
             ValueError: more than ``max_broken`` by now.
         """
         for name, reason in images:
-            if name in self._broken or name in self._read_broken():  # another process may have named it
+            if name in self._broken:
+                continue
+            self._broken |= self._read_broken()  # another process may have named it
+            if name in self._broken:
                 continue
             self._broken.add(name)
             with self.broken_file.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([name, reason])
             tqdm.write(f"skipped a broken image: {name} ({reason})", file=sys.stdout)
-            if len(found := self._read_broken()) > self.max_broken:
+            if len(self._broken) > self.max_broken:
                 self.end()
                 raise ValueError(
-                    f"{len(found)} images could not be read, more than data.max_broken_share allows "
+                    f"{len(self._broken)} images could not be read, more than data.max_broken_share allows "
                     f"({self.max_broken:.0f}): see {self.broken_file}, mend them or raise the share; "
                     "the same command then continues from the last checkpoint"
                 )

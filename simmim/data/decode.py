@@ -54,6 +54,11 @@ class Picture(Protocol):
         """uint8 ``(c, *size)``: the box, resized with antialiasing, mirrored left to right on request."""
 
 
+def whole(picture: Picture) -> Tensor:
+    """All of it, uint8 ``(c, H, W)``."""
+    return picture.crop((0, 0, *picture.size), picture.size)
+
+
 class Pixels:
     """A picture that is decoded already: uint8 ``(c, H, W)``."""
 

@@ -106,6 +106,11 @@ def read_list(path: Path) -> list[Entry]:
     return entries
 
 
+def part_names(part: str) -> tuple[str, ...]:
+    """What ``train`` or ``val`` may be called."""
+    return VALIDATION if part == "val" else (part,)
+
+
 def part_of(name: str) -> str | None:
     """``train`` or ``val`` if that is what a shard is called after, as ``imagenet-train-0001.tar``."""
     words = re.split(r"[^a-z]+", name.lower())

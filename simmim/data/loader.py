@@ -211,16 +211,8 @@ class Batches:
     def __init__(self, samples: Samples, keys: Any, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.replace = samples.replace
         self.broken: dict[str, str] = {}
-        self.loader = DataLoader(
-            samples,
-            batch_sampler=keys,
-            collate_fn=identity,  # samples come as a batch already
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=one_thread,
-            prefetch_factor=4 if num_workers else None,
-            # The base seed of workers would be drawn from the global generator; nothing here uses it.
-            generator=torch.Generator().manual_seed(0),
+        self.loader = in_workers(
+            samples, keys, num_workers, pin_memory=pin_memory, prefetch_factor=4 if num_workers else None
         )
 
     def __len__(self) -> int:
@@ -238,12 +230,26 @@ class Batches:
             yield batch
 
 
-def identity(batch: Any) -> Any:
+def in_workers(data: Dataset, batches: Any, num_workers: int, **options: Any) -> DataLoader:
+    """``data.__getitems__`` of every one of ``batches``, in order, by so many processes of one thread each."""
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=_identity,
+        num_workers=num_workers,
+        worker_init_fn=_one_thread,
+        # The base seed of workers would be drawn from the global generator; nothing here uses it.
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+
+
+def _identity(batch: Any) -> Any:
     """Of what comes as a batch already; workers that are started afresh need a name for it."""
     return batch
 
 
-def one_thread(_: int) -> None:
+def _one_thread(_: int) -> None:
     """Workers share the cores among themselves, and do not repeat what Pillow thinks of odd headers."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"PIL\.")

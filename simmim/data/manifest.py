@@ -20,18 +20,15 @@ import pyarrow.compute as pc
 
 from simmim.data.listing import (
     DEFLATED,
-    EXTENSIONS,
-    LISTS,
     LOST,
     STORED,
-    VALIDATION,
     WHOLE,
     Entry,
     Found,
     list_archives,
+    part_names,
     part_of,
     read_list,
-    scan,
 )
 
 MAX_BYTES = 1 << 30  # of one image
@@ -118,17 +115,21 @@ class Manifest:
 
     def labels(self) -> pa.Array | None:
         """The name of the class of each image: that of the list or shard, else its first folder; None where none."""
-        given = self._columns[1]
-        if given.null_count < len(given):
+        if (given := self.given_labels()) is not None:
             return given
         names = self._columns[0]
         names = pc.utf8_slice_codeunits(names, len(self.prefix)) if self.prefix else names
         parts = pc.split_pattern(names, "/", max_splits=1)
         return pc.if_else(pc.equal(pc.list_value_length(parts), 2), pc.list_element(parts, 0), None)
 
+    def given_labels(self) -> pa.Array | None:
+        """Those of the list or shard; None where there are none."""
+        given = self._columns[1]
+        return given if given.null_count < len(given) else None
+
     def part(self, name: str) -> Manifest | None:
         """Only what lies below ``train``, or ``val`` (``validation``, ``test``); None where there is nothing."""
-        for folder in VALIDATION if name == "val" else (name,):
+        for folder in part_names(name):
             rows = self._below(f"{self.prefix}{folder}/")
             if rows is not None:
                 return rows
@@ -157,10 +158,10 @@ def _reopen(file: Path, prefix: str) -> Manifest | None:
 
 
 def open_manifest(path: Path, archives: list[Path] | None = None) -> Manifest:
-    """The manifest of a folder, of a list (``.txt``, ``.csv``) or of archives, from the cache where it still holds.
+    """The manifest of a list (``.txt``, ``.csv``) or of archives, from the cache where it still holds.
 
     Args:
-        path: the folder or list; for archives, what they are called together.
+        path: the list; for archives, what they are called together.
 
     Raises:
         ValueError: nothing in it, or an archive that is damaged (one of several is counted as one broken image).
@@ -171,14 +172,7 @@ def open_manifest(path: Path, archives: list[Path] | None = None) -> Manifest:
     began = time.time()
     if archives is not None:
         return _keep(path, Manifest(make_table(list_archives(archives)), path.parent, archives), archives, began)
-    if path.suffix.lower() in LISTS and path.is_file():
-        return _keep(path, Manifest(make_table(read_list(path)), path.parent, []), [path], began)
-    found = scan(path)
-    if not found.images:
-        raise ValueError(
-            f"no images in {path} or below it ({found.num_others} other files): expected {' '.join(sorted(EXTENSIONS))}"
-        )
-    return keep_folder(path, found, began)
+    return _keep(path, Manifest(make_table(read_list(path)), path.parent, []), [path], began)
 
 
 def keep_folder(root: Path, found: Found, began: float) -> Manifest:

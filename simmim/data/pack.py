@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from simmim.data.decode import MODES, Decoder, Picture
+from simmim.data.decode import MODES, Decoder, Picture, whole
 from simmim.data.listing import STORED, Entry
-from simmim.data.loader import identity, one_thread, reason_of
-from simmim.data.manifest import SCHEMA, Manifest, make_table, save_manifest
+from simmim.data.loader import in_workers, reason_of
+from simmim.data.manifest import Manifest, make_table, save_manifest
 from simmim.data.reading import Reader
 from simmim.data.sources import INDEX, Files, open_files
-from simmim.data.survey import Look, Summary, look_at, whole, write_broken
+from simmim.data.survey import Look, Summary, look_at, write_broken
 
 SUMMARY, SETTINGS = "dataset.json", ".packing.json"
 
@@ -78,18 +78,12 @@ def pack(path: str, out: Path, packing: Packing, *, num_workers: int = 0) -> dic
         return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     shards = _Shards(parts, out, packing)
     waiting = [[number] for number in range(len(shards)) if not shards.is_done(number)]
-    work = DataLoader(
-        shards,
-        batch_sampler=waiting,
-        collate_fn=identity,
-        num_workers=min(num_workers, len(waiting)),
-        worker_init_fn=one_thread,
-    )
+    work = in_workers(shards, waiting, min(num_workers, len(waiting)))
     done = settings["images"] - sum(len(shards.numbers(number)) for (number,) in waiting)
     with tqdm(total=settings["images"], initial=done, unit="image", disable=None) as bar:
         for count in work:
             bar.update(count)
-    return _finish(shards, out, settings, _classes(parts))
+    return _finish(shards, out, settings)
 
 
 class _Shards(Dataset):
@@ -219,14 +213,7 @@ def _parts(files: Files) -> list[tuple[str, Files]]:
 
 def _given_labels(files: Files) -> Any:
     """Labels that are not the folders of the names."""
-    if isinstance(files, Manifest):
-        given = files.table.column("label")
-        return given if given.null_count < len(given) else None
-    return files.labels()
-
-
-def _classes(parts: list[tuple[str, Files]]) -> list[str] | None:
-    return parts[0][1].classes
+    return files.given_labels() if isinstance(files, Manifest) else files.labels()
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -245,7 +232,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _finish(shards: _Shards, out: Path, settings: dict[str, Any], classes: list[str] | None) -> dict[str, Any]:
+def _finish(shards: _Shards, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The index, the summary and the list of broken images; the notes of single shards go."""
     entries: list[Entry] = []
     summary, before = Summary(), 0
@@ -262,9 +249,8 @@ def _finish(shards: _Shards, out: Path, settings: dict[str, Any], classes: list[
             f"none of {settings['images']} images could be read, the last: {': '.join(summary.broken[-1])}"
         )
     places = [Path(shards.file(shard).name) for shard in range(len(shards))]
-    table = make_table(entries)
-    assert table.schema.names == SCHEMA.names
-    save_manifest(out / INDEX, Manifest(table, Path("."), places, classes=classes), [])
+    classes = shards.parts[0][1].classes
+    save_manifest(out / INDEX, Manifest(make_table(entries), Path("."), places, classes=classes), [])
     if summary.broken:
         write_broken(out / "bad_images.csv", summary.broken)
     after = sum(shards.file(shard).stat().st_size for shard in range(len(shards)))

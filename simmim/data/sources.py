@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from simmim.counter_rng import derive_seed, permutation
-from simmim.data.decode import MODES, Decoder, Picture
-from simmim.data.listing import ARCHIVES, LISTS, scan
+from simmim.data.decode import MODES, Decoder, Picture, whole
+from simmim.data.listing import ARCHIVES, EXTENSIONS, LISTS, scan
 from simmim.data.manifest import cached_manifest, keep_folder, load_manifest, open_manifest
 from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
 
@@ -113,8 +113,7 @@ class Images:
 
     def read(self, number: int) -> Tensor:
         """The whole image, uint8 ``(c, H, W)``."""
-        picture = self.decode(self.fetch(number))
-        return picture.crop((0, 0, *picture.size), picture.size)
+        return whole(self.decode(self.fetch(number)))
 
 
 class LabelledImages(Images):
@@ -241,7 +240,11 @@ def _open_folder(folder: Path) -> Files:
     found = scan(folder)
     if found.images:
         return keep_folder(folder, found, began)
-    return _open_shards(folder, found.shards) if found.shards else open_manifest(folder)
+    if found.shards:
+        return _open_shards(folder, found.shards)
+    raise ValueError(
+        f"no images in {folder} or below it ({found.num_others} other files): expected {' '.join(sorted(EXTENSIONS))}"
+    )
 
 
 def _open_shards(path: Path, files: list[Path]) -> Files:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from simmim.data.decode import Picture
-from simmim.data.loader import identity, one_thread, reason_of
+from simmim.data.decode import Picture, whole
+from simmim.data.loader import in_workers, reason_of
 from simmim.data.reading import Reader
 from simmim.data.sources import Images
 
@@ -88,13 +88,7 @@ class _Looks(Dataset):
 def survey(images: Images, *, num_workers: int = 0, timeout_s: float = 60.0) -> Iterator[Look]:
     """Decode every image completely, in order."""
     numbers = [list(range(start, min(start + CHUNK, len(images)))) for start in range(0, len(images), CHUNK)]
-    chunks = DataLoader(
-        _Looks(images, timeout_s),
-        batch_sampler=numbers,
-        collate_fn=identity,
-        num_workers=num_workers,
-        worker_init_fn=one_thread,
-    )
+    chunks = in_workers(_Looks(images, timeout_s), numbers, num_workers)
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         for looks in chunks:
             yield from looks
@@ -115,11 +109,6 @@ def write_broken(file: Path, broken: list[tuple[str, str]]) -> None:
     """One line for each: name and reason."""
     with file.open("w", newline="", encoding="utf-8") as opened:
         csv.writer(opened).writerows(broken)
-
-
-def whole(picture: Picture) -> Tensor:
-    """uint8 ``(c, H, W)``."""
-    return picture.crop((0, 0, *picture.size), picture.size)
 
 
 def look_at(name: str, picture: Picture, pixels: Tensor) -> Look:

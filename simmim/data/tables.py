@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from simmim.data.listing import VALIDATION, part_of
+from simmim.data.listing import part_names, part_of
 
 PREFIX, STREAM = "hf:", "stream:"
 LABELS = ("label", "labels", "class", "category", "target", "fine_label")
@@ -46,7 +46,7 @@ class Table:
         kinds = {name: kind for name, kind in rows.features.items() if _holds_images(kind)}
         if not kinds:
             raise ValueError(f"{path} has no column of images: it has {dict(rows.features)}")
-        self.column = next((name for name in ("image", "img") if name in kinds), next(iter(kinds)))
+        self.column = _image_column(list(kinds))
         if isinstance(kinds[self.column], datasets.Image):
             rows = rows.cast_column(self.column, datasets.Image(decode=False))
         self._images = rows.select_columns([self.column])
@@ -71,7 +71,7 @@ class Table:
 
     def part(self, name: str) -> Table | None:
         """Another split: ``train``, or ``val`` (``validation``, ``test``)."""
-        split = next((split for split in _splits_of(name) if split in self._splits), None)
+        split = _split_of(name, self._splits)
         return Table(self._splits, split, self._path) if split else None
 
 
@@ -144,7 +144,7 @@ class RowGroups:
         kinds = [field.name for field in schema if _is_arrow_image(field.type)]
         if not kinds:
             raise ValueError(f"{path} has no column of images: it has {', '.join(schema.names)}")
-        self.column = next((name for name in ("image", "img") if name in kinds), kinds[0])
+        self.column = _image_column(kinds)
         self._label, self.classes = _label_column(features)
         self._reset()
 
@@ -163,12 +163,17 @@ class RowGroups:
         return self._starts[-1]
 
     def name(self, number: int) -> str:
-        group = bisect.bisect_right(self._starts, number) - 1
+        group, row = self._place(number)
         url, part = self._groups[group]
-        return f"{url}/{part}/{number - self._starts[group]}"
+        return f"{url}/{part}/{row}"
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Row group, and row in it."""
+        group = bisect.bisect_right(self._starts, number) - 1
+        return group, number - self._starts[group]
 
     def fetch(self, number: int) -> bytes:
-        group = bisect.bisect_right(self._starts, number) - 1
+        group, row = self._place(number)
         with self._lock:
             if group not in self._kept:
                 url, part = self._groups[group]
@@ -178,7 +183,7 @@ class RowGroups:
             while len(self._kept) > BLOCKS_TOGETHER:
                 self._kept.popitem(last=False)
             column = self._kept[group]
-        return _content(column[number - self._starts[group]].as_py())
+        return _content(column[row].as_py())
 
     def labels(self) -> pa.Array | None:
         """The name of the class of each image, or None; reads the column of labels of every file."""
@@ -192,8 +197,12 @@ class RowGroups:
 
     def part(self, name: str) -> RowGroups | None:
         """Another split: ``train``, or ``val`` (``validation``, ``test``)."""
-        split = next((split for split in _splits_of(name) if split in self._splits), None)
-        return RowGroups(self._splits[split], self._path, self._splits) if split else None
+        split = _split_of(name, self._splits)
+        if split is None:
+            return None
+        urls = list(self._splits[split])
+        # Its own part needs no second look at the ends of all files.
+        return self if urls == self._urls else RowGroups(urls, self._path, self._splits)
 
 
 def open_stream(path: str) -> RowGroups:
@@ -266,8 +275,14 @@ class Array:
         """There are none."""
 
 
-def _splits_of(part: str) -> tuple[str, ...]:
-    return ("train",) if part == "train" else VALIDATION
+def _split_of(part: str, splits: dict[str, Any]) -> str | None:
+    """What the part is called here."""
+    return next((name for name in part_names(part) if name in splits), None)
+
+
+def _image_column(names: list[str]) -> str:
+    """Of the columns of images the one that is meant."""
+    return next((name for name in ("image", "img") if name in names), names[0])
 
 
 def _holds_images(kind: Any) -> bool:

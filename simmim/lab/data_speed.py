@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import time
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from simmim.counter_rng import uniform
 from simmim.data import RandAugmentedCrop, RandomCrop, open_files, open_images, training_batches
-from simmim.data.decode import Decoder, Pixels
+from simmim.data.decode import Decoder, Pixels, whole
 from simmim.data.pack import Packing, pack
 from simmim.data.transforms import keep_a_bit
 
@@ -194,8 +195,7 @@ def format_losses(folder: Path, packed: Path) -> str:
         begin = time.process_time()
         reduced = crop(Decoder()(content), draws[number])
         middle = time.process_time()
-        picture = Decoder()(content)
-        full = crop(Pixels(picture.crop((0, 0, *picture.size), picture.size)), draws[number])
+        full = crop(Pixels(whole(Decoder()(content))), draws[number])
         ratios.append((time.process_time() - middle) / (middle - begin))
         reduced_losses.append(psnr(full, reduced))
     return (
@@ -213,8 +213,6 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def _enlarged(content: Any) -> bytes:
     """A photograph of 12 megapixels, made of a smaller one."""
-    import io
-
     with Image.open(io.BytesIO(content)) as image:
         file = io.BytesIO()
         image.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
