@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint types check clean
+.PHONY: setup demo test test-faults lint types check clean
 
 setup: $(READY)
 
@@ -19,6 +19,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -q -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

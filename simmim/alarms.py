@@ -1,14 +1,55 @@
-"""What a run should tell its owner before it is too late. Pure functions of ``metrics.jsonl``."""
+"""What a run should tell its owner before it is too late."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 RISE = 0.01
 EVALUATIONS = 3
+
+STEPS, FEWEST_STEPS = 64, 16
+COLLAPSED_NORM = 0.01
+DEVIATIONS = 8
+
+
+class Stability:
+    """Watches loss and gradient norm of every step against those of the steps before."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=STEPS)
+        self._norms: deque[float] = deque(maxlen=STEPS)
+        self._is_odd = False
+
+    def warning(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with a step, once until a step is right again.
+
+        The gradient has collapsed when its norm falls below 0.01 and a tenth of the median while the
+        loss is above its median: with fp16, the end of the official code's training. The loss has
+        spiked when it is above the median by eight median deviations and a tenth.
+        """
+        text = self._compare(loss, grad_norm) if len(self._losses) >= FEWEST_STEPS else None
+        if text is None:  # what is wrong is no measure
+            self._losses.append(loss)
+            self._norms.append(grad_norm)
+        is_news = not self._is_odd
+        self._is_odd = text is not None
+        return text if is_news else None
+
+    def _compare(self, loss: float, grad_norm: float) -> str | None:
+        usual_loss, usual_norm = median(self._losses), median(self._norms)
+        if grad_norm < min(COLLAPSED_NORM, usual_norm / 10) and loss > usual_loss:
+            return (
+                f"the gradient norm collapsed from {usual_norm:.3g} to {grad_norm:.3g}, the loss is {loss:.4f} "
+                f"after {usual_loss:.4f}: nothing is learned any more; a lower base_lr or bf16 in place of fp16 helps"
+            )
+        deviation = median(abs(value - usual_loss) for value in self._losses)
+        if loss > usual_loss + max(DEVIATIONS * deviation, abs(usual_loss) / 10):
+            return f"the loss spiked to {loss:.4f} from {usual_loss:.4f}, gradient norm {grad_norm:.3g}"
+        return None
 
 
 class Smooth(NamedTuple):

@@ -25,11 +25,9 @@ class Classifier(NamedTuple):
     classes: list[str] | None
 
 
-def save_classifier(folder: Path, head: nn.Linear) -> None:
-    """Write the weights into an export; its ``encoder.json`` holds the names under ``classes``."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, folder / WEIGHTS
-    )
+def save_classifier(folder: Path, head: dict[str, Tensor]) -> None:
+    """Write the weights of a linear head into an export; its ``encoder.json`` holds the names under ``classes``."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}, folder / WEIGHTS)
 
 
 def load_classifier(path: Path) -> Classifier:

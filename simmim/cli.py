@@ -1,16 +1,22 @@
-"""The command line. Exit codes: 0 done, 2 a mistake in what was given, 1 anything else, 130 Ctrl-C."""
+"""The command line.
+
+Exit codes: 0 done; 2 a mistake in what was given, or a full disk; 75 asked to stop, all is saved and the
+same command continues; 1 anything else; 130 Ctrl-C where there was nothing to save, or twice.
+"""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from simmim import __version__
 from simmim.data_commands import add_data
+from simmim.lab_commands import add_lab, add_run_options
+from simmim.stopping import Stopped, obey_signals
 
 PRETRAIN_EXAMPLES = """examples:
   simmim pretrain recipes/demo.yaml
@@ -38,15 +44,7 @@ CONVERT_EXAMPLES = """examples:
 
 Every file is read back with the library it is for and compared; nothing is left when that fails.
 """
-LAB_EXAMPLES = """examples:
-  simmim lab label-efficiency recipes/demo.yaml
-  simmim lab label-efficiency recipes/cifar_swinv2_nano.yaml data.path=cifar10 --seeds 0 1 2 3 4
-  simmim lab loss-anchors simmim_swinv2_b data.path=photos --mask-patch-sizes 8 16 32 64 --ratios 0.4 0.6 0.8
-  simmim lab window-transfer
-  simmim lab window-transfer --data flowers --image-size 96 --window-size 12 --seeds 5
-
-DATA is builtin:shapes or a folder with one subfolder per class. The same command continues what was interrupted.
-"""
+EXIT_STOPPED = os.EX_TEMPFAIL  # 75: try again later
 LAYOUTS = ("native", "timm", "transformers", "official", "onnx", "torch-export")
 
 
@@ -60,22 +58,43 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument(s): {' '.join(unknown)}")
     arguments.overrides += further
     try:
-        return arguments.run(arguments)
+        with obey_signals():
+            return arguments.run(arguments)
     except (ValueError, OSError) as error:
         if os.environ.get("SIMMIM_DEBUG"):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return _fail(_one_line(error), 2)
+    except Stopped as stopped:
+        print(f"simmim: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     except RuntimeError as error:
         from simmim.engine import NonFiniteLoss
 
-        if not isinstance(error, NonFiniteLoss):
+        if isinstance(error, NonFiniteLoss):
+            return _fail(str(error), 1)
+        if not _is_lost_connection(error) or os.environ.get("SIMMIM_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _fail("another process has ended, and this one with it: its own error says why", 1)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        # Loader processes pass over signals, also those that would end them.
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def _fail(text: str, code: int) -> int:
+    rank = f" (process {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"error{rank}: {text}", file=sys.stderr)
+    return code
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """What the others see when a process of a distributed run ends."""
+    from torch.distributed import DistError
+
+    return os.environ.get("WORLD_SIZE", "1") != "1" and (isinstance(error, DistError) or "gloo" in str(error))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -111,6 +130,14 @@ def _finetune(arguments: argparse.Namespace) -> int:
             )
         )
     return _run(arguments)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from simmim.stages.replay import replay
+
+    found = replay(arguments.report)
+    print(found.text)
+    return 0 if found.is_reproduced else 1
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -162,33 +189,6 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _window_transfer(arguments: argparse.Namespace) -> int:
-    from simmim.lab.window_transfer import Plan, window_transfer
-
-    given = {field.name: getattr(arguments, field.name) for field in fields(Plan)}
-    window_transfer(Plan(**{name: value for name, value in given.items() if value is not None}), arguments.out)
-    return 0
-
-
-def _label_efficiency(arguments: argparse.Namespace) -> int:
-    from simmim.lab.label_efficiency import label_efficiency
-    from simmim.recipe import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    label_efficiency(recipe, arguments.out, arguments.seeds, precision=arguments.precision)
-    return 0
-
-
-def _loss_anchors(arguments: argparse.Namespace) -> int:
-    from simmim.lab.loss_anchors import loss_anchors
-    from simmim.recipe import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    sizes, ratios = arguments.mask_patch_sizes, arguments.ratios
-    loss_anchors(recipe, arguments.out, sizes, ratios, images=arguments.images)
-    return 0
-
-
 def _size(text: str) -> int | tuple[int, ...]:
     """``192`` or ``192x256``, height first."""
     sides = tuple(int(side) for side in text.split("x"))
@@ -209,13 +209,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     pretrain.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    _add_run_options(pretrain)
+    add_run_options(pretrain)
     _add_stage(pretrain)
     pretrain.set_defaults(run=_run, kinds=("pretrain",))
 
     every = commands.add_parser("run", help="walk all stages of a recipe; what is done is not done again")
     every.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    _add_run_options(every)
+    add_run_options(every)
     _add_stage(every)
     every.set_defaults(run=_run, kinds=None)
 
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     finetune.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
-    _add_run_options(finetune)
+    add_run_options(finetune)
     _add_stage(finetune)
     finetune.add_argument("--encoder", type=Path, help="instead of a recipe: an export, or the file of another project")
     finetune.add_argument("--data", help="instead of a recipe: a folder with one subfolder per class")
@@ -235,6 +235,10 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--name", help="folder of the run (default: finetune_ and the name of the data)")
     finetune.set_defaults(run=_finetune, kinds=("finetune", "supervised", "transfer"))
 
+    again = commands.add_parser("replay", help="do again a step whose loss or gradient was not finite; name its cause")
+    again.add_argument("report", type=Path, help="the folder of a stage, or a .json in its blackbox folder")
+    again.set_defaults(run=_replay, overrides=[])
+
     show = commands.add_parser("show", help="print a recipe with every value; without one, list the shipped recipes")
     show.add_argument("recipe", nargs="?")
     show.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -242,16 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_convert(commands)
     add_data(commands)
-    _add_lab(commands)
+    add_lab(commands)
     return parser
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
-    )
 
 
 def _add_stage(parser: argparse.ArgumentParser) -> None:
@@ -296,55 +292,6 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="how the bias tables of V1 change their window (default: bicubic)",
     )
     convert.set_defaults(run=_convert, overrides=[])
-
-
-def _add_lab(commands: argparse._SubParsersAction) -> None:
-    lab = commands.add_parser("lab", help="small experiments that answer one question of the papers each")
-    experiments = lab.add_subparsers(required=True, metavar="EXPERIMENT")
-    efficiency = experiments.add_parser(
-        "label-efficiency",
-        help="does pretraining help where labels are few? The stages of a recipe against scratch, over seeds",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    efficiency.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    _add_run_options(efficiency)
-    efficiency.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    efficiency.set_defaults(run=_label_efficiency)
-    anchors = experiments.add_parser(
-        "loss-anchors",
-        help="how low is a masked loss that needs no learning? Trivial predictors on the images of a recipe",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    anchors.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    anchors.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
-    anchors.add_argument("--mask-patch-sizes", type=int, nargs="+", metavar="PX", help="default: that of the recipe")
-    anchors.add_argument("--ratios", type=float, nargs="+", metavar="R", help="default: that of the recipe")
-    anchors.add_argument("--images", type=int, default=120, metavar="N", help="at most so many (default: 120)")
-    anchors.add_argument("--out", type=Path, default=Path("runs"), help="where the table is written (default: runs)")
-    anchors.set_defaults(run=_loss_anchors)
-    transfer = experiments.add_parser(
-        "window-transfer",
-        help="which position bias survives a larger window? Table 1 of Swin V2 in small",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    transfer.add_argument("--data", help="default: builtin:shapes")
-    transfer.add_argument("--out", type=Path, default=Path("runs/lab/window-transfer"), help="default: %(default)s")
-    for name, meaning in (
-        ("seeds", "repetitions (default: 3)"),
-        ("image-size", "of training, px (default: 48)"),
-        ("window-size", "of training, tokens of 4 px (default: 6)"),
-        ("steps", "of training (default: 1000)"),
-        ("finetune-steps", "at each larger window (default: 40)"),
-        ("batch-size", "images per step (default: 32)"),
-        ("embed-dim", "width of the encoder (default: 32)"),
-    ):
-        transfer.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    for name, meaning in (("lr", "of training (default: 0.006)"), ("finetune-lr", "default: 0.001")):
-        transfer.add_argument(f"--{name}", type=float, metavar="RATE", help=meaning)
-    transfer.set_defaults(run=_window_transfer, overrides=[])
 
 
 def _one_line(error: Exception) -> str:

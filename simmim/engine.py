@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from simmim.alarms import overfitting
-from simmim.checkpoint import save_checkpoint
+from simmim.alarms import Stability, overfitting
+from simmim.blackbox import MicroBatch, write_black_box
+from simmim.checkpoint import Checkpoints, training_state
 from simmim.counter_rng import derive_seed
 from simmim.optim import LearningRate
 from simmim.runlog import RunLog
+from simmim.stopping import Stopped, StopRequest
+from swin.attention import watch_attention
 
 Batch = dict[str, Any]
 
@@ -41,9 +44,8 @@ def fit(
     images_per_epoch: int,
     seed: int,
     log: RunLog,
-    checkpoints: Path,
-    settings: dict[str, Any],
-    keep_checkpoints: int,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
     metrics_every_steps: int,
     pictures_every_steps: int,
     checkpoint_every_steps: int,
@@ -56,16 +58,20 @@ def fit(
     Args:
         model, optimizer: prepared by ``accelerator``.
         micro_batches: ``accumulation`` per step, this process's share.
+        stop: asked after every step.
         holdout: the held-out batches, none if nothing is held out; iterated many times.
         preview: the batch that pictures show.
         average: of the weights of ``model``; judged in its place.
 
     Raises:
         NonFiniteLoss: before the optimizer would have taken the step.
+        Stopped: after the step in which a process was asked to stop, when it is saved.
+        OSError: a checkpoint could not be written.
     """
     objective = accelerator.unwrap_model(model)
     judged = objective if average is None else average.module
     batches = iter(micro_batches)
+    stability = Stability()
     log.start(start_step, total_steps)
     model.train()
     for step in range(start_step + 1, total_steps + 1):
@@ -74,66 +80,118 @@ def fit(
             group["lr"] = lr * group["lr_scale"]
         # Stochastic depth and mixup draw from global generators: tied to the step, they resume exactly.
         set_seed(derive_seed("step", seed, step, accelerator.process_index) % 2**32)
-        losses, num_images = [], 0
+        taken: list[MicroBatch] = []
         for micro_step in range(accumulation):
             batch = next(batches)
             log.broken(batch["broken"])
             # Gradients travel between processes once per step, not once per micro-step.
             with nullcontext() if micro_step == accumulation - 1 else accelerator.no_sync(model):
-                loss = model(to_device(batch, accelerator.device))
+                with accelerator.autocast():
+                    loss = model(to_device(batch, accelerator.device))
                 accelerator.backward(loss / accumulation)
-            losses.append(loss.detach())
-            num_images += len(batch["image"])
-        loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
+            taken.append(MicroBatch(batch["epoch"], batch["index"], loss.detach()))
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip_grad_norm or math.inf)
-        loss_value, grad_norm_value = torch.stack([loss, grad_norm.to(loss.dtype)]).tolist()
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        # Sums over images, and whether any process was asked to stop: all of them in one message.
+        counts = [len(batch.indices) for batch in taken]
+        loss_sum = torch.stack([batch.loss * count for batch, count in zip(taken, counts, strict=True)]).sum()
+        sums = torch.stack([loss_sum, loss.new_tensor(sum(counts)), loss.new_tensor(stop.reason() is not None)])
+        sums = torch.cat([accelerator.reduce(sums, "sum"), grad_norm[None].to(loss.dtype)])
+        loss_total, num_images, num_stops, grad_norm_value = sums.tolist()
+        loss_value = loss_total / num_images
         if not math.isfinite(loss_value) or not math.isfinite(grad_norm_value):
             log.end()
+            numbers = {"loss": loss_value, "grad_norm": grad_norm_value, "seed": seed}
+            state = training_state(objective, optimizer, average and average.module)
+            report = write_black_box(log.folder, step, state, taken, accelerator, **numbers)
+            text = f"loss {loss_value}, gradient norm {grad_norm_value}; the step was not taken"
+            log.event(step, "not finite", text)
             raise NonFiniteLoss(
-                f"step {step}: loss {loss_value}, gradient norm {grad_norm_value}; the step was not taken. "
-                "Checkpoints of earlier steps are intact: lower base_lr or lengthen the warm-up"
+                f"step {step}: {text}. `simmim replay {report}` does it again and names the images and modules. "
+                "Checkpoints of earlier steps are intact; a lower base_lr or a longer warm-up often helps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update(objective, step)
 
-        log.count(num_images * accelerator.num_processes)
+        log.count(int(num_images))
+        if warning := stability.warning(loss_value, grad_norm_value):
+            log.event(step, "warning", warning)
         is_last = step == total_steps
         if step % metrics_every_steps == 0 or is_last:
-            images = num_images * accelerator.num_processes * step
-            numbers = {"epoch": images / images_per_epoch, "loss": loss_value, "lr": lr, "grad_norm": grad_norm_value}
-            log.metrics(step, numbers)
+            epoch = num_images * step / images_per_epoch
+            log.metrics(step, {"epoch": epoch, "loss": loss_value, "lr": lr, "grad_norm": grad_norm_value})
         if step % pictures_every_steps == 0 or is_last:
+            judged.eval()
             with accelerator.autocast():
-                judged.eval()
-                log.picture(step, judged.picture(to_device(preview, accelerator.device)))
-                numbers = evaluate(judged, holdout, accelerator)
-                judged.train()
-            if numbers:
-                log.metrics(step, {f"holdout_{key}": value for key, value in numbers.items()})
-                if warning := overfitting(log.history()):
-                    log.warn(step, warning)
-        if (step % checkpoint_every_steps == 0 or is_last) and accelerator.is_main_process:
-            save_checkpoint(checkpoints, step, objective, optimizer, settings, keep=keep_checkpoints, average=average)
+                with watch_attention(judged) as numbers:
+                    picture = judged.picture(to_device(preview, accelerator.device))
+                numbers |= {f"holdout_{key}": v for key, v in evaluate(judged, holdout, accelerator, preview).items()}
+            judged.train()
+            log.picture(step, picture)
+            log.metrics(step, numbers)
+            if warning := overfitting(log.history()):
+                log.event(step, "warning", warning)
+        is_stopped = num_stops > 0
+        checkpoints.check()
+        if step % checkpoint_every_steps == 0 or is_last or is_stopped:
+            log.settle()
+            checkpoints.save(step, training_state(objective, optimizer, average and average.module))
+        if is_stopped:
+            checkpoints.wait()
+            log.end()
+            reason = stop.reason() or "another process"
+            log.event(step, "stopped", f"by {reason}")
+            accelerator.wait_for_everyone()
+            raise Stopped(f"stopped by {reason} after step {step}, which is saved: the same command continues")
+    checkpoints.wait()
     log.end()
     accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, batches: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
+def evaluate(
+    objective: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, filler: Batch | None = None
+) -> dict[str, float]:
     """The objective's ``measure``, averaged over all images; an empty dict when there are none.
 
     Args:
         batches: this process's share, no image twice.
+        filler: as of :func:`in_step`.
     """
     totals: dict[str, float] = {}
-    for batch in batches:
-        images = len(batch["image"])
+    for batch, images in in_step(batches, accelerator, filler):
         numbers = objective.measure(to_device(batch, accelerator.device))  # type: ignore[operator]
         for name, value in {**numbers, "images": 1.0}.items():
             totals[name] = totals.get(name, 0.0) + float(value) * images
     return mean_over_images(totals)
+
+
+def in_step(
+    batches: Iterable[Batch], accelerator: Accelerator, filler: Batch | None = None
+) -> Iterator[tuple[Batch, int]]:
+    """Every batch with its number of images; all processes get equally many where their weights are shared out.
+
+    There, each forward pass is one of all processes.
+
+    Args:
+        filler: for processes that have none left while others have; counted as no images.
+    """
+    if not accelerator.is_fsdp2:
+        yield from ((batch, len(batch["image"])) for batch in batches)
+        return
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        anyone = accelerator.reduce(torch.tensor(float(batch is not None), device=accelerator.device), "sum")
+        if not anyone:
+            return
+        if batch is not None:
+            yield batch, len(batch["image"])
+        elif filler is not None:
+            yield filler, 0
 
 
 def mean_over_images(totals: dict[str, float]) -> dict[str, float]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import math
+import os
 import platform
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +30,25 @@ class RunLog:
     """Writes into the folder of a stage; on processes other than the main one it writes nothing.
 
     Broken images are the exception: each process names its own.
+
+    Args:
+        track: also given the numbers of every line of ``metrics.jsonl``, and the step.
     """
 
     def __init__(
-        self, folder: Path, *, is_main: bool, pictures: str = "reconstructions", max_broken: float = math.inf
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        pictures: str = "reconstructions",
+        max_broken: float = math.inf,
+        track: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.is_main, self.pictures = folder, is_main, folder / pictures
         self.metrics_file, self.events_file = folder / "metrics.jsonl", folder / "events.jsonl"
         self.broken_file = folder / "bad_images.csv"
-        self.max_broken = max_broken
+        self.max_broken, self.track = max_broken, track
         self._bar: tqdm | None = None
         self._broken = self._read_broken()
         self._images, self._since = 0, time.perf_counter()
@@ -44,14 +60,14 @@ class RunLog:
             sys.stdout.flush()
 
     def start(self, step: int, total_steps: int) -> None:
-        """Begin (or continue) at ``step``: lines of later steps belong to work that was lost."""
+        """Begin (or continue) at ``step``: numbers and warnings of later steps are to come again."""
         if not self.is_main:
             return
         for file in (self.metrics_file, self.events_file):
             if file.exists():
-                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-                file.write_text("".join(kept), encoding="utf-8")
+                comes_again = {None, "warning"}  # of the metrics, every line
+                rows = [row for row in read_lines(file) if row["step"] <= step or row.get("event") not in comes_again]
+                write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
         self._images, self._since = 0, time.perf_counter()
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -72,8 +88,9 @@ class RunLog:
         if self._images:
             numbers["images_per_s"] = self._images / (now - self._since)
             self._images, self._since = 0, now
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        _append(self.metrics_file, {"step": step, **numbers})
+        if self.track is not None:
+            self.track(numbers, step)
         text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         if self._bar:
             self._bar.set_postfix_str(text, refresh=False)
@@ -82,16 +99,23 @@ class RunLog:
             eta = f"  eta {(now - self._begin) / done * left:.0f} s" if done and left else ""
             self.say(f"step {step}/{self._total_steps}  {text}{eta}")
 
+    def settle(self) -> None:
+        """Bring the numbers so far to the disk: what follows them there must not outlive them."""
+        if self.is_main and self.metrics_file.exists():
+            with self.metrics_file.open("rb") as file:
+                os.fsync(file.fileno())
+
     def history(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; none on other processes than the main one."""
         return read_lines(self.metrics_file) if self.is_main else []
 
-    def warn(self, step: int, text: str) -> None:
-        """A warning to the console and to ``events.jsonl``."""
-        self.say(f"warning: step {step}: {text}")
+    def event(self, step: int, kind: str, text: str) -> None:
+        """What happened, to ``events.jsonl``; a warning also to the console."""
+        if kind == "warning":
+            self.say(f"warning: step {step}: {text}")
         if self.is_main:
-            with self.events_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "event": "warning", "text": text}) + "\n")
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            _append(self.events_file, {"step": step, "event": kind, "text": text, "time": now})
 
     def broken(self, images: list[tuple[str, str]]) -> None:
         """Name every broken image once, in ``bad_images.csv`` and on the console.
@@ -138,8 +162,55 @@ class RunLog:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """The objects of a file with one JSON object per line; a line that was cut off is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_whole(file: Path, text: str) -> None:
+    """The new content or the old one, whatever happens."""
+    partial = file.with_name(f".writing_{file.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with file.open("ab+") as lines:
+        if lines.tell() and lines.seek(-1, os.SEEK_END) and lines.read(1) != b"\n":
+            lines.write(b"\n")  # after a line that was cut off
+        lines.write(json.dumps(row).encode() + b"\n")
+
+
+@contextmanager
+def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
+    """Keep other runs out of a folder; the system opens the lock when the process ends, however it ends.
+
+    Raises:
+        ValueError: another run is in there.
+    """
+    if not is_main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            # Of the kind that forked loader processes do not inherit, or they would outlive a killed run with it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by {file.read().strip() or 'another run'}: wait for it or stop it, "
+                    "or give another name=... or --out"
+                ) from None
+            print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.flush()
+        yield
 
 
 def write_environment(folder: Path, **facts: Any) -> None:
@@ -148,9 +219,24 @@ def write_environment(folder: Path, **facts: Any) -> None:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "host": platform.node(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "commit": _commit(),
         "packages": {package: version(package) for package in PACKAGES},
         **facts,
     }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Of the toolkit, when it runs from a git checkout; marked when files differ from it."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps below a repository of something else
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(git, capture_output=True, text=True, timeout=10)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

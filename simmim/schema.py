@@ -141,7 +141,9 @@ class Log(Settings):
     metrics_every_steps: Count = 10
     pictures_every_steps: Count = 1000
     checkpoint_every_steps: Count = 1000
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = Field(2, description="so many of the newest stay")
+    keep_every_steps: Count | None = Field(None, description="checkpoints at multiples of it stay too; null: none")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="told of the metrics as well")
 
 
 class Pretrain(Settings):

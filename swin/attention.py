@@ -6,7 +6,8 @@ Letters: b batch, n windows, t tokens per window, c channels, m heads, d head wi
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,19 @@ class WindowAttention(nn.Module):
         x = rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
         return self.proj(x)
 
+    def logits(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+        """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
+        q, k, _ = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        with _no_autocast(x.device.type):
+            logits = self.similarity(_at_least_fp32(q), _at_least_fp32(k)) + self.position_bias(window)
+        if mask is None:
+            return logits
+        return logits.masked_fill(~mask.repeat(len(x) // len(mask), 1, 1)[:, None], -math.inf)
+
+    def heads_at_clamp(self) -> int:
+        """Heads whose temperature has reached its lowest value, where it learns no more."""
+        return 0
+
     def project(self, x: Tensor) -> Tensor:
         """Tokens ``(b n, t, c)`` -> queries, keys and values side by side ``(b n, t, 3 c)``."""
         return self.qkv(x)
@@ -100,11 +114,42 @@ class CosineAttention(WindowAttention):
         # Scaling q touches t x d numbers, scaling the logits would touch t x t.
         return (F.normalize(q, dim=-1) * inverse_tau) @ F.normalize(k, dim=-1).transpose(-2, -1)
 
+    def heads_at_clamp(self) -> int:
+        return int((self.logit_scale >= MAX_LOGIT_SCALE).sum())
+
     def no_decay_parameters(self) -> set[nn.Parameter]:
         return super().no_decay_parameters() | {self.logit_scale}
 
 
 ATTENTIONS: dict[str, type[DotAttention] | type[CosineAttention]] = {"cosine": CosineAttention, "dot": DotAttention}
+
+
+@contextmanager
+def watch_attention(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Collect ``max_attention_logit`` and ``heads_at_clamp`` over all attention of one forward pass.
+
+    The logits are computed once more for it. What is collected is there when the context ends.
+    """
+    numbers: dict[str, float] = {}
+    largest: list[Tensor] = []
+    heads: list[int] = []
+
+    @torch.no_grad()
+    def look(attention: nn.Module, arguments: tuple) -> None:
+        assert isinstance(attention, WindowAttention)
+        largest.append(attention.logits(*arguments).max())
+        heads.append(attention.heads_at_clamp())
+
+    hooks = [
+        module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, WindowAttention)
+    ]
+    try:
+        yield numbers
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if largest:
+        numbers |= {"max_attention_logit": float(torch.stack(largest).max()), "heads_at_clamp": float(sum(heads))}
 
 
 def _softmax(logits: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"swin", "simmim", "simmim.counter_rng"},
+    {"swin", "simmim", "simmim.counter_rng", "simmim.stopping"},
     {
         "simmim.alarms",
         "simmim.masking",
@@ -22,12 +22,12 @@ FLOORS = [
         "simmim.checkpoint",
         "simmim.runlog",
     },
-    {"simmim.schema", "simmim.objectives", "simmim.convert"},
+    {"simmim.blackbox", "simmim.schema", "simmim.objectives", "simmim.convert"},
     {"simmim.recipe"},
     {"simmim.engine"},
     {"simmim.stages"},
     {"simmim.lab"},
-    {"simmim.data_commands"},
+    {"simmim.data_commands", "simmim.lab_commands"},
     {"simmim.cli"},
     {"tools"},
 ]

@@ -22,6 +22,7 @@ from simmim.data.reading import Reader
 from simmim.data.sources import Labelled, Source
 from simmim.data.tables import BLOCKS_TOGETHER
 from simmim.data.transforms import CenterCrop, RandomCrop, untouched_generators
+from simmim.stopping import ignore_signals
 
 Batch = dict[str, Any]
 MAX_BROKEN_IN_A_ROW = 20
@@ -212,7 +213,12 @@ class Batches:
         self.replace = samples.replace
         self.broken: dict[str, str] = {}
         self.loader = in_workers(
-            samples, keys, num_workers, pin_memory=pin_memory, prefetch_factor=4 if num_workers else None
+            samples,
+            keys,
+            num_workers,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_to_the_end,
         )
 
     def __len__(self) -> int:
@@ -237,10 +243,9 @@ def in_workers(data: Dataset, batches: Any, num_workers: int, **options: Any) ->
         batch_sampler=batches,
         collate_fn=_identity,
         num_workers=num_workers,
-        worker_init_fn=_one_thread,
         # The base seed of workers would be drawn from the global generator; nothing here uses it.
         generator=torch.Generator().manual_seed(0),
-        **options,
+        **{"worker_init_fn": _one_thread, **options},
     )
 
 
@@ -253,6 +258,12 @@ def _one_thread(_: int) -> None:
     """Workers share the cores among themselves, and do not repeat what Pillow thinks of odd headers."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _to_the_end(worker: int) -> None:
+    """Signals reach the workers of a training process too, which needs them until its step is done."""
+    _one_thread(worker)
+    ignore_signals()
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
-from simmim.checkpoint import load_checkpoint
+from simmim.checkpoint import Checkpoints, load_checkpoint
 from simmim.counter_rng import derive_seed
 from simmim.data import CenterCrop, Decoder, RandomCrop, Shapes, evaluation_batches, labelled_sources, training_batches
 from simmim.data.loader import Batches
@@ -27,6 +27,7 @@ from simmim.objectives.classify import Classify
 from simmim.optim import make_lr, make_optimizer
 from simmim.runlog import RunLog
 from simmim.stages.assembly import starting_point
+from simmim.stopping import StopRequest
 from swin import SwinEncoder, make_config, transfer
 
 ARMS = {"log_cpb": "log-spaced CPB", "linear_cpb": "linear-spaced CPB", "table": "table, bicubic"}
@@ -140,7 +141,7 @@ def _train(plan: Plan, objective: Classify, factor: float, seed: int, folder: Pa
     steps, lr = (plan.steps, plan.lr) if is_first else (plan.finetune_steps, plan.finetune_lr)
     training, _ = _sources(plan)
     settings = {**asdict(plan), "seeds": None, "factor": factor, "num_images": len(training)}
-    checkpoint, start = starting_point(folder, settings)
+    checkpoint, start, _ = starting_point(folder, settings)
     log = RunLog(folder, is_main=True, pictures="predictions")
     optimizer = make_optimizer(
         objective, objective.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8
@@ -150,45 +151,45 @@ def _train(plan: Plan, objective: Classify, factor: float, seed: int, folder: Pa
     model, optimizer = accelerator.prepare(objective, optimizer)
     if start < steps:
         shown = _views(plan, factor, 16)
-        fit(
-            accelerator,
-            model,
-            optimizer,
-            training_batches(
-                training,
-                RandomCrop(_size(plan, factor), scale=(SMALLEST_CROP, 1.0)),
-                seed=seed,
-                labelled=True,
-                batch_size=plan.batch_size,
-                micro_batch_size=plan.batch_size,
+        with StopRequest() as stop:
+            fit(
+                accelerator,
+                model,
+                optimizer,
+                training_batches(
+                    training,
+                    RandomCrop(_size(plan, factor), scale=(SMALLEST_CROP, 1.0)),
+                    seed=seed,
+                    labelled=True,
+                    batch_size=plan.batch_size,
+                    micro_batch_size=plan.batch_size,
+                    start_step=start,
+                    end_step=steps,
+                ),
+                lr_at=make_lr(
+                    "cosine",
+                    batch_size=512,
+                    steps_per_epoch=steps,
+                    total_steps=steps,
+                    base_lr=lr,
+                    warmup_epochs=0.1,
+                    warmup_lr=0.0,
+                ),
                 start_step=start,
-                end_step=steps,
-            ),
-            lr_at=make_lr(
-                "cosine",
-                batch_size=512,
-                steps_per_epoch=steps,
                 total_steps=steps,
-                base_lr=lr,
-                warmup_epochs=0.1,
-                warmup_lr=0.0,
-            ),
-            start_step=start,
-            total_steps=steps,
-            accumulation=1,
-            clip_grad_norm=5.0,
-            images_per_epoch=len(training),
-            seed=seed,
-            log=log,
-            checkpoints=folder / "checkpoints",
-            settings=settings,
-            keep_checkpoints=1,
-            metrics_every_steps=max(1, steps // 4),
-            pictures_every_steps=steps,
-            checkpoint_every_steps=100,
-            holdout=[],
-            preview=next(iter(shown)),
-        )
+                accumulation=1,
+                clip_grad_norm=5.0,
+                images_per_epoch=len(training),
+                seed=seed,
+                log=log,
+                checkpoints=Checkpoints(folder / "checkpoints", settings, keep=1),
+                stop=stop,
+                metrics_every_steps=max(1, steps // 4),
+                pictures_every_steps=steps,
+                checkpoint_every_steps=100,
+                holdout=[],
+                preview=next(iter(shown)),
+            )
     return _top1(plan, objective, factor, accelerator)
 
 

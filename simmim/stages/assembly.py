@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import nn
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from simmim.checkpoint import different_settings, list_checkpoints, load_state
+from simmim.checkpoint import different_settings, newest_checkpoint, sweep
 from simmim.data import CenterCrop, Decoder, Shapes, Source, evaluation_batches, training_images
 from simmim.data.loader import Batches
 from simmim.optim import LearningRate, make_lr
 from simmim.recipe import dump_recipe
-from simmim.runlog import RunLog, write_environment
+from simmim.runlog import RunLog, write_environment, write_whole
 from simmim.schema import Data, Finetune, Pretrain, Recipe, encoder_config
 from swin import SwinEncoder, import_encoder, load_description, load_encoder, save_encoder, transfer
 from swin.config import Pair
@@ -36,6 +39,7 @@ FIXED = (
     "extra_norm_interval",
 )
 
+KINDS_OF_DISTRIBUTION = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 PASSING_DATA = {"path", "num_workers", "max_broken_share", "read_timeout_s"}
 
 
@@ -48,24 +52,36 @@ class Start(NamedTuple):
     """Of the weights; the same weights give the same stage."""
 
 
-def make_accelerator(precision: str | None) -> Accelerator:
+def make_accelerator(precision: str | None, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """An Accelerator, after checking that the launch is what it seems.
 
+    Args:
+        trackers: of accelerate, which write below ``folder`` or to their servers.
+
     Raises:
-        ValueError: several independent copies were started instead of one distributed run, or a
-            kind of distribution or precision that is not supported.
+        ValueError: several independent copies were started instead of one distributed run, a kind of
+            distribution or precision that is not supported, or a tracker that is not installed.
     """
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision or "", precision))
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install {tracker}")
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision or "", precision),
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
             f"{started} processes were started, but each of them believes to be alone: on a machine without "
             "GPUs start with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
         )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _configure_sharding(accelerator.state.fsdp_plugin)
+    elif accelerator.distributed_type not in KINDS_OF_DISTRIBUTION:
         raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported yet: "
-            "start with --multi_gpu, or correct `accelerate config`"
+            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported: use one of "
+            "recipes/accelerate (ddp_8, zero2_8, zero3_8), or start with --multi_gpu"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
@@ -73,6 +89,23 @@ def make_accelerator(precision: str | None) -> Accelerator:
             "loss scaling, or no for fp32"
         )
     return accelerator
+
+
+def _configure_sharding(plugin: FullyShardedDataParallelPlugin) -> None:
+    """FSDP2 with the numbers of a single process: autocast decides what is computed in bf16, as it does there.
+
+    Raises:
+        ValueError: a setting with which it would not be so.
+    """
+    for setting, wanted, why in (
+        ("fsdp_version", 2, "version 1 is not supported"),
+        ("activation_checkpointing", False, "it gives wrong gradients with stochastic depth"),
+        ("cpu_ram_efficient_loading", False, "every process makes the same weights itself"),
+    ):
+        if getattr(plugin, setting) != wanted:
+            name = f"fsdp_{setting.removeprefix('fsdp_')}"
+            raise ValueError(f"accelerate's {name} must be {str(wanted).lower()} ({why}): see recipes/accelerate")
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tuple[Source, Source | None]:
@@ -225,23 +258,49 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
     return {**settings, "stage": own, "starts_from": start.fingerprint, **facts}
 
 
-def starting_point(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, int]:
-    """Own checkpoint or the start: the newest checkpoint of the folder and its step, or None and 0.
+class Position(NamedTuple):
+    """Where a stage stands: after ``step``, as saved in ``checkpoint``; why newer ones were passed over."""
+
+    checkpoint: Path | None
+    step: int
+    passed_over: list[str]
+
+
+def starting_point(folder: Path, settings: dict[str, Any]) -> Position:
+    """Own checkpoint or the start: the newest checkpoint of the folder that verifies, or None and step 0.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings, or only damaged checkpoints.
     """
-    newest = list_checkpoints(folder / "checkpoints")[-1:]
-    if not newest:
-        return None, 0
-    state = load_state(newest[0])
+    checkpoint, state, passed_over = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return Position(None, 0, [])
     changed = different_settings(state["settings"], settings)
     if changed:
         raise ValueError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}): "
             "give another name=..., another --out, or remove the folder"
         )
-    return newest[0], state["step"]
+    return Position(checkpoint, state["step"], passed_over)
+
+
+def common_starting_point(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> Position:
+    """:func:`starting_point` as the first process finds it, for all processes.
+
+    Raises:
+        ValueError: in every process.
+    """
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        sweep(folder / "checkpoints")
+        try:
+            found[0] = starting_point(folder, settings)
+        except ValueError as error:
+            found[1] = str(error)
+    position, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise ValueError(problem)
+    return position
 
 
 def is_done(folder: Path, settings: dict[str, Any]) -> bool:
@@ -254,15 +313,35 @@ def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, pictures
     """Create the run folder with its resolved recipe and environment."""
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        write_environment(folder, processes=accelerator.num_processes, precision=accelerator.mixed_precision)
+        write_whole(folder / "recipe.yaml", dump_recipe(recipe))
+        write_environment(
+            folder,
+            processes=accelerator.num_processes,
+            distribution=accelerator.distributed_type.value,
+            precision=accelerator.mixed_precision,
+        )
+    track = None
+    if accelerator.log_with:
+        accelerator.init_trackers(recipe.name)
+        track = accelerator.log
     accelerator.wait_for_everyone()
     max_broken = max(10.0, recipe.data.max_broken_share * num_images)
-    return RunLog(folder, is_main=accelerator.is_main_process, pictures=pictures, max_broken=max_broken)
+    main = accelerator.is_main_process
+    return RunLog(folder, is_main=main, pictures=pictures, max_broken=max_broken, track=track)
 
 
-def export(encoder: SwinEncoder, folder: Path, recipe: Recipe, trained: dict[str, Any], **about: Any) -> Path:
+def export(
+    encoder: SwinEncoder,
+    weights: dict[str, Tensor],
+    folder: Path,
+    recipe: Recipe,
+    trained: dict[str, Any],
+    **about: Any,
+) -> Path:
     """Write the encoder with what a later user must know of its pixels and training; whole or not at all.
+
+    Args:
+        weights: of the objective around the encoder.
 
     Returns:
         A folder beside ``folder``, for whatever else belongs to the export; :func:`publish` names it.
@@ -270,8 +349,18 @@ def export(encoder: SwinEncoder, folder: Path, recipe: Recipe, trained: dict[str
     unfinished = folder.with_name(".writing_export")
     shutil.rmtree(unfinished, ignore_errors=True)
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std, "value_range": recipe.data.value_range}
-    save_encoder(encoder, unfinished, about={"pixels": pixels, **about, "trained": trained})
+    save_encoder(
+        encoder,
+        unfinished,
+        about={"pixels": pixels, **about, "trained": trained},
+        weights=part_of(weights, "encoder"),
+    )
     return unfinished
+
+
+def part_of(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of one part of an objective."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
 def publish(unfinished: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from simmim.counter_rng import derive_seed
 from simmim.data import Decoder, Labelled, RandAugmentedCrop, RandomCrop, Shapes, few_labels, labelled_sources
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
+from simmim.runlog import locked, write_whole
 from simmim.schema import Finetune, Recipe
 from simmim.stages.assembly import (
     Start,
@@ -21,10 +22,11 @@ from simmim.stages.assembly import (
     is_done,
     make_accelerator,
     make_start,
+    part_of,
     publish,
     reserved_images,
 )
-from simmim.stages.training import Job, num_steps, train
+from simmim.stages.training import Job, describe, train
 from swin.config import Pair
 
 
@@ -41,9 +43,44 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
     Raises:
         ValueError: settings, data, start or launch that cannot work, or a folder with other settings.
     """
+    stage, folder = recipe.stages[name], out / recipe.name / name
+    accelerator = make_accelerator(precision, stage.log.trackers, folder)
+    job = make_job(recipe, out, name, accelerator.mixed_precision)
+    with locked(folder, is_main=accelerator.is_main_process):
+        if is_done(folder, job.settings):
+            accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
+            return folder / "export"
+        trained = train(job, recipe, name, folder, accelerator)
+        with accelerator.autocast():
+            measured = evaluate(trained.objective, trained.views, accelerator, trained.preview)
+        numbers = {f"holdout_{key}": value for key, value in measured.items()}
+        if not numbers:
+            raise ValueError(f"none of the held-out images could be read: checkpoints are in {folder}")
+        if accelerator.is_main_process:
+            log = trained.log
+            log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
+            write_whole(folder / "summary.json", json.dumps(numbers, indent=2) + "\n")
+            about = describe(recipe, name, job)
+            assert isinstance(job.objective, Classify)
+            encoder, classes = job.objective.encoder, job.objective.classes
+            unfinished = export(encoder, trained.weights, folder / "export", recipe, about, classes=classes)
+            save_classifier(unfinished, part_of(trained.weights, "head"))
+            publish(unfinished, folder / "export")
+            log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder, simmim evaluate)")
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.wait_for_everyone()
+    return folder / "export"
+
+
+def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
+    """What the stage trains, on which images, and from where; weights and settings do not depend on the launch.
+
+    Raises:
+        ValueError: settings, data or a start that cannot work.
+    """
     stage = recipe.stages[name]
     assert isinstance(stage, Finetune)
-    accelerator = make_accelerator(precision)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
     training, holdout = make_labelled(recipe, stage, start.encoder.config.image_size)
@@ -55,40 +92,19 @@ def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = No
         head="fresh" if wanted_head(stage) == "fresh" else fingerprint(objective.head),
         num_training_images=len(training),
         classes=list(training.classes),
-        precision=accelerator.mixed_precision,
+        precision=precision,
     )
-    folder = out / recipe.name / name
-    if is_done(folder, settings):
-        accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
-        return folder / "export"
-    job = Job(
+    return Job(
         objective=objective,
         training=training,
         holdout=holdout,
         transform=make_transform(recipe, stage, start.encoder.config.image_size),
+        settings=settings,
         start=str(start.path or "scratch"),
         pictures="predictions",
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
     )
-    result = train(job, recipe, name, folder, settings, accelerator)
-    judged, log = result.objective, result.log
-    assert isinstance(judged, Classify)
-    with accelerator.autocast():
-        numbers = {f"holdout_{key}": value for key, value in evaluate(judged, result.views, accelerator).items()}
-    if not numbers:
-        raise ValueError(f"none of the {len(holdout)} held-out images could be read: checkpoints are in {folder}")
-    if accelerator.is_main_process:
-        log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
-        (folder / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        steps = num_steps(recipe, name, len(training))
-        trained = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": settings}
-        unfinished = export(judged.encoder, folder / "export", recipe, trained, classes=judged.classes)
-        save_classifier(unfinished, judged.head)
-        publish(unfinished, folder / "export")
-        log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder, simmim evaluate)")
-    accelerator.wait_for_everyone()
-    return folder / "export"
 
 
 def make_labelled(recipe: Recipe, stage: Finetune, size: Pair) -> tuple[Labelled, Labelled]:

@@ -10,12 +10,11 @@ from accelerate import Accelerator
 
 from simmim.counter_rng import derive_seed
 from simmim.data import RandomCrop
-from simmim.data.loader import Batches
-from simmim.engine import evaluate, mean_over_images, to_device
+from simmim.engine import evaluate, in_step, mean_over_images, to_device
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
-from simmim.runlog import RunLog
+from simmim.runlog import locked, write_whole
 from simmim.schema import Pretrain, Recipe
 from simmim.stages.assembly import (
     decisive_settings,
@@ -27,7 +26,7 @@ from simmim.stages.assembly import (
     publish,
     reserved_images,
 )
-from simmim.stages.training import Job, num_steps, train
+from simmim.stages.training import Job, Trained, describe, train
 from swin import SwinEncoder
 
 
@@ -44,44 +43,48 @@ def pretrain(recipe: Recipe, out: Path, *, name: str = "pretrain", precision: st
     Raises:
         ValueError: settings, data or launch that cannot work, or a folder with other settings.
     """
+    stage, folder = recipe.stages[name], out / recipe.name / name
+    accelerator = make_accelerator(precision, stage.log.trackers, folder)
+    job = make_job(recipe, out, name, accelerator.mixed_precision)
+    with locked(folder, is_main=accelerator.is_main_process):
+        if is_done(folder, job.settings):
+            accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
+            return folder / "export"
+        trained = train(job, recipe, name, folder, accelerator)
+        with accelerator.autocast():
+            sum_up(trained, accelerator)
+        if accelerator.is_main_process:
+            about = describe(recipe, name, job)
+            unfinished = export(job.objective.encoder, trained.weights, folder / "export", recipe, about)
+            publish(unfinished, folder / "export")
+            trained.log.say(f"pictures  {trained.log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder)")
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.wait_for_everyone()
+    return folder / "export"
+
+
+def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
+    """What the stage trains, on which images, and from where; weights and settings do not depend on the launch.
+
+    Raises:
+        ValueError: settings, data or a start that cannot work.
+    """
     stage = recipe.stages[name]
     assert isinstance(stage, Pretrain)
-    accelerator = make_accelerator(precision)
-    training, holdout = make_sources(
-        recipe.data, stage.image_size, recipe.encoder.in_chans, reserved_images(recipe, recipe.data.path)
-    )
+    reserved = reserved_images(recipe, recipe.data.path)
+    training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans, reserved)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
-    settings = decisive_settings(
-        recipe,
-        name,
-        start,
-        num_training_images=len(training),
-        precision=accelerator.mixed_precision,
-    )
-    folder = out / recipe.name / name
-    if is_done(folder, settings):
-        accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
-        return folder / "export"
-    job = Job(
+    return Job(
         objective=make_objective(recipe, stage, start.encoder),
         training=training,
         holdout=holdout,
         transform=RandomCrop(stage.image_size, **stage.crop.model_dump()),
+        settings=decisive_settings(recipe, name, start, num_training_images=len(training), precision=precision),
         start=str(start.path or "scratch"),
         pictures="reconstructions",
     )
-    objective, views, log, _ = train(job, recipe, name, folder, settings, accelerator)
-    assert isinstance(objective, Reconstruct)
-    with accelerator.autocast():
-        sum_up(objective, views, log, accelerator)
-    if accelerator.is_main_process:
-        steps = num_steps(recipe, name, len(training))
-        trained = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": settings}
-        publish(export(objective.encoder, folder / "export", recipe, trained), folder / "export")
-        log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder)")
-    accelerator.wait_for_everyone()
-    return folder / "export"
 
 
 def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Reconstruct:
@@ -97,16 +100,19 @@ def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Rec
 
 
 @torch.no_grad()
-def sum_up(objective: Reconstruct, views: Batches | list, log: RunLog, accelerator: Accelerator) -> None:
+def sum_up(trained: Trained, accelerator: Accelerator) -> None:
     """Held-out loss beside predictors without learning, on the screen and in ``summary.json``.
 
     Trivial predictors know nothing of a normalised target but its mean, which is zero.
     """
-    numbers = {f"holdout_{key}": value for key, value in evaluate(objective, views, accelerator).items()}
+    objective, log = trained.objective, trained.log
+    assert isinstance(objective, Reconstruct)
+    measured = evaluate(objective, trained.views, accelerator, trained.preview)
+    numbers = {f"holdout_{key}": value for key, value in measured.items()}
     if not numbers:
         return
     sums: dict[str, float] = {}
-    for batch in views:
+    for batch, images in in_step(trained.views, accelerator, trained.preview):
         log.broken(batch["broken"])
         shown = objective.reconstruct(*objective.inputs(to_device(batch, accelerator.device)))
         predictions = {"predict zero": torch.zeros_like(shown.target)}
@@ -116,13 +122,12 @@ def sum_up(objective: Reconstruct, views: Batches | list, log: RunLog, accelerat
         predictions["model"] = shown.prediction.to(shown.target.dtype)
         for name, prediction in predictions.items():
             l1 = masked_l1(prediction, shown.target, shown.pixel_mask).item()
-            sums[name] = sums.get(name, 0.0) + l1 * len(shown.target)
-        sums["images"] = sums.get("images", 0.0) + len(shown.target)
+            sums[name] = sums.get(name, 0.0) + l1 * images
+        sums["images"] = sums.get("images", 0.0) + images
     table = mean_over_images(sums)
     log.say("held-out masked L1 (lower is better):")
     for name, value in table.items():
         log.say(f"  {value:.4f}  {name}")
     if log.is_main:
-        (log.folder / "summary.json").write_text(
-            json.dumps({**numbers, "holdout_masked_l1": table}, indent=2) + "\n", encoding="utf-8"
-        )
+        summary = json.dumps({**numbers, "holdout_masked_l1": table}, indent=2) + "\n"
+        write_whole(log.folder / "summary.json", summary)

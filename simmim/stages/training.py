@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
 
-from simmim.checkpoint import load_checkpoint
+from simmim.checkpoint import Checkpoints, load_checkpoint
 from simmim.data import CenterCrop, RandomCrop, Source, training_batches
 from simmim.data.loader import Batch, Batches
 from simmim.engine import fit
@@ -18,13 +23,15 @@ from simmim.optim import make_optimizer
 from simmim.runlog import RunLog
 from simmim.schema import Recipe
 from simmim.stages.assembly import (
+    common_starting_point,
     derive_accumulation,
     make_views,
     num_workers_of,
     open_folder,
     schedule_of,
-    starting_point,
 )
+from simmim.stopping import StopRequest
+from swin.blocks import SwinBlock
 
 PREVIEW_IMAGES = 8
 
@@ -36,6 +43,8 @@ class Job(NamedTuple):
     training: Source
     holdout: Source | None
     transform: RandomCrop
+    settings: dict[str, Any]
+    """What must not change when the stage continues."""
     start: str
     pictures: str
     layer_decay: float = 1.0
@@ -47,10 +56,12 @@ class Job(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What is left of it: the objective to judge and export, and the held-out images."""
+    """What is left of it: the objective to judge, its whole weights to export, and the held-out images."""
 
     objective: Reconstruct | Classify
+    weights: dict[str, Tensor]
     views: Batches | list
+    preview: Batch
     log: RunLog
     total_steps: int
 
@@ -61,13 +72,19 @@ def num_steps(recipe: Recipe, name: str, num_images: int) -> int:
     return max(1, round(stage.schedule.epochs * num_images / stage.batch_size))
 
 
-def train(
-    job: Job, recipe: Recipe, name: str, folder: Path, settings: dict[str, Any], accelerator: Accelerator
-) -> Trained:
+def describe(recipe: Recipe, name: str, job: Job) -> dict[str, Any]:
+    """How the weights of an export were trained."""
+    steps = num_steps(recipe, name, len(job.training))
+    return {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": job.settings}
+
+
+def train(job: Job, recipe: Recipe, name: str, folder: Path, accelerator: Accelerator) -> Trained:
     """Train a stage from where it stands.
 
     Raises:
-        ValueError: a batch that cannot be divided, or a folder with other settings.
+        ValueError: a batch that cannot be divided, a folder with other settings or with damaged
+            checkpoints only.
+        Stopped, NonFiniteLoss, OSError: as of :func:`simmim.engine.fit`.
     """
     stage = recipe.stages[name]
     objective, size = job.objective, job.transform.size
@@ -80,65 +97,113 @@ def train(
         depths=objective.depth_of_parameters() if isinstance(objective, Classify) else None,
         **stage.optimizer.model_dump(include={"weight_decay", "betas", "eps"}),
     )
-    checkpoint, start_step = starting_point(folder, settings)
+    checkpoint, start_step, passed_over = common_starting_point(folder, job.settings, accelerator)
     log = open_folder(folder, recipe, accelerator, job.pictures, len(job.training))
     log.say(
         f"{recipe.name}/{name}: {recipe.encoder.name}, {sum(p.numel() for p in objective.parameters()):,} "
         f"parameters; {len(job.training):,} images at {size[0]} x {size[1]} px; {total_steps} steps of "
         f"{stage.batch_size} = {accelerator.num_processes} process(es) x {accumulation} x "
-        f"{stage.micro_batch_size} on {accelerator.device.type} in {accelerator.mixed_precision}; seed {recipe.seed}"
+        f"{stage.micro_batch_size} on {accelerator.device.type} ({accelerator.distributed_type.value}) "
+        f"in {accelerator.mixed_precision}; seed {recipe.seed}"
     )
+    for problem in passed_over:
+        log.event(start_step, "passed over", problem)
+        log.say(f"warning: {problem}: passed over")
     log.say(f"continues at step {start_step} from {checkpoint}" if checkpoint else f"starts from {job.start}")
+    if checkpoint:
+        log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
     objective.to(accelerator.device)
     average = ModelEmaV3(objective, decay=job.ema_decay) if job.ema_decay else None
+    model, optimizer = distribute(objective, optimizer, average, accelerator)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, objective, optimizer, average)
+        load_checkpoint(checkpoint, objective, optimizer, average and average.module)
 
     view = CenterCrop(size, job.transform.interpolation)
     shares = (accelerator.process_index, accelerator.num_processes)
     timeout_s = recipe.data.read_timeout_s
     views = make_views(job.holdout, view, stage.micro_batch_size, job.labelled, shares, timeout_s=timeout_s)
     preview = make_preview(job, view)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        job.settings,
+        keep=stage.log.keep_checkpoints,
+        keep_every_steps=stage.log.keep_every_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        is_sharded=accelerator.is_fsdp2,
+    )
     if start_step < total_steps:
-        fit(
-            accelerator,
-            model,
-            optimizer,
-            training_batches(
-                job.training,
-                job.transform,
-                labelled=job.labelled,
-                seed=recipe.seed,
-                num_workers=num_workers_of(recipe.data, accelerator),
-                timeout_s=recipe.data.read_timeout_s,
-                pin_memory=accelerator.device.type == "cuda",
-                batch_size=stage.batch_size,
-                micro_batch_size=stage.micro_batch_size,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+        with StopRequest() as stop:
+            fit(
+                accelerator,
+                model,
+                optimizer,
+                training_batches(
+                    job.training,
+                    job.transform,
+                    labelled=job.labelled,
+                    seed=recipe.seed,
+                    num_workers=num_workers_of(recipe.data, accelerator),
+                    timeout_s=recipe.data.read_timeout_s,
+                    pin_memory=accelerator.device.type == "cuda",
+                    batch_size=stage.batch_size,
+                    micro_batch_size=stage.micro_batch_size,
+                    rank=accelerator.process_index,
+                    world_size=accelerator.num_processes,
+                    start_step=start_step,
+                    end_step=total_steps,
+                ),
+                lr_at=schedule_of(stage, len(job.training), total_steps),
                 start_step=start_step,
-                end_step=total_steps,
-            ),
-            lr_at=schedule_of(stage, len(job.training), total_steps),
-            start_step=start_step,
-            total_steps=total_steps,
-            accumulation=accumulation,
-            clip_grad_norm=stage.optimizer.clip_grad_norm,
-            images_per_epoch=len(job.training),
-            seed=recipe.seed,
-            log=log,
-            checkpoints=folder / "checkpoints",
-            settings=settings,
-            holdout=views,
-            preview=preview,
-            average=average,
-            **stage.log.model_dump(),
-        )
+                total_steps=total_steps,
+                accumulation=accumulation,
+                clip_grad_norm=stage.optimizer.clip_grad_norm,
+                images_per_epoch=len(job.training),
+                seed=recipe.seed,
+                log=log,
+                checkpoints=checkpoints,
+                stop=stop,
+                holdout=views,
+                preview=preview,
+                average=average,
+                metrics_every_steps=stage.log.metrics_every_steps,
+                pictures_every_steps=stage.log.pictures_every_steps,
+                checkpoint_every_steps=stage.log.checkpoint_every_steps,
+            )
     if isinstance(views, Batches):
         log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
-    return Trained(judged.eval(), views, log, total_steps)
+    return Trained(judged.eval(), whole_weights(judged, accelerator), views, preview, log, total_steps)
+
+
+def distribute(
+    objective: Reconstruct | Classify,
+    optimizer: torch.optim.Optimizer,
+    average: ModelEmaV3 | None,
+    accelerator: Accelerator,
+) -> Any:
+    """The model and optimizer that the processes share: copies of the weights, or under FSDP2 a part of each."""
+    # What accelerate wraps by itself when nothing else is configured.
+    blocks = {type(module).__name__ for module in objective.modules() if isinstance(module, SwinBlock)}
+    for module in (objective, average and average.module):
+        if module is not None:
+            module._no_split_modules = sorted(blocks)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    if accelerator.is_fsdp2:
+        shared = [objective] if average is None else [objective, fsdp2_prepare_model(accelerator, average.module)]
+        for module in shared:
+            for method in ("measure", "picture", "reconstruct"):
+                if hasattr(module, method):
+                    register_fsdp_forward_method(module, method)
+    return model, optimizer
+
+
+def whole_weights(objective: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """The weights of an objective; gathered on the first process where each holds a part."""
+    if not accelerator.is_fsdp2:
+        return objective.state_dict()
+    whole = get_model_state_dict(objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(dict[str, Tensor], whole)
 
 
 def make_preview(job: Job, view: CenterCrop) -> Batch:

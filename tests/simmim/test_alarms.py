@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from simmim.alarms import overfitting
+from simmim.checkpoint import Checkpoints
 from simmim.engine import fit
 from simmim.runlog import RunLog
+from simmim.stopping import StopRequest
 
 
 def rows(training: list[float], held_out: list[float]) -> list[dict]:
@@ -91,7 +93,8 @@ def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
     def train(start: int, total: int) -> None:
         accelerator = Accelerator(cpu=True)
         model = Memoriser()
-        batch = {"image": torch.zeros(1, 1), "broken": []}
+        number = torch.zeros(1, dtype=torch.int64)
+        batch = {"image": torch.zeros(1, 1), "epoch": number, "index": number, "broken": []}
         fit(
             accelerator,
             model,
@@ -105,9 +108,8 @@ def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
             images_per_epoch=1,
             seed=0,
             log=RunLog(tmp_path, is_main=True),
-            checkpoints=tmp_path / "checkpoints",
-            settings={},
-            keep_checkpoints=1,
+            checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
+            stop=StopRequest(),
             metrics_every_steps=1,
             pictures_every_steps=1,
             checkpoint_every_steps=100,

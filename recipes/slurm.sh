@@ -1,0 +1,31 @@
+#!/bin/bash
+# sbatch recipes/slurm.sh recipes/simmim_swinv2_b.yaml data.path=/data/imagenet
+#
+# One task per GPU. Five minutes before time is up, or when the job is preempted, Slurm signals every task; they save
+# after their step and exit with 75, and the job is put in the queue again, to continue where it was.
+#SBATCH --job-name=simmim
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+
+# For weights, gradients and moments in shares, as recipes/accelerate/zero3_8.yaml says it:
+# export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_RESHARD_AFTER_FORWARD=true \
+#     FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP FSDP_CPU_RAM_EFFICIENT_LOADING=false
+
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+
+# --wait: when one task fails, the others end within a minute.
+srun --wait=60 bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
+    exec simmim run "$@"' simmim "$@" --precision "${PRECISION:-bf16}"
+code=$?
+[ $code -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code

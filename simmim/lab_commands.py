@@ -1,0 +1,103 @@
+"""``simmim lab``: the command line of the laboratories."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+LAB_EXAMPLES = """examples:
+  simmim lab label-efficiency recipes/demo.yaml
+  simmim lab label-efficiency recipes/cifar_swinv2_nano.yaml data.path=cifar10 --seeds 0 1 2 3 4
+  simmim lab loss-anchors simmim_swinv2_b data.path=photos --mask-patch-sizes 8 16 32 64 --ratios 0.4 0.6 0.8
+  simmim lab window-transfer
+  simmim lab window-transfer --data flowers --image-size 96 --window-size 12 --seeds 5
+
+DATA is builtin:shapes or a folder with one subfolder per class. The same command continues what was interrupted.
+"""
+
+
+def add_lab(commands: argparse._SubParsersAction) -> None:
+    """``simmim lab``."""
+    lab = commands.add_parser("lab", help="small experiments that answer one question of the papers each")
+    experiments = lab.add_subparsers(required=True, metavar="EXPERIMENT")
+    efficiency = experiments.add_parser(
+        "label-efficiency",
+        help="does pretraining help where labels are few? The stages of a recipe against scratch, over seeds",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    efficiency.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_run_options(efficiency)
+    efficiency.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    efficiency.set_defaults(run=_label_efficiency)
+    anchors = experiments.add_parser(
+        "loss-anchors",
+        help="how low is a masked loss that needs no learning? Trivial predictors on the images of a recipe",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    anchors.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    anchors.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    anchors.add_argument("--mask-patch-sizes", type=int, nargs="+", metavar="PX", help="default: that of the recipe")
+    anchors.add_argument("--ratios", type=float, nargs="+", metavar="R", help="default: that of the recipe")
+    anchors.add_argument("--images", type=int, default=120, metavar="N", help="at most so many (default: 120)")
+    anchors.add_argument("--out", type=Path, default=Path("runs"), help="where the table is written (default: runs)")
+    anchors.set_defaults(run=_loss_anchors)
+    transfer = experiments.add_parser(
+        "window-transfer",
+        help="which position bias survives a larger window? Table 1 of Swin V2 in small",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    transfer.add_argument("--data", help="default: builtin:shapes")
+    transfer.add_argument("--out", type=Path, default=Path("runs/lab/window-transfer"), help="default: %(default)s")
+    for name, meaning in (
+        ("seeds", "repetitions (default: 3)"),
+        ("image-size", "of training, px (default: 48)"),
+        ("window-size", "of training, tokens of 4 px (default: 6)"),
+        ("steps", "of training (default: 1000)"),
+        ("finetune-steps", "at each larger window (default: 40)"),
+        ("batch-size", "images per step (default: 32)"),
+        ("embed-dim", "width of the encoder (default: 32)"),
+    ):
+        transfer.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    for name, meaning in (("lr", "of training (default: 0.006)"), ("finetune-lr", "default: 0.001")):
+        transfer.add_argument(f"--{name}", type=float, metavar="RATE", help=meaning)
+    transfer.set_defaults(run=_window_transfer, overrides=[])
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that trains takes beside its recipe."""
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
+    )
+
+
+def _window_transfer(arguments: argparse.Namespace) -> int:
+    from simmim.lab.window_transfer import Plan, window_transfer
+
+    given = {field.name: getattr(arguments, field.name) for field in fields(Plan)}
+    window_transfer(Plan(**{name: value for name, value in given.items() if value is not None}), arguments.out)
+    return 0
+
+
+def _label_efficiency(arguments: argparse.Namespace) -> int:
+    from simmim.lab.label_efficiency import label_efficiency
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    label_efficiency(recipe, arguments.out, arguments.seeds, precision=arguments.precision)
+    return 0
+
+
+def _loss_anchors(arguments: argparse.Namespace) -> int:
+    from simmim.lab.loss_anchors import loss_anchors
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    sizes, ratios = arguments.mask_patch_sizes, arguments.ratios
+    loss_anchors(recipe, arguments.out, sizes, ratios, images=arguments.images)
+    return 0

@@ -1,0 +1,226 @@
+"""A checkpoint is whole or it is none; what is damaged is named and passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from simmim import stages
+from simmim.checkpoint import (
+    Checkpoints,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    sweep,
+    training_state,
+    verify,
+)
+from tests.simmim.test_training import comparable_metrics, saved_state, tiny_recipe
+
+
+def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 40), nn.LayerNorm(40))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.randn(8, 300)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def write(folder: Path, *steps: int, **options) -> Checkpoints:
+    checkpoints = Checkpoints(folder, {"seed": 0}, **{"keep": 10, **options})
+    for step in steps:
+        checkpoints.save(step, training_state(*trained(step)))
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    write(tmp_path, 3)
+    checkpoint, about, passed_over = newest_checkpoint(tmp_path)
+    assert (checkpoint.name, about["step"], about["settings"], passed_over) == ("step_00000003", 3, {"seed": 0}, [])
+    model, optimizer = trained(0)
+    load_checkpoint(checkpoint, model, optimizer)
+    expected = training_state(*trained(3))
+    state = training_state(model, optimizer)
+    assert state.keys() == expected.keys() and len(state) == 4 + 12
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    model, optimizer = trained(2)
+    expected = {key: value.clone() for key, value in training_state(model, optimizer).items()}
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
+    checkpoints.save(2, training_state(model, optimizer))
+    for tensor in training_state(model, optimizer).values():
+        tensor.data.fill_(7)
+    checkpoints.wait()
+    saved = saved_state(tmp_path / "step_00000002")
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+def test_the_newest_and_every_nth_stay(tmp_path):
+    write(tmp_path, *range(1, 10), keep=2, keep_every_steps=4)
+    assert [int(path.name[-2:]) for path in list_checkpoints(tmp_path)] == [4, 8, 9]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_later_ones_that_are_damaged_do_not_push_out_the_good(tmp_path):
+    write(tmp_path, 3, 6, 9)
+    for name in ("step_00000006", "step_00000009"):
+        (tmp_path / name / "state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path)[0].name == "step_00000003"
+    write(tmp_path, 4, keep=2)
+    assert newest_checkpoint(tmp_path)[0].name == "step_00000004"
+    write(tmp_path, 6, 9, keep=2)
+    assert newest_checkpoint(tmp_path)[0].name == "step_00000009"
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+DAMAGES = [truncate, flip_a_bit, empty, remove]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("pattern", ["*.safetensors", "state.json"])
+def test_a_damaged_file_is_noticed(pattern, damage, tmp_path):
+    write(tmp_path, 1, 2)
+    (file,) = (tmp_path / "step_00000002").glob(pattern)
+    damage(file)
+    checkpoint, _, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint.name == "step_00000001"
+    assert passed_over[0].startswith(f"checkpoint {tmp_path}/step_00000002 is damaged (")
+    damage(next((tmp_path / "step_00000001").glob(pattern)))
+    with pytest.raises(ValueError, match=r"is damaged .*; checkpoint .*step_00000001 is damaged .*no checkpoint of"):
+        newest_checkpoint(tmp_path)
+
+
+def test_every_byte_of_the_state_counts(tmp_path):
+    write(tmp_path, 1)
+    file = tmp_path / "step_00000001/state.json"
+    content = file.read_bytes()
+    for place in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        try:
+            assert verify(file.parent) == {k: v for k, v in json.loads(content).items() if k != "sha256"}
+        except ValueError as error:
+            assert "is damaged" in str(error)
+
+
+def test_a_folder_that_was_renamed_is_not_taken_for_another_step(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000005")
+    with pytest.raises(ValueError, match="no checkpoint of"):
+        newest_checkpoint(tmp_path)
+
+
+def test_what_interrupted_writing_left_is_no_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".writing_step_00000002")
+    (tmp_path / "step_notes").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_notes"]
+
+
+def test_tensors_of_another_model_are_refused(tmp_path):
+    write(tmp_path, 1)
+    model = nn.Linear(300, 40)
+    with pytest.raises(ValueError, match=r"tensors too few or too many, for instance model/0\.bias"):
+        load_checkpoint(tmp_path / "step_00000001", model, torch.optim.AdamW(model.parameters()))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_named_like_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    """Even one whose checksums are right."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, 1)
+    (file,) = (tmp_path / "step_00000001").glob("*.safetensors")
+    file.write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "step_00000001/.metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        newest_checkpoint(tmp_path)
+    monkeypatch.setattr("simmim.checkpoint.verify", lambda checkpoint: {"step": 1})
+    model, optimizer = trained(0)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(newest_checkpoint(tmp_path)[0], model, optimizer)
+    assert not (tmp_path / "executed").exists()
+    os.system("touch executed")  # what it would have done
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 20 kB, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_takes_no_more_keeps_the_last_good_one(tmp_path, request):
+    write(tmp_path, 1)
+    before = sorted(tmp_path.iterdir())
+    request.getfixturevalue("small_files")
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
+    checkpoints.save(2, training_state(*trained(2)))
+    text = r"checkpoint of step 2 could not be written \(File too large\): it takes about 0 MB, .* MB are free"
+    with pytest.raises(OSError, match=text + r".*; the last good one is step_00000001\. Make room"):
+        checkpoints.wait()
+    checkpoints.wait()  # said once
+    assert sorted(tmp_path.iterdir()) == before
+    assert newest_checkpoint(tmp_path)[0].name == "step_00000001"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_been(tmp_path, capsys):
+    stages.pretrain(tiny_recipe(), tmp_path / "straight")
+    stages.pretrain(tiny_recipe(), tmp_path / "damaged")
+    folder = tmp_path / "damaged/tiny/pretrain"
+    shutil.rmtree(folder / "export")
+    flip_a_bit(next((folder / "checkpoints/step_00000010").glob("*.safetensors")))
+    stages.pretrain(tiny_recipe(), tmp_path / "damaged")
+    printed = capsys.readouterr().out
+    assert "step_00000010 is damaged (shard-00001" in printed and "passed over" in printed
+    assert f"continues at step 9 from {folder}/checkpoints/step_00000009" in printed
+    straight = tmp_path / "straight/tiny/pretrain"
+    name = "checkpoints/step_00000010"
+    one, two = saved_state(straight / name), saved_state(folder / name)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert comparable_metrics(straight) == comparable_metrics(folder)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["event"]) for event in events] == [(9, "passed over"), (9, "resumed")]

@@ -1,0 +1,126 @@
+"""One process of a distributed run, as a test wants it: ``worker.py OPTIONS COMMAND ...``.
+
+``--sharded``: FSDP2 on the CPU, which accelerate itself keeps for accelerators: it is told that this is one.
+``--double``: float64, so that only real differences are left. ``--stop=N``: SIGTERM in step N. ``--fail=N`` and
+``--kill=N``: the second process raises an error there, or is killed. What a process held at the end of its loop
+is written to ``held_RANK.json`` in the current folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from simmim import cli
+from simmim.objectives.classify import Classify
+from simmim.objectives.reconstruct import Reconstruct
+from simmim.stages import assembly, training
+
+PLUGIN = {
+    "fsdp_version": 2,
+    "reshard_after_forward": True,
+    "auto_wrap_policy": "transformer_based_wrap",
+    "cpu_ram_efficient_loading": False,
+    "activation_checkpointing": False,
+}
+
+
+def shard_on_the_cpu() -> None:
+    """Let accelerate take several CPU processes for FSDP2."""
+    original = AcceleratorState.__init__
+
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**PLUGIN)
+            for state in (AcceleratorState._shared_state, PartialState._shared_state):
+                state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def in_double_precision() -> None:
+    for objective in (Reconstruct, Classify):
+
+        def init(self, *arguments, original=objective.__init__, **options):
+            original(self, *arguments, **options)
+            self.double()
+
+        objective.__init__ = init
+
+
+def note_what_is_held() -> None:
+    """Bytes of weights and moments in this process."""
+    original = training.fit
+
+    def fit(accelerator, model, optimizer, *arguments, **options):
+        original(accelerator, model, optimizer, *arguments, **options)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        held = {
+            "weights": size(model.parameters()),
+            "moments": size(moments),
+            "kind": accelerator.distributed_type.value,
+        }
+        Path(f"held_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(held))
+
+    training.fit = fit
+
+
+def size(tensors) -> int:
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def act_in_step(number: int, act) -> None:
+    """Call ``act`` while a step is computed."""
+    original = assembly.make_lr
+
+    def acting(**arguments):
+        lr_at = original(**arguments)
+
+        def lr(step):
+            if step == number - 1:
+                act()
+            return lr_at(step)
+
+        return lr
+
+    assembly.make_lr = acting
+
+
+def fail(step: int) -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError(f"planted in step {step}")
+
+
+def kill() -> None:
+    if os.environ["RANK"] == "1":
+        time.sleep(0.5)  # the other one waits for this one's gradients
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    options = dict(word[2:].partition("=")[::2] for word in sys.argv[1:] if word.startswith("--") and word != "--out")
+    command = [word for word in sys.argv[1:] if word == "--out" or not word.startswith("--")]
+    if "sharded" in options:
+        shard_on_the_cpu()
+    if "double" in options:
+        in_double_precision()
+    if "stop" in options:
+        act_in_step(int(options["stop"]), lambda: signal.raise_signal(signal.SIGTERM))
+    if "fail" in options:
+        act_in_step(int(options["fail"]), lambda: fail(int(options["fail"])))
+    if "kill" in options:
+        act_in_step(int(options["kill"]), kill)
+    note_what_is_held()
+    code = cli.main(command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may abort the interpreter on its way out
