@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 _NAME = re.compile(r"step_(\d{8})")
 State = dict[str, Tensor]
@@ -62,8 +61,6 @@ class Checkpoints:
         self.is_writer = rank == 0 or is_sharded
         # Plans travel on a channel of their own, so that they do not mix with gradients.
         self._group: Any = dist.new_group(backend="gloo") if is_sharded and world_size > 1 else None
-        # A copy: the tensors change at the next step.
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -80,7 +77,8 @@ class Checkpoints:
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        copy = self._stager.stage({key: tensor.detach() for key, tensor in state.items()})
+        # A copy: the tensors change at the next step.
+        copy = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
         self._thread = threading.Thread(target=self._try_to_write, args=(step, copy, partial), daemon=True)
         self._thread.start()
 
@@ -107,10 +105,12 @@ class Checkpoints:
             cause = _cause(error)
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._error = OSError(
-                f"the checkpoint of step {step} could not be written ({cause}): {self._space(state)}; "
-                f"{self._last()}. Make room, and the same command continues from there"
-            )
+            if isinstance(cause, OSError):
+                cause = OSError(
+                    f"the checkpoint of step {step} could not be written ({cause.strerror or cause}): "
+                    f"{self._space(state)}; {self._last()}. Make room, and the same command continues from there"
+                )
+            self._error = cause
 
     def _write(self, step: int, state: State, partial: Path) -> None:
         if self._group is not None:
@@ -303,13 +303,9 @@ def _damaged(checkpoint: Path, reason: object) -> ValueError:
     return ValueError(f"checkpoint {checkpoint} is damaged ({reason})")
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong, on one line: the first failure of any process."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _cause(error: BaseException) -> BaseException:
+    """The first failure of any process."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def _checksum(file: Path) -> str:

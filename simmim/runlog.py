@@ -51,7 +51,7 @@ class RunLog:
         self.max_broken, self.track = max_broken, track
         self._bar: tqdm | None = None
         self._broken = self._read_broken()
-        self._images, self._since = 0, time.perf_counter()
+        self._images, self._since, self._step = 0, time.perf_counter(), 0
 
     def say(self, text: str) -> None:
         """One line to the console, above the progress bar."""
@@ -61,6 +61,7 @@ class RunLog:
 
     def start(self, step: int, total_steps: int) -> None:
         """Begin (or continue) at ``step``: numbers and warnings of later steps are to come again."""
+        self._step = step
         if not self.is_main:
             return
         for file in (self.metrics_file, self.events_file):
@@ -76,6 +77,7 @@ class RunLog:
     def count(self, num_images: int) -> None:
         """One optimizer step over ``num_images`` is done."""
         self._images += num_images
+        self._step += 1
         if self._bar:
             self._bar.update()
 
@@ -113,7 +115,7 @@ class RunLog:
         """What happened, to ``events.jsonl``; a warning also to the console."""
         if kind == "warning":
             self.say(f"warning: step {step}: {text}")
-        if self.is_main:
+        if self.is_main or kind == "skipped":
             now = datetime.now().astimezone().isoformat(timespec="seconds")
             _append(self.events_file, {"step": step, "event": kind, "text": text, "time": now})
 
@@ -132,6 +134,7 @@ class RunLog:
             self._broken.add(name)
             with self.broken_file.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([name, reason])
+            self.event(self._step + 1, "skipped", f"{name} ({reason})")
             tqdm.write(f"skipped a broken image: {name} ({reason})", file=sys.stdout)
             if len(self._broken) > self.max_broken:
                 self.end()

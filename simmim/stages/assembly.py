@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ def make_accelerator(precision: str | None, trackers: Sequence[str] = (), folder
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install {tracker}")
+    # cuDNN may sum the gradient of a convolution in any order; in one order, a run continues bit for bit.
+    torch.backends.cudnn.deterministic = True
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision or "", precision),
         log_with=list(trackers) or None,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from simmim.alarms import overfitting
+from simmim.alarms import Stability, overfitting
 from simmim.checkpoint import Checkpoints
 from simmim.engine import fit
 from simmim.runlog import RunLog
@@ -89,12 +89,16 @@ class Memoriser(torch.nn.Module):
         return Image.new("RGB", (1, 1))
 
 
+def a_batch() -> dict:
+    number = torch.zeros(1, dtype=torch.int64)
+    return {"image": torch.zeros(1, 1), "epoch": number, "index": number, "broken": []}
+
+
 def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
     def train(start: int, total: int) -> None:
         accelerator = Accelerator(cpu=True)
         model = Memoriser()
-        number = torch.zeros(1, dtype=torch.int64)
-        batch = {"image": torch.zeros(1, 1), "epoch": number, "index": number, "broken": []}
+        batch = a_batch()
         fit(
             accelerator,
             model,
@@ -124,3 +128,69 @@ def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: step 4: overfitting") == 1
     train(2, 3)
     assert (tmp_path / "events.jsonl").read_text() == ""
+
+
+def said(steps: list[tuple[float, float]]) -> list[tuple[int, str]]:
+    stability = Stability()
+    found = ((step, stability.warning(*numbers)) for step, numbers in enumerate(steps, start=1))
+    return [(step, text) for step, text in found if text]
+
+
+def noisy(loss: float, norm: float, steps: int) -> list[tuple[float, float]]:
+    return [(loss + 0.01 * (step % 5), norm * (1 + 0.3 * (step % 3))) for step in range(steps)]
+
+
+def test_a_loss_that_spikes_is_said_once():
+    steps = noisy(0.5, 1.0, 30)
+    steps[20:23] = [(0.9, 4.0), (0.8, 4.0), (0.7, 4.0)]
+    steps[27] = (1.2, 9.0)
+    found = said(steps)
+    assert [step for step, _ in found] == [21, 28]
+    assert found[0][1] == "the loss spiked to 0.9000 from 0.5200, gradient norm 4"
+
+
+def test_a_gradient_that_collapses_while_the_loss_jumps_is_said():
+    found = said(noisy(0.4, 1.0, 20) + [(0.65, 0.004)] * 200)
+    assert len(found) == 1 and found[0][0] == 21
+    assert found[0][1].startswith("the gradient norm collapsed from 1.3 to 0.004, the loss is 0.6500 after 0.4200")
+
+
+def test_what_is_usual_is_not_said():
+    falling = [(1 / (1 + 0.05 * step), 2 / (1 + step)) for step in range(300)]
+    assert said(falling) == []  # norms fall below 0.01, with the loss
+    assert said([(2.0, 1.0)] * 3 + [(9.0, 1.0)]) == []  # too early to know
+    assert said(noisy(0.5, 0.02, 200)) == []
+    assert said([(0.5, 1.0)] * 40 + [(0.54, 1.0)]) == []  # within a tenth, however even it was before
+
+
+def test_the_loop_asks_after_every_step(tmp_path, capsys):
+    class Jumping(Memoriser):
+        def forward(self, batch):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(batch) + (50 if self.calls == 25 else 0)
+
+    model, batch = Jumping(), a_batch()
+    fit(
+        Accelerator(cpu=True),
+        model,
+        torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=0.0),
+        [batch] * 30,
+        lr_at=lambda step: 0.001,
+        start_step=0,
+        total_steps=30,
+        accumulation=1,
+        clip_grad_norm=None,
+        images_per_epoch=1,
+        seed=0,
+        log=RunLog(tmp_path, is_main=True),
+        checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
+        stop=StopRequest(),
+        metrics_every_steps=1000,
+        pictures_every_steps=1000,
+        checkpoint_every_steps=1000,
+        holdout=[],
+        preview=batch,
+    )
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["event"]) for event in events] == [(25, "warning")]
+    assert "warning: step 25: the loss spiked to" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from simmim import engine
 from simmim.cli import main
 from simmim.data import Decoder, Shapes, labelled_sources
 from simmim.stages import assembly, training
+from tests.simmim.test_training import saved_state
 
 ROOT = Path(__file__).parents[2]
 LABELS = {"shots": 4, "val_images": 10}
@@ -154,11 +155,11 @@ def test_one_loop_trains_every_stage(recipe, tmp_path, monkeypatch):
 
 def test_the_average_is_what_is_exported(straight):
     checkpoint = straight / "chain/finetune_32/checkpoints/step_00000004"
-    average, weights = (load_file(checkpoint / f"{name}.safetensors") for name in ("average", "model"))
+    state = saved_state(checkpoint)
     result = exported(straight, "finetune_32")
     key = "encoder.layers.0.blocks.0.attn.qkv.weight"
-    assert torch.equal(result[key.removeprefix("encoder.")], average[f"module.{key}"])
-    assert not torch.equal(average[f"module.{key}"], weights[key])
+    assert torch.equal(result[key.removeprefix("encoder.")], state[f"average/{key}"])
+    assert not torch.equal(state[f"average/{key}"], state[f"model/{key}"])
 
 
 def test_other_weights_at_the_start_are_another_stage(recipe, straight, tmp_path, capsys):

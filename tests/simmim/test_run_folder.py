@@ -154,3 +154,13 @@ def test_a_scheduler_puts_the_job_in_its_queue_again(tmp_path):
     assert again.returncode == 0 and "continues at step" in again.stdout, again.stderr
     assert (tmp_path / "requeued").read_text() == "4711\n"
     assert (tmp_path / "out/tiny/pretrain/export/encoder.json").exists()
+
+
+def test_broken_images_are_events_of_their_step(tmp_path):
+    log = RunLog(tmp_path, is_main=True)
+    log.start(4, 10)
+    log.count(8)
+    log.broken([("a.jpg", "truncated")])
+    log.broken([("a.jpg", "truncated")])
+    (event,) = read_lines(log.events_file)
+    assert (event["step"], event["event"], event["text"]) == (6, "skipped", "a.jpg (truncated)")

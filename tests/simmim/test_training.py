@@ -29,6 +29,8 @@ from simmim.stages import assembly
 from simmim.stages.pretraining import make_objective
 from simmim.stopping import StopRequest
 
+ROOT = Path(__file__).parents[2]
+
 TINY = [
     "data.path=builtin:shapes",
     "data.num_images=40",

@@ -23,6 +23,7 @@ from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.stages import assembly, training
 
+OPTIONS = ("sharded", "double", "stop", "fail", "kill")
 PLUGIN = {
     "fsdp_version": 2,
     "reshard_after_forward": True,
@@ -107,8 +108,9 @@ def kill() -> None:
 
 
 if __name__ == "__main__":
-    options = dict(word[2:].partition("=")[::2] for word in sys.argv[1:] if word.startswith("--") and word != "--out")
-    command = [word for word in sys.argv[1:] if word == "--out" or not word.startswith("--")]
+    own = [word for word in sys.argv[1:] if word[2:].partition("=")[0] in OPTIONS and word.startswith("--")]
+    options = dict(word[2:].partition("=")[::2] for word in own)
+    command = [word for word in sys.argv[1:] if word not in own]
     if "sharded" in options:
         shard_on_the_cpu()
     if "double" in options:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import swin
+from swin import attention
 from swin.attention import CosineAttention, DotAttention
 from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock
 from swin.position_bias import make_position_bias
@@ -278,3 +279,37 @@ def test_padding_is_never_attended(shifted, v1):
     rest = (slice(6, 7), slice(6, 9)) if shifted else (slice(4, 7), slice(8, 9))
     with torch.no_grad():
         torch.testing.assert_close(block(x)[:, *rest], alone(x[:, *rest]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
+def test_attention_can_be_watched(name):
+    """The largest logit is the one that the softmax sees; nothing else changes."""
+    torch.manual_seed(0)
+    encoder = swin.make_encoder(
+        name, embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=40, window_size=4
+    ).eval()
+    images = torch.randn(2, 3, 40, 40)
+    seen = []
+
+    def spy(logits, bias, mask):
+        if mask is None:
+            seen.append((logits + bias).max().item())
+        else:
+            allowed = mask.repeat(len(logits) // len(mask), 1, 1)[:, None]
+            seen.append((logits + bias).masked_fill(~allowed, -float("inf")).max().item())
+        return softmax(logits, bias, mask)
+
+    softmax = attention._softmax
+    with pytest.MonkeyPatch.context() as patch, attention.watch_attention(encoder) as numbers:
+        patch.setattr(attention, "_softmax", spy)
+        watched = encoder(images)
+    assert len(seen) == 4 and numbers["max_attention_logit"] == pytest.approx(max(seen), rel=1e-6)
+    assert numbers["heads_at_clamp"] == 0
+    assert torch.equal(watched, encoder(images))
+    if name == "swinv2_tiny":
+        with torch.no_grad():
+            encoder.layers[0].blocks[1].attn.logit_scale[0] = 5.0
+            encoder.layers[1].blocks[0].attn.logit_scale[2] = attention.MAX_LOGIT_SCALE
+        with attention.watch_attention(encoder) as numbers:
+            encoder(images)
+        assert numbers["heads_at_clamp"] == 2
