@@ -79,7 +79,8 @@ class Checkpoints:
             partial.mkdir(parents=True)
         # A copy: the tensors change at the next step.
         copy = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
-        self._thread = threading.Thread(target=self._try_to_write, args=(step, copy, partial), daemon=True)
+        # Whatever ends the run, its last checkpoint is written to the end.
+        self._thread = threading.Thread(target=self._try_to_write, args=(step, copy, partial))
         self._thread.start()
 
     def wait(self) -> None:
