@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,20 @@ def test_broken_images_are_events_of_their_step(tmp_path):
     log.broken([("a.jpg", "truncated")])
     (event,) = read_lines(log.events_file)
     assert (event["step"], event["event"], event["text"]) == (6, "skipped", "a.jpg (truncated)")
+
+
+def test_processes_that_outlive_a_run_do_not_keep_its_lock(tmp_path):
+    ready, done = os.pipe()
+    run = os.fork()
+    if run == 0:
+        with locked(tmp_path, is_main=True):
+            if os.fork() == 0:  # a loader process, which notices the end of its parent after seconds
+                os.write(done, str(os.getpid()).encode())
+                time.sleep(60)
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+    loader = int(os.read(ready, 20))
+    os.waitpid(run, 0)
+    with locked(tmp_path, is_main=True):
+        os.kill(loader, 0)  # it is still there
+    os.kill(loader, signal.SIGKILL)
