@@ -17,38 +17,47 @@ DEVIATIONS = 8
 
 
 class Stability:
-    """Watches loss and gradient norm of every step against those of the steps before."""
+    """Watches loss and gradient norm of every step against those of the steps before.
 
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=STEPS)
-        self._norms: deque[float] = deque(maxlen=STEPS)
-        self._is_odd = False
+    Args:
+        rows: lines of ``metrics.jsonl``, oldest first: what was usual before a run was interrupted.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
+        before = [row for row in rows if "loss" in row and "grad_norm" in row]
+        self._losses = deque((row["loss"] for row in before), maxlen=STEPS)
+        self._norms = deque((row["grad_norm"] for row in before), maxlen=STEPS)
+        self._kind: str | None = None
+        self._odd_steps = 0
 
     def warning(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, once until a step is right again.
+        """What is wrong with a step; each kind once, until a step is right again.
 
         The gradient has collapsed when its norm falls below 0.01 and a tenth of the median while the
         loss is above its median: with fp16, the end of the official code's training. The loss has
-        spiked when it is above the median by eight median deviations and a tenth.
+        spiked when it is above the median by eight median deviations and a tenth. What lasts for
+        longer than is remembered becomes usual.
         """
-        text = self._compare(loss, grad_norm) if len(self._losses) >= FEWEST_STEPS else None
-        if text is None:  # what is wrong is no measure
+        found = self._compare(loss, grad_norm) if len(self._losses) >= FEWEST_STEPS else None
+        self._odd_steps = self._odd_steps + 1 if found else 0
+        if found is None or self._odd_steps > STEPS:
             self._losses.append(loss)
             self._norms.append(grad_norm)
-        is_news = not self._is_odd
-        self._is_odd = text is not None
+        kind, text = found or (None, None)
+        is_news = kind != self._kind
+        self._kind = kind
         return text if is_news else None
 
-    def _compare(self, loss: float, grad_norm: float) -> str | None:
+    def _compare(self, loss: float, grad_norm: float) -> tuple[str, str] | None:
         usual_loss, usual_norm = median(self._losses), median(self._norms)
         if grad_norm < min(COLLAPSED_NORM, usual_norm / 10) and loss > usual_loss:
-            return (
+            return "collapse", (
                 f"the gradient norm collapsed from {usual_norm:.3g} to {grad_norm:.3g}, the loss is {loss:.4f} "
-                f"after {usual_loss:.4f}: nothing is learned any more; a lower base_lr or bf16 in place of fp16 helps"
+                f"after {usual_loss:.4f}: nothing is learned any more; a lower base_lr helps"
             )
         deviation = median(abs(value - usual_loss) for value in self._losses)
         if loss > usual_loss + max(DEVIATIONS * deviation, abs(usual_loss) / 10):
-            return f"the loss spiked to {loss:.4f} from {usual_loss:.4f}, gradient norm {grad_norm:.3g}"
+            return "spike", f"the loss spiked to {loss:.4f} from {usual_loss:.4f}, gradient norm {grad_norm:.3g}"
         return None
 
 

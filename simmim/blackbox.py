@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from simmim.checkpoint import Checkpoints, State, list_checkpoints
+from simmim.checkpoint import Checkpoints, State, name_of
+from simmim.runlog import write_whole
 
 FOLDER = "blackbox"
 
@@ -38,6 +39,9 @@ def write_black_box(
         folder: of the stage.
         facts: loss, gradient norm, seed.
 
+    Raises:
+        OSError: it could not be written.
+
     Returns:
         ``blackbox/step_00000123.json``; the weights lie beside it as a checkpoint of the step before.
     """
@@ -49,7 +53,7 @@ def write_black_box(
     checkpoints = Checkpoints(
         folder / FOLDER,
         {},
-        keep=1,
+        keep=None,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         is_sharded=accelerator.is_fsdp2,
@@ -57,9 +61,8 @@ def write_black_box(
     checkpoints.save(step - 1, state)
     checkpoints.wait()
     accelerator.wait_for_everyone()
-    report = folder / FOLDER / f"step_{step:08d}.json"
+    report = folder / FOLDER / f"{name_of(step)}.json"
     if accelerator.is_main_process:
-        weights = list_checkpoints(report.parent)[-1].name
-        about = {"step": step, "weights": weights, "precision": accelerator.mixed_precision, **facts}
-        report.write_text(json.dumps({**about, "processes": processes}, indent=1) + "\n", encoding="utf-8")
+        about = {"step": step, "weights": name_of(step - 1), "precision": accelerator.mixed_precision, **facts}
+        write_whole(report, json.dumps({**about, "processes": processes}, indent=1) + "\n")
     return report

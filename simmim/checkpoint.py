@@ -38,7 +38,7 @@ class Checkpoints:
     Args:
         folder: of the checkpoints, shared by all processes.
         settings: what must be the same when the run is resumed; plain JSON.
-        keep: so many of the newest stay.
+        keep: so many of the newest stay; None for all.
         keep_every_steps: checkpoints at its multiples stay as well.
         rank, world_size: of this process.
         is_sharded: whether each process holds a part of the state. If not, the first process writes it.
@@ -49,7 +49,7 @@ class Checkpoints:
         folder: Path,
         settings: dict[str, Any],
         *,
-        keep: int,
+        keep: int | None,
         keep_every_steps: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -73,13 +73,13 @@ class Checkpoints:
         self.wait()
         if not self.is_writer:
             return
-        partial = self.folder / f".writing_{_name(step)}"
+        partial = self.folder / f".writing_{name_of(step)}"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         # A copy: the tensors change at the next step.
         copy = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
-        # Whatever ends the run, its last checkpoint is written to the end.
+        # No daemon: an error elsewhere does not cut it off.
         self._thread = threading.Thread(target=self._try_to_write, args=(step, copy, partial))
         self._thread.start()
 
@@ -102,14 +102,15 @@ class Checkpoints:
     def _try_to_write(self, step: int, state: State, partial: Path) -> None:
         try:
             self._write(step, state, partial)
-        except (CheckpointException, OSError, RuntimeError) as error:
+        except BaseException as error:  # for the loop, which looks after every step
             cause = _cause(error)
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(cause, OSError):
                 cause = OSError(
                     f"the checkpoint of step {step} could not be written ({cause.strerror or cause}): "
-                    f"{self._space(state)}; {self._last()}. Make room, and the same command continues from there"
+                    f"{self._space(state)}; {self._last()}. When the disk is in order, the same command "
+                    "continues from there"
                 )
             self._error = cause
 
@@ -130,31 +131,33 @@ class Checkpoints:
         about = {"step": step, "settings": self.settings, "processes": self.world_size, "files": digests}
         about["sha256"] = _digest_of(about)
         (partial / "state.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        _flush(partial / "state.json")
-        _flush(partial)
-        final = self.folder / _name(step)
+        flush(partial / "state.json")
+        flush(partial)
+        final = self.folder / name_of(step)
         if final.exists():  # damaged since, or it would not be written again
             os.replace(final, final.with_name(f".damaged_{final.name}"))
             shutil.rmtree(final.with_name(f".damaged_{final.name}"))
         os.replace(partial, final)
-        _flush(self.folder)
+        flush(self.folder)
         self._prune(step)
 
     def _checksums(self, partial: Path) -> dict[str, str]:
         """Of every file; each process reads its part of them."""
         files = sorted(partial.glob("*.safetensors"))
         if self._group is None:
-            return {file.name: _checksum(file) for file in files}
-        own = {file.name: _checksum(file) for file in files[self.rank :: self.world_size]}
+            return {file.name: checksum(file) for file in files}
+        own = {file.name: checksum(file) for file in files[self.rank :: self.world_size]}
         parts: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(own, parts, group=self._group)
         return {name: digest for part in parts or [] for name, digest in part.items()}
 
     def _prune(self, step: int) -> None:
-        old = [path for path in list_checkpoints(self.folder) if _step_of(path) <= step][: -self.keep]
-        for path in old:
+        if self.keep is None:
+            return
+        for path in [path for path in list_checkpoints(self.folder) if _step_of(path) <= step][: -self.keep]:
             if not self.keep_every_steps or _step_of(path) % self.keep_every_steps:
-                shutil.rmtree(path)
+                # What cannot be removed is no reason to end a run.
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
     def _space(self, state: State) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -191,7 +194,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[s
             passed_over.append(str(error))
     if passed_over:
         raise ValueError(
-            f"{'; '.join(passed_over)}: no checkpoint of {folder} is whole. Remove the folder to begin again"
+            f"{'; '.join(passed_over)}: no checkpoint of {folder} is whole. If it is not the disk, which may "
+            "answer later, remove the folder to begin again"
         )
     return None, {}, []
 
@@ -207,11 +211,13 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         digest = about.pop("sha256", None)
         if digest != _digest_of(about) or about["step"] != _step_of(checkpoint):
             raise ValueError("state.json does not match its checksum")
+        if about["files"].keys() != {file.name for file in checkpoint.glob("*.safetensors")}:
+            raise ValueError("files are missing or were added")
         for name, expected in about["files"].items():
-            if _checksum(checkpoint / name) != expected:
+            if checksum(checkpoint / name) != expected:
                 raise ValueError(f"{name} does not match its checksum")
     except OSError as error:
-        raise _damaged(checkpoint, f"{Path(error.filename).name}: {error.strerror}") from None
+        raise _damaged(checkpoint, f"{Path(error.filename or checkpoint).name}: {error.strerror or error}") from None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise _damaged(checkpoint, error) from None
     return about
@@ -292,7 +298,8 @@ def different_settings(saved: dict[str, Any], current: dict[str, Any], prefix: s
     return lines
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """The folder of a checkpoint."""
     return f"step_{step:08d}"
 
 
@@ -309,7 +316,8 @@ def _cause(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """SHA-256 of its content."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -318,7 +326,8 @@ def _digest_of(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,7 @@ same command continues; 1 anything else; 130 Ctrl-C where there was nothing to s
 from __future__ import annotations
 
 import argparse
+import errno
 import multiprocessing
 import os
 import sys
@@ -59,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.overrides += further
     try:
         with obey_signals():
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+            _part()
+            return code
     except (ValueError, OSError) as error:
         if os.environ.get("SIMMIM_DEBUG"):
             raise
@@ -84,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
             child.kill()
 
 
+def _part() -> None:
+    """Leave the other processes of a distributed run in good order."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _fail(text: str, code: int) -> int:
     rank = f" (process {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"error{rank}: {text}", file=sys.stderr)
@@ -102,11 +112,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from simmim.stages import run, run_stage, stage_of_kind
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    how = {"precision": arguments.precision, "allow_changes": arguments.allow_changes}
     stage = arguments.stage or (arguments.kinds and stage_of_kind(recipe, arguments.kinds))
     if stage:
-        run_stage(recipe, stage, arguments.out, precision=arguments.precision)
+        run_stage(recipe, stage, arguments.out, **how)
     else:
-        run(recipe, arguments.out, precision=arguments.precision)
+        run(recipe, arguments.out, **how)
     return 0
 
 
@@ -252,6 +263,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_stage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", help="which stage (default: the first of its kind; run: all of them)")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="continue a run although its settings have changed since"
+    )
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -295,6 +309,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" for {error.filename}" if error.filename else ""
+        return f"the disk is full{where} ({error.strerror}): make room, and the same command continues"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -71,8 +71,8 @@ def fit(
     objective = accelerator.unwrap_model(model)
     judged = objective if average is None else average.module
     batches = iter(micro_batches)
-    stability = Stability()
     log.start(start_step, total_steps)
+    stability = Stability(log.history())
     model.train()
     for step in range(start_step + 1, total_steps + 1):
         lr = lr_at(step - 1)
@@ -102,14 +102,18 @@ def fit(
         loss_value = loss_total / num_images
         if not math.isfinite(loss_value) or not math.isfinite(grad_norm_value):
             log.end()
+            text = f"step {step}: loss {loss_value}, gradient norm {grad_norm_value}; the step was not taken"
             numbers = {"loss": loss_value, "grad_norm": grad_norm_value, "seed": seed}
             state = training_state(objective, optimizer, average and average.module)
-            report = write_black_box(log.folder, step, state, taken, accelerator, **numbers)
-            text = f"loss {loss_value}, gradient norm {grad_norm_value}; the step was not taken"
-            log.event(step, "not finite", text)
+            try:
+                log.event(step, "not finite", text)
+                report = write_black_box(log.folder, step, state, taken, accelerator, **numbers)
+                more = f"`simmim replay {report}` does it again and names the images and modules"
+            except OSError as error:
+                more = f"its black box is missing: {error}"
             raise NonFiniteLoss(
-                f"step {step}: {text}. `simmim replay {report}` does it again and names the images and modules. "
-                "Checkpoints of earlier steps are intact; a lower base_lr or a longer warm-up often helps"
+                f"{text}. {more}. Checkpoints of earlier steps are intact; a lower base_lr often helps, "
+                "from there on with --allow-changes"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -109,7 +109,7 @@ class RunLog:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; none on other processes than the main one."""
-        return read_lines(self.metrics_file) if self.is_main else []
+        return read_lines(self.metrics_file) if self.is_main and self.metrics_file.exists() else []
 
     def event(self, step: int, kind: str, text: str) -> None:
         """What happened, to ``events.jsonl``; a warning also to the console."""
@@ -169,7 +169,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
     return rows
 
 
@@ -220,6 +221,7 @@ def write_environment(folder: Path, **facts: Any) -> None:
     """``environment.json``: what the run ran on."""
     environment = {
         "command": sys.argv,
+        "folder": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),

@@ -14,8 +14,15 @@ ASKS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_SETS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
-class Stopped(RuntimeError):
-    """Asked to stop, and everything until then is saved: the same command continues."""
+PARENT = os.getppid()
+"""At the start: a launcher that is gone later was still there."""
+
+
+class Stopped(BaseException):
+    """Asked to stop, and everything until then is saved: the same command continues.
+
+    No Exception, as KeyboardInterrupt is none: it must not be taken for the fault of what it interrupts.
+    """
 
 
 class StopRequest:
@@ -28,7 +35,7 @@ class StopRequest:
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         # A launcher for one process does not pass signals on; it dies and leaves its child behind.
-        self._parent = os.getppid() if any(name in os.environ for name in LAUNCHER_SETS) else None
+        self._parent = PARENT if any(name in os.environ for name in LAUNCHER_SETS) else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -76,4 +83,4 @@ def ignore_signals() -> None:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    raise Stopped(f"stopped by {signal.Signals(number).name}; what was trained is saved")
+    raise Stopped(f"stopped by {signal.Signals(number).name}; the same command continues what can be continued")

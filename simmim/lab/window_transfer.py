@@ -141,7 +141,7 @@ def _train(plan: Plan, objective: Classify, factor: float, seed: int, folder: Pa
     steps, lr = (plan.steps, plan.lr) if is_first else (plan.finetune_steps, plan.finetune_lr)
     training, _ = _sources(plan)
     settings = {**asdict(plan), "seeds": None, "factor": factor, "num_images": len(training)}
-    checkpoint, start, _ = starting_point(folder, settings)
+    checkpoint, start, *_ = starting_point(folder, settings)
     log = RunLog(folder, is_main=True, pictures="predictions")
     optimizer = make_optimizer(
         objective, objective.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8

@@ -12,7 +12,9 @@ from simmim.stages.pretraining import pretrain
 __all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
 
 
-def run_stage(recipe: Recipe, name: str, out: Path, *, precision: str | None = None) -> Path:
+def run_stage(
+    recipe: Recipe, name: str, out: Path, *, precision: str | None = None, allow_changes: bool = False
+) -> Path:
     """Run one stage of a recipe, or continue it; nothing is done again.
 
     Returns:
@@ -24,14 +26,14 @@ def run_stage(recipe: Recipe, name: str, out: Path, *, precision: str | None = N
     if name not in recipe.stages:
         raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
     if isinstance(recipe.stages[name], Pretrain):
-        return pretrain(recipe, out, name=name, precision=precision)
-    return finetune(recipe, out, name=name, precision=precision)
+        return pretrain(recipe, out, name=name, precision=precision, allow_changes=allow_changes)
+    return finetune(recipe, out, name=name, precision=precision, allow_changes=allow_changes)
 
 
-def run(recipe: Recipe, out: Path, *, precision: str | None = None) -> Path:
+def run(recipe: Recipe, out: Path, *, precision: str | None = None, allow_changes: bool = False) -> Path:
     """Run all stages in their order, from where they stand; the export of the last."""
     for name in recipe.stages:
-        last = run_stage(recipe, name, out, precision=precision)
+        last = run_stage(recipe, name, out, precision=precision, allow_changes=allow_changes)
     return last
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, br
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from simmim.checkpoint import different_settings, newest_checkpoint, sweep
+from simmim.checkpoint import checksum, different_settings, flush, newest_checkpoint, sweep
 from simmim.data import CenterCrop, Decoder, Shapes, Source, evaluation_batches, training_images
 from simmim.data.loader import Batches
 from simmim.optim import LearningRate, make_lr
@@ -40,6 +41,7 @@ FIXED = (
     "extra_norm_interval",
 )
 
+CHECKSUMS = "checksums.json"
 KINDS_OF_DISTRIBUTION = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 PASSING_DATA = {"path", "num_workers", "max_broken_share", "read_timeout_s"}
 
@@ -262,14 +264,17 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
 
 
 class Position(NamedTuple):
-    """Where a stage stands: after ``step``, as saved in ``checkpoint``; why newer ones were passed over."""
+    """Where a stage stands: after ``step``, as saved in ``checkpoint``; why newer ones were passed over, and
+    what is not as it was then.
+    """
 
     checkpoint: Path | None
     step: int
     passed_over: list[str]
+    changed: str
 
 
-def starting_point(folder: Path, settings: dict[str, Any]) -> Position:
+def starting_point(folder: Path, settings: dict[str, Any], allow_changes: bool = False) -> Position:
     """Own checkpoint or the start: the newest checkpoint of the folder that verifies, or None and step 0.
 
     Raises:
@@ -277,17 +282,19 @@ def starting_point(folder: Path, settings: dict[str, Any]) -> Position:
     """
     checkpoint, state, passed_over = newest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        return Position(None, 0, [])
-    changed = different_settings(state["settings"], settings)
-    if changed:
+        return Position(None, 0, [], "")
+    changed = "; ".join(different_settings(state["settings"], settings))
+    if changed and not allow_changes:
         raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-            "give another name=..., another --out, or remove the folder"
+            f"{folder} holds a run with other settings ({changed}): give another name=..., another --out, "
+            "or remove the folder; --allow-changes continues it all the same"
         )
-    return Position(checkpoint, state["step"], passed_over)
+    return Position(checkpoint, state["step"], passed_over, changed)
 
 
-def common_starting_point(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> Position:
+def common_starting_point(
+    folder: Path, settings: dict[str, Any], accelerator: Accelerator, allow_changes: bool
+) -> Position:
     """:func:`starting_point` as the first process finds it, for all processes.
 
     Raises:
@@ -297,8 +304,8 @@ def common_starting_point(folder: Path, settings: dict[str, Any], accelerator: A
     if accelerator.is_main_process:
         sweep(folder / "checkpoints")
         try:
-            found[0] = starting_point(folder, settings)
-        except ValueError as error:
+            found[0] = starting_point(folder, settings, allow_changes)
+        except (ValueError, OSError) as error:
             found[1] = str(error)
     position, problem = broadcast_object_list(found)
     if problem is not None:
@@ -307,9 +314,15 @@ def common_starting_point(folder: Path, settings: dict[str, Any], accelerator: A
 
 
 def is_done(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the export of a stage was made with these settings."""
+    """Whether the export of a stage was made with these settings, and is as it was written."""
     export = folder / "export"
-    return export.exists() and load_description(export).get("trained", {}).get("settings") == settings
+    try:
+        expected = json.loads((export / CHECKSUMS).read_text(encoding="utf-8"))
+        if any(checksum(export / name) != digest for name, digest in expected.items()):
+            return False
+        return load_description(export).get("trained", {}).get("settings") == settings
+    except (OSError, ValueError):  # it will be made again from the last checkpoint
+        return False
 
 
 def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, pictures: str, num_images: int) -> RunLog:
@@ -367,6 +380,10 @@ def part_of(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def publish(unfinished: Path, folder: Path) -> None:
-    """Give a finished export its name."""
+    """Give a finished export its name, and its files checksums."""
+    digests = {file.name: checksum(file) for file in sorted(unfinished.iterdir())}
+    (unfinished / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    for path in (*unfinished.iterdir(), unfinished):
+        flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)

@@ -6,71 +6,41 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
-from simmim.classifier import load_classifier, save_classifier, take_over, take_over_rows
+from simmim.classifier import load_classifier, take_over, take_over_rows
 from simmim.counter_rng import derive_seed
 from simmim.data import Decoder, Labelled, RandAugmentedCrop, RandomCrop, Shapes, few_labels, labelled_sources
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
-from simmim.runlog import locked, write_whole
+from simmim.runlog import write_whole
 from simmim.schema import Finetune, Recipe
-from simmim.stages.assembly import (
-    Start,
-    decisive_settings,
-    export,
-    fingerprint,
-    is_done,
-    make_accelerator,
-    make_start,
-    part_of,
-    publish,
-    reserved_images,
-)
-from simmim.stages.training import Job, describe, train
+from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_start, reserved_images
+from simmim.stages.training import Job, Trained, carry_out
 from swin.config import Pair
 
 
-def finetune(recipe: Recipe, out: Path, *, name: str, precision: str | None = None) -> Path:
-    """Run a stage with labels, from where it stands.
+def finetune(
+    recipe: Recipe, out: Path, *, name: str, precision: str | None = None, allow_changes: bool = False
+) -> Path:
+    """Run a stage with labels, from where it stands; see :func:`simmim.stages.training.carry_out`."""
+    return carry_out(recipe, out, name, make_job, judge, precision=precision, allow_changes=allow_changes)
 
-    Args:
-        out: the stage writes into ``out / recipe.name / name``.
-        precision: ``bf16``, ``fp32``, or None for what the launcher says.
 
-    Returns:
-        The folder of the exported encoder and classifier.
+def judge(trained: Trained, accelerator: Accelerator) -> None:
+    """Held-out accuracy, on the screen and in ``summary.json``.
 
     Raises:
-        ValueError: settings, data, start or launch that cannot work, or a folder with other settings.
+        ValueError: no held-out image could be read.
     """
-    stage, folder = recipe.stages[name], out / recipe.name / name
-    accelerator = make_accelerator(precision, stage.log.trackers, folder)
-    job = make_job(recipe, out, name, accelerator.mixed_precision)
-    with locked(folder, is_main=accelerator.is_main_process):
-        if is_done(folder, job.settings):
-            accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
-            return folder / "export"
-        trained = train(job, recipe, name, folder, accelerator)
-        with accelerator.autocast():
-            measured = evaluate(trained.objective, trained.views, accelerator, trained.preview)
-        numbers = {f"holdout_{key}": value for key, value in measured.items()}
-        if not numbers:
-            raise ValueError(f"none of the held-out images could be read: checkpoints are in {folder}")
-        if accelerator.is_main_process:
-            log = trained.log
-            log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
-            write_whole(folder / "summary.json", json.dumps(numbers, indent=2) + "\n")
-            about = describe(recipe, name, job)
-            assert isinstance(job.objective, Classify)
-            encoder, classes = job.objective.encoder, job.objective.classes
-            unfinished = export(encoder, trained.weights, folder / "export", recipe, about, classes=classes)
-            save_classifier(unfinished, part_of(trained.weights, "head"))
-            publish(unfinished, folder / "export")
-            log.say(f"pictures  {log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder, simmim evaluate)")
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.wait_for_everyone()
-    return folder / "export"
+    log = trained.log
+    measured = evaluate(trained.objective, trained.views, accelerator, trained.preview)
+    numbers = {f"holdout_{key}": value for key, value in measured.items()}
+    if not numbers:
+        raise ValueError(f"none of the held-out images could be read: checkpoints are in {log.folder}")
+    log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
+    if log.is_main:
+        write_whole(log.folder / "summary.json", json.dumps(numbers, indent=2) + "\n")
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:

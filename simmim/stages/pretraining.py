@@ -14,54 +14,23 @@ from simmim.engine import evaluate, in_step, mean_over_images, to_device
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
-from simmim.runlog import locked, write_whole
+from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.assembly import (
-    decisive_settings,
-    export,
-    is_done,
-    make_accelerator,
-    make_sources,
-    make_start,
-    publish,
-    reserved_images,
-)
-from simmim.stages.training import Job, Trained, describe, train
+from simmim.stages.assembly import decisive_settings, make_sources, make_start, reserved_images
+from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder
 
 
-def pretrain(recipe: Recipe, out: Path, *, name: str = "pretrain", precision: str | None = None) -> Path:
-    """Run a pretraining stage of a recipe, from where it stands.
-
-    Args:
-        out: the stage writes into ``out / recipe.name / name``.
-        precision: ``bf16``, ``fp32``, or None for what the launcher says.
-
-    Returns:
-        The folder of the exported encoder.
-
-    Raises:
-        ValueError: settings, data or launch that cannot work, or a folder with other settings.
-    """
-    stage, folder = recipe.stages[name], out / recipe.name / name
-    accelerator = make_accelerator(precision, stage.log.trackers, folder)
-    job = make_job(recipe, out, name, accelerator.mixed_precision)
-    with locked(folder, is_main=accelerator.is_main_process):
-        if is_done(folder, job.settings):
-            accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
-            return folder / "export"
-        trained = train(job, recipe, name, folder, accelerator)
-        with accelerator.autocast():
-            sum_up(trained, accelerator)
-        if accelerator.is_main_process:
-            about = describe(recipe, name, job)
-            unfinished = export(job.objective.encoder, trained.weights, folder / "export", recipe, about)
-            publish(unfinished, folder / "export")
-            trained.log.say(f"pictures  {trained.log.pictures}\nencoder   {folder / 'export'}  (swin.load_encoder)")
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.wait_for_everyone()
-    return folder / "export"
+def pretrain(
+    recipe: Recipe,
+    out: Path,
+    *,
+    name: str = "pretrain",
+    precision: str | None = None,
+    allow_changes: bool = False,
+) -> Path:
+    """Run a pretraining stage of a recipe, from where it stands; see :func:`simmim.stages.training.carry_out`."""
+    return carry_out(recipe, out, name, make_job, sum_up, precision=precision, allow_changes=allow_changes)
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:

@@ -46,6 +46,7 @@ def replay(report: Path) -> Replay:
     Raises:
         ValueError: there is none, or what it needs is missing or damaged.
     """
+    report = report.resolve()
     if report.is_dir():
         found = sorted((report / FOLDER).glob("step_*.json"))
         if not found:
@@ -53,9 +54,10 @@ def replay(report: Path) -> Replay:
         report = found[-1]
     try:
         about = json.loads(report.read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{report} is no report of a step ({error})") from None
-    stage_folder, weights = report.parents[1], report.parent / about["weights"]
+        stage_folder, weights = report.parents[1], report.parent / about["weights"]
+        about["processes"][0][0]["index"], about["step"], about["seed"]
+    except (ValueError, FileNotFoundError, LookupError, TypeError) as error:
+        raise ValueError(f"{report} is no report of a step ({error!r})") from None
     verify(weights)
     accelerator = make_accelerator(about["precision"])
     recipe = load_recipe(str(stage_folder / "recipe.yaml"))
@@ -72,21 +74,19 @@ def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accel
     objective, processes = job.objective, about["processes"]
     accumulation, losses = len(processes[0]), []
     modules: list[str] = []
-    images: list[str] = []
+    batches: list[Batch] = []
     for rank, micro_batches in enumerate(processes):
         set_seed(derive_seed("step", about["seed"], about["step"], rank) % 2**32)
         for keys in micro_batches:
             batch = samples.__getitems__(list(zip(keys["epoch"], keys["index"], strict=True)))
+            batches.append(batch)
             with accelerator.autocast(), _watch(objective, modules):
                 loss = objective(to_device(batch, accelerator.device))
             accelerator.backward(loss / (accumulation * len(processes)))
             losses.append(loss.item())
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values()).item()
-    for micro_batches in processes:
-        for keys in micro_batches:
-            batch = samples.__getitems__(list(zip(keys["epoch"], keys["index"], strict=True)))
-            images += _images_alone(batch, job, accelerator)
+    images = [name for batch in batches for name in _images_alone(batch, job, accelerator)]
     loss_value = sum(losses) / len(losses)
     bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
     reproduced = _same(loss_value, about["loss"]) and _same(norm, about["grad_norm"])

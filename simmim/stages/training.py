@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,20 +15,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from simmim.checkpoint import Checkpoints, load_checkpoint
+from simmim.classifier import save_classifier
 from simmim.data import CenterCrop, RandomCrop, Source, training_batches
 from simmim.data.loader import Batch, Batches
 from simmim.engine import fit
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
-from simmim.runlog import RunLog
+from simmim.runlog import RunLog, locked
 from simmim.schema import Recipe
 from simmim.stages.assembly import (
     common_starting_point,
     derive_accumulation,
+    export,
+    is_done,
+    make_accelerator,
     make_views,
     num_workers_of,
     open_folder,
+    part_of,
+    publish,
     schedule_of,
 )
 from simmim.stopping import StopRequest
@@ -72,13 +79,72 @@ def num_steps(recipe: Recipe, name: str, num_images: int) -> int:
     return max(1, round(stage.schedule.epochs * num_images / stage.batch_size))
 
 
-def describe(recipe: Recipe, name: str, job: Job) -> dict[str, Any]:
-    """How the weights of an export were trained."""
+MakeJob = Callable[[Recipe, Path, str, str], Job]
+Judge = Callable[[Trained, Accelerator], None]
+
+
+def carry_out(
+    recipe: Recipe,
+    out: Path,
+    name: str,
+    make_job: MakeJob,
+    judge: Judge,
+    *,
+    precision: str | None = None,
+    allow_changes: bool = False,
+) -> Path:
+    """A stage from where it stands to its export, alone in its folder.
+
+    Args:
+        out: the stage writes into ``out / recipe.name / name``.
+        judge: what is said of the trained objective, on the screen and in ``summary.json``.
+        precision: ``bf16``, ``fp32``, or None for what the launcher says.
+        allow_changes: continue although settings are not those of the checkpoint.
+
+    Returns:
+        The folder of the export.
+
+    Raises:
+        ValueError: settings, data, start or launch that cannot work, a folder with other settings or
+            in use by another run.
+        Stopped, NonFiniteLoss, OSError: as of :func:`simmim.engine.fit`.
+    """
+    stage, folder = recipe.stages[name], out / recipe.name / name
+    accelerator = make_accelerator(precision, stage.log.trackers, folder)
+    job = make_job(recipe, out, name, accelerator.mixed_precision)
+    with locked(folder, is_main=accelerator.is_main_process):
+        if is_done(folder, job.settings):
+            accelerator.print(f"{recipe.name}/{name}: done before, {folder / 'export'}")
+            return folder / "export"
+        try:
+            trained = train(job, recipe, name, folder, accelerator, allow_changes)
+            with accelerator.autocast():
+                judge(trained, accelerator)
+            if accelerator.is_main_process:
+                publish(write_export(job, recipe, name, folder, trained.weights), folder / "export")
+                trained.log.say(f"pictures  {trained.log.pictures}\nexport    {folder / 'export'}  (swin.load_encoder)")
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        accelerator.wait_for_everyone()
+    return folder / "export"
+
+
+def write_export(job: Job, recipe: Recipe, name: str, folder: Path, weights: dict[str, Tensor]) -> Path:
+    """The encoder, and a classifier where there is one, with how they were trained; not yet under its name."""
     steps = num_steps(recipe, name, len(job.training))
-    return {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": job.settings}
+    about = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": job.settings}
+    objective = job.objective
+    if not isinstance(objective, Classify):
+        return export(objective.encoder, weights, folder / "export", recipe, about)
+    unfinished = export(objective.encoder, weights, folder / "export", recipe, about, classes=objective.classes)
+    save_classifier(unfinished, part_of(weights, "head"))
+    return unfinished
 
 
-def train(job: Job, recipe: Recipe, name: str, folder: Path, accelerator: Accelerator) -> Trained:
+def train(
+    job: Job, recipe: Recipe, name: str, folder: Path, accelerator: Accelerator, allow_changes: bool = False
+) -> Trained:
     """Train a stage from where it stands.
 
     Raises:
@@ -97,7 +163,9 @@ def train(job: Job, recipe: Recipe, name: str, folder: Path, accelerator: Accele
         depths=objective.depth_of_parameters() if isinstance(objective, Classify) else None,
         **stage.optimizer.model_dump(include={"weight_decay", "betas", "eps"}),
     )
-    checkpoint, start_step, passed_over = common_starting_point(folder, job.settings, accelerator)
+    checkpoint, start_step, passed_over, changed = common_starting_point(
+        folder, job.settings, accelerator, allow_changes
+    )
     log = open_folder(folder, recipe, accelerator, job.pictures, len(job.training))
     log.say(
         f"{recipe.name}/{name}: {recipe.encoder.name}, {sum(p.numel() for p in objective.parameters()):,} "
@@ -110,6 +178,9 @@ def train(job: Job, recipe: Recipe, name: str, folder: Path, accelerator: Accele
         log.event(start_step, "passed over", problem)
         log.say(f"warning: {problem}: passed over")
     log.say(f"continues at step {start_step} from {checkpoint}" if checkpoint else f"starts from {job.start}")
+    if changed:
+        log.event(start_step, "settings changed", changed)
+        log.say(f"warning: settings changed since then: {changed}")
     if checkpoint:
         log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
     objective.to(accelerator.device)

@@ -155,6 +155,25 @@ def test_a_gradient_that_collapses_while_the_loss_jumps_is_said():
     assert found[0][1].startswith("the gradient norm collapsed from 1.3 to 0.004, the loss is 0.6500 after 0.4200")
 
 
+def test_a_spike_that_becomes_a_collapse_is_said_twice():
+    found = said([*noisy(0.4, 1.0, 20), (0.7, 0.2), *[(0.7, 0.001)] * 5])
+    assert [(step, text.split(" to ")[0]) for step, text in found] == [
+        (21, "the loss spiked"),
+        (22, "the gradient norm collapsed from 1.3"),
+    ]
+
+
+def test_what_lasts_becomes_usual():
+    found = said([*noisy(0.4, 1.0, 20), *noisy(0.6, 1.0, 200), (1.5, 1.0)])
+    assert [step for step, _ in found] == [21, 221]
+
+
+def test_what_was_usual_before_an_interruption_is_remembered():
+    rows = [{"step": step, "loss": 0.4, "grad_norm": 1.0} for step in range(20)] + [{"step": 20, "holdout_loss": 9.0}]
+    assert Stability(rows).warning(0.9, 1.0) is not None
+    assert Stability().warning(0.9, 1.0) is None
+
+
 def test_what_is_usual_is_not_said():
     falling = [(1 / (1 + 0.05 * step), 2 / (1 + step)) for step in range(300)]
     assert said(falling) == []  # norms fall below 0.01, with the loss

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from simmim import engine
+from simmim.blackbox import MicroBatch, write_black_box
 from simmim.cli import main
 from simmim.recipe import load_recipe
 from simmim.stages import finetuning, replay, training
@@ -39,7 +40,7 @@ def command(photos: Path, out: Path) -> list[str]:
     return ["pretrain", "demo", "name=tiny", *TINY, *BLACK, f"data.path={photos}", "--out", str(out)]
 
 
-def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(folder, tmp_path, capsys):
+def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(folder, tmp_path, monkeypatch, capsys):
     assert main([*command(folder, tmp_path), "stages.pretrain.log.checkpoint_every_steps=1"]) == 1
     error = capsys.readouterr().err
     stage = tmp_path / "tiny/pretrain"
@@ -47,7 +48,11 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
     about = json.loads(report.read_text())
     step = about["step"]
     assert error.startswith(f"error: step {step}: loss nan, gradient norm nan; the step was not taken. `simmim replay")
-    assert str(report) in error and report.name == f"step_{step:08d}.json"
+    assert (
+        "from there on with --allow-changes" in error
+        and str(report) in error
+        and report.name == f"step_{step:08d}.json"
+    )
     assert [len(micro["index"]) for micro in about["processes"][0]] == [4, 4]
 
     # The weights beside it are those of the step before, bit for bit.
@@ -59,7 +64,9 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
     events = [json.loads(line) for line in (stage / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["event"]) for event in events] == [(step, "not finite")]
 
-    for given in (stage, report):
+    elsewhere = [(stage.parent, stage.name), (stage, "."), (report.parent, report.name)]
+    for where, given in [(tmp_path, stage), (tmp_path, report), *elsewhere]:
+        monkeypatch.chdir(where)
         assert main(["replay", str(given)]) == 0
         printed = capsys.readouterr().out
         assert "reproduced\n" in printed and "not reproduced" not in printed
@@ -138,12 +145,37 @@ def test_fine_tuning_is_done_again_with_its_mixup(tmp_path, monkeypatch, capsys)
     assert not again.is_reproduced and "not reproduced" in again.text  # the gradient was poisoned by hand
 
 
+def test_each_box_has_the_weights_of_its_own(tmp_path):
+    accelerator = engine.Accelerator(cpu=True)
+    number = torch.zeros(2, dtype=torch.int64)
+    taken = [MicroBatch(number, number, torch.tensor(float("nan")))]
+    for step in (5, 2):
+        state = {"model/weight": torch.full((3,), float(step))}
+        write_black_box(tmp_path, step, state, taken, accelerator, seed=0)
+    for step in (5, 2):
+        about = json.loads((tmp_path / f"blackbox/step_{step:08d}.json").read_text())
+        weights = saved_state(tmp_path / "blackbox" / about["weights"])
+        assert weights["model/weight"].tolist() == [float(step)] * 3
+
+
+def test_a_full_disk_does_not_hide_what_was_wrong(folder, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "write_black_box", full)
+    assert main(command(folder, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "the step was not taken. its black box is missing: [Errno 28] No space left on device." in error
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: path.mkdir(), "has no blackbox/step_"),
         (lambda path: None, "is no report of a step"),
         (lambda path: path.write_text("{"), "is no report of a step"),
+        (lambda path: path.write_text("{}"), "is no report of a step"),
+        (lambda path: path.write_text("[]"), "is no report of a step"),
     ],
 )
 def test_what_is_no_black_box_is_said(make, message, tmp_path, capsys):

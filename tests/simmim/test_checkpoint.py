@@ -19,6 +19,7 @@ from simmim.checkpoint import (
     Checkpoints,
     list_checkpoints,
     load_checkpoint,
+    load_weights,
     newest_checkpoint,
     sweep,
     training_state,
@@ -122,6 +123,52 @@ def test_a_damaged_file_is_noticed(pattern, damage, tmp_path):
         newest_checkpoint(tmp_path)
 
 
+def test_a_file_too_many_is_noticed(tmp_path):
+    write(tmp_path, 1, 2)
+    shutil.copy(next((tmp_path / "step_00000001").glob("*.safetensors")), tmp_path / "step_00000002/more.safetensors")
+    checkpoint, _, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint.name == "step_00000001" and "files are missing or were added" in passed_over[0]
+
+
+@pytest.mark.parametrize("name", ["state.json", "*.safetensors"])
+def test_a_disk_that_fails_to_read_is_passed_over(name, tmp_path):
+    write(tmp_path, 1, 2)
+    (file,) = (tmp_path / "step_00000002").glob(name)
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # gives an I/O error
+    checkpoint, _, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint.name == "step_00000001" and "step_00000002: Input/output error" in passed_over[0]
+
+
+def test_whatever_goes_wrong_while_writing_reaches_the_loop(tmp_path, monkeypatch):
+    def fail(path):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr("simmim.checkpoint.checksum", fail)
+    with pytest.raises(MemoryError, match="none left"):
+        write(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_removed_does_not_end_a_run(tmp_path):
+    """An old checkpoint that was moved elsewhere, with a link in its place."""
+    write(tmp_path / "here", 1)
+    (tmp_path / "here/step_00000001").rename(tmp_path / "archived")
+    (tmp_path / "here/step_00000001").symlink_to(tmp_path / "archived")
+    write(tmp_path / "here", 2, keep=1)
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["step_00000002"]
+    assert (tmp_path / "archived/state.json").exists()
+
+
+def test_weights_alone_have_to_be_complete(tmp_path):
+    write(tmp_path, 1)
+    model, _ = trained(0)
+    load_weights(tmp_path / "step_00000001", model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained(1)[0].parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"1 tensors are missing, for instance model/2\.weight"):
+        load_weights(tmp_path / "step_00000001", nn.Sequential(*model, nn.Linear(40, 2, bias=False)))
+
+
 def test_every_byte_of_the_state_counts(tmp_path):
     write(tmp_path, 1)
     file = tmp_path / "step_00000001/state.json"
@@ -200,7 +247,7 @@ def test_a_disk_that_takes_no_more_keeps_the_last_good_one(tmp_path, request):
     checkpoints = Checkpoints(tmp_path, {}, keep=1)
     checkpoints.save(2, training_state(*trained(2)))
     text = r"checkpoint of step 2 could not be written \(File too large\): it takes about 0 MB, .* MB are free"
-    with pytest.raises(OSError, match=text + r".*; the last good one is step_00000001\. Make room"):
+    with pytest.raises(OSError, match=text + r".*; the last good one is step_00000001\. When the disk is"):
         checkpoints.wait()
     checkpoints.wait()  # said once
     assert sorted(tmp_path.iterdir()) == before
@@ -224,3 +271,30 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
     assert comparable_metrics(straight) == comparable_metrics(folder)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["event"]) for event in events] == [(9, "passed over"), (9, "resumed")]
+
+
+def test_a_damaged_export_is_made_again(tmp_path):
+    export = stages.pretrain(tiny_recipe(), tmp_path)
+    expected = {file.name: file.read_bytes() for file in export.iterdir()}
+    assert set(expected) == {"encoder.json", "encoder.safetensors", "checksums.json"}
+    for name, damage in (("encoder.safetensors", truncate), ("encoder.json", empty), ("checksums.json", remove)):
+        damage(export / name)
+        assert stages.pretrain(tiny_recipe(), tmp_path) == export
+        assert {file.name: file.read_bytes() for file in export.iterdir()} == expected
+
+
+def test_changed_settings_are_taken_when_that_is_wanted(tmp_path, capsys):
+    stages.pretrain(tiny_recipe(), tmp_path)
+    slower = tiny_recipe("stages.pretrain.schedule.base_lr=0.01", "stages.pretrain.schedule.epochs=3")
+    with pytest.raises(ValueError, match=r"base_lr: 0\.05 -> 0\.01.*--allow-changes continues it all the same"):
+        stages.pretrain(slower, tmp_path)
+    stages.pretrain(slower, tmp_path, allow_changes=True)
+    printed = capsys.readouterr().out
+    assert "warning: settings changed since then: stage.schedule.base_lr: 0.05 -> 0.01" in printed
+    folder = tmp_path / "tiny/pretrain"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["event"]) for event in events] == [(10, "settings changed"), (10, "resumed")]
+    rows = [row for row in comparable_metrics(folder) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 16)) and rows[-1]["lr"] < 0.0002
+    stages.pretrain(slower, tmp_path)
+    assert "done before" in capsys.readouterr().out

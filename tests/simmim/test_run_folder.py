@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -65,7 +66,7 @@ def test_lines_that_were_cut_off_are_passed_over(tmp_path):
         file.write('{"step": 4, "ev')
     log.event(5, "resumed", "b")
     with log.events_file.open("ab") as file:
-        file.write(b"\0\0\xff\n")
+        file.write(b"\0\0\xff\n5\n")
     log.event(6, "warning", "c")
     assert [row["step"] for row in read_lines(log.events_file)] == [3, 5, 6]
     log.start(4, 10)  # warnings come again, what happened does not
@@ -183,3 +184,13 @@ def test_processes_that_outlive_a_run_do_not_keep_its_lock(tmp_path):
     with locked(tmp_path, is_main=True):
         os.kill(loader, 0)  # it is still there
     os.kill(loader, signal.SIGKILL)
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("simmim.stages.assembly.write_environment", full)
+    assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 2
+    said = "error: the disk is full (No space left on device): make room, and the same command continues"
+    assert said in capsys.readouterr().err

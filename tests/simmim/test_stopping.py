@@ -15,6 +15,7 @@ import torch
 
 from simmim import stages, stopping
 from simmim.cli import main
+from simmim.data import Shapes
 from simmim.optim import make_lr
 from simmim.stages import assembly
 from simmim.stopping import Stopped, StopRequest, ignore_signals, obey_signals
@@ -80,7 +81,21 @@ def test_a_signal_in_the_last_step_leaves_evaluation_and_export_to_the_next_star
 def test_outside_of_the_loop_there_is_nothing_to_save(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simmim.stages.pretraining.sum_up", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
-    assert "stopped by SIGTERM; what was trained is saved" in capsys.readouterr().err
+    assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
+
+
+def test_a_signal_while_an_image_is_decoded_is_not_its_fault(tmp_path, monkeypatch):
+    """Held-out images, which have a start, are decoded in the training process; faults are named after images."""
+    original = Shapes.decode
+
+    def decode(self, content):
+        if self.start and (tmp_path / "tiny/pretrain/checkpoints/step_00000010").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, content)
+
+    monkeypatch.setattr(Shapes, "decode", decode)
+    assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
+    assert not (tmp_path / "tiny/pretrain/bad_images.csv").exists()
 
 
 def test_a_signal_that_the_loop_has_not_seen_is_not_lost():
@@ -113,6 +128,8 @@ def test_the_end_of_a_launcher_is_noticed(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stop = StopRequest()
     assert stop.reason() is None
+    monkeypatch.setattr(stopping, "PARENT", -1)  # it has ended before the loop began
+    assert StopRequest().reason() == "the end of its launcher"
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop.reason() == "the end of its launcher"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")

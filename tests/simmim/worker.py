@@ -122,7 +122,4 @@ if __name__ == "__main__":
     if "kill" in options:
         act_in_step(int(options["kill"]), kill)
     note_what_is_held()
-    code = cli.main(command)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's threads may abort the interpreter on its way out
+    sys.exit(cli.main(command))
