@@ -26,7 +26,7 @@ from simmim.engine import evaluate, fit
 from simmim.objectives.classify import Classify
 from simmim.optim import make_lr, make_optimizer
 from simmim.runlog import RunLog
-from simmim.stages.assembly import starting_point
+from simmim.stages.folder import starting_point
 from simmim.stopping import StopRequest
 from swin import SwinEncoder, make_config, transfer
 

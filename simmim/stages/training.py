@@ -24,19 +24,8 @@ from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
 from simmim.runlog import RunLog, locked
 from simmim.schema import Recipe
-from simmim.stages.assembly import (
-    common_starting_point,
-    derive_accumulation,
-    export,
-    is_done,
-    make_accelerator,
-    make_views,
-    num_workers_of,
-    open_folder,
-    part_of,
-    publish,
-    schedule_of,
-)
+from simmim.stages.assembly import derive_accumulation, make_accelerator, make_views, num_workers_of, schedule_of
+from simmim.stages.folder import common_starting_point, export, is_done, open_folder, part_of, publish
 from simmim.stopping import StopRequest
 from swin.blocks import SwinBlock
 

@@ -133,8 +133,15 @@ def test_a_chain_broken_in_any_stage_ends_the_same(broken, recipe, straight, tmp
 
 
 def test_a_run_killed_between_checkpoint_and_export(recipe, straight, tmp_path, monkeypatch):
+    publish = training.publish
+
+    def killed(unfinished, folder):
+        if folder.parent.name == "finetune_32":
+            raise RuntimeError("killed")
+        publish(unfinished, folder)
+
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("simmim.stages.finetuning.publish", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(training, "publish", killed)
         command("run", recipe, "--out", tmp_path)
     assert command("run", recipe, "--out", tmp_path) == 0
     assert torch.equal(exported(tmp_path, "transfer_48")["bias"], exported(straight, "transfer_48")["bias"])
@@ -351,8 +358,7 @@ def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path
 
     held_out: dict[str, set[str]] = {}
     train = training.train
-    monkeypatch.setattr("simmim.stages.pretraining.train", spy)
-    monkeypatch.setattr("simmim.stages.finetuning.train", spy)
+    monkeypatch.setattr(training, "train", spy)
     (tmp_path / "folder.yaml").write_text(yaml.safe_dump(CHAIN, sort_keys=False))
     overrides = [f"data.path={tmp_path / 'all'}", "stages.finetune_32.labels.val_images=3"]
     overrides += [f"stages.{name}.labels.shots=null" for name in ("supervised", "finetune_32", "transfer_48")]
