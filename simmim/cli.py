@@ -17,6 +17,7 @@ from typing import Any
 from simmim import __version__
 from simmim.data_commands import add_data
 from simmim.lab_commands import add_lab, add_run_options
+from simmim.look_commands import add_look
 from simmim.stopping import Stopped, obey_signals
 
 PRETRAIN_EXAMPLES = """examples:
@@ -258,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     add_data(commands)
     add_lab(commands)
+    add_look(commands)
     return parser
 
 

@@ -7,12 +7,16 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from einops import repeat
 from torch import Tensor
 
-from simmim.counter_rng import random_bits
+from simmim.counter_rng import random_bits, uniform
+
+Strategy = Literal["random", "square", "block"]
+BLOCKS, SMALLEST_BLOCK, BLOCK_ASPECT = 40, 16 / 14**2, 1 / 0.3
 
 
 class MaskGenerator:
@@ -21,13 +25,22 @@ class MaskGenerator:
     Args:
         image_size: ``(H, W)`` in pixels.
         mask_patch_size: side of a cell in pixels; must divide both sides of the image.
+        strategy: ``random`` cells; one ``square`` at a random place (context encoders), as near to the
+            ratio as a whole side allows; or ``block``: rectangles on top of each other (BEiT, arXiv
+            2106.08254, algorithm 1), the last of them in part.
 
     Raises:
         ValueError: cells that do not divide the image, or a ratio that leaves nothing to see or to predict.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], mask_patch_size: int = 32, mask_ratio: float = 0.6, *, seed: int = 0
+        self,
+        image_size: tuple[int, int],
+        mask_patch_size: int = 32,
+        mask_ratio: float = 0.6,
+        *,
+        seed: int = 0,
+        strategy: Strategy = "random",
     ) -> None:
         if mask_patch_size < 1 or image_size[0] % mask_patch_size or image_size[1] % mask_patch_size:
             raise ValueError(
@@ -44,15 +57,64 @@ class MaskGenerator:
                 f"{mask_patch_size} px: at least one cell must be masked and one visible; "
                 "change mask_ratio or take smaller cells"
             )
-        self.mask_patch_size = mask_patch_size
-        self.seed = seed
+        self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
+        self.seed, self.strategy = seed, strategy
+        if strategy == "square":
+            self.side = min(max(1, round(math.sqrt(mask_ratio * self.num_cells))), *self.grid)
+            self.num_masked = self.side**2
 
     def __call__(self, epoch: Tensor, index: Tensor) -> Tensor:
         """bool ``(b, hm, wm)`` for samples given by int64 ``(b,)`` epoch and index, on their device."""
+        if self.strategy == "square":
+            return self._squares(epoch, index)
+        if self.strategy == "block":
+            return self._blocks(epoch, index)
         scores = random_bits("mask", self.seed, epoch, index, self.num_cells)
         chosen = scores.argsort(dim=1)[:, : self.num_masked]
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
         return mask.view(-1, *self.grid)
+
+    def _squares(self, epoch: Tensor, index: Tensor) -> Tensor:
+        places = uniform("mask", self.seed, epoch, index, 2)
+        rows, columns = (
+            torch.arange(length, device=index.device) - (place * (length - self.side + 1)).long()[:, None]
+            for length, place in zip(self.grid, places.unbind(dim=1), strict=True)
+        )
+        inside = [(0 <= line) & (line < self.side) for line in (rows, columns)]
+        return inside[0][:, :, None] & inside[1][:, None, :]
+
+    def _blocks(self, epoch: Tensor, index: Tensor) -> Tensor:
+        draws = uniform("mask", self.seed, epoch, index, 4 * BLOCKS).view(-1, BLOCKS, 4).tolist()
+        spare = random_bits("mask", self.seed, epoch, index, self.num_cells).argsort(dim=1).tolist()
+        masks = [self._block_mask(blocks, order) for blocks, order in zip(draws, spare, strict=True)]
+        return torch.stack(masks).to(index.device)
+
+    def _block_mask(self, blocks: list[list[float]], order: list[int]) -> Tensor:
+        height, width = self.grid
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        missing = self.num_masked
+        for area_draw, shape_draw, top_draw, left_draw in blocks:
+            smallest = min(SMALLEST_BLOCK * self.num_cells, missing)
+            area = smallest + area_draw * (missing - smallest)
+            aspect = BLOCK_ASPECT ** (2 * shape_draw - 1)
+            h, w = (
+                min(side, max(1, round(math.sqrt(area * a)))) for side, a in ((height, aspect), (width, 1 / aspect))
+            )
+            top, left = int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1))
+            block = mask[top : top + h, left : left + w]
+            fresh = h * w - int(block.sum())
+            if fresh <= missing:
+                block.fill_(True)
+                missing -= fresh
+            if not missing:
+                return mask
+        # What no rectangle fills exactly: single cells.
+        flat = mask.view(-1)
+        for cell in order:
+            if missing and not flat[cell]:
+                flat[cell] = True
+                missing -= 1
+        return mask
 
 
 def expand_mask(mask: Tensor, factor: int) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 PACKAGES = ("simmim", "torch", "timm", "accelerate", "datasets", "pillow", "einops", "safetensors", "numpy")
@@ -154,7 +155,10 @@ class RunLog:
         """Save a picture as ``step_00001000.png``."""
         if self.is_main:
             self.pictures.mkdir(exist_ok=True)
-            picture.save(self.pictures / f"step_{step:08d}.png")
+            notes = PngInfo()
+            for key, value in picture.info.items():
+                notes.add_text(str(key), str(value))
+            picture.save(self.pictures / f"step_{step:08d}.png", pnginfo=notes)
 
     def end(self) -> None:
         """Close the progress bar and sum up."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange, repeat
@@ -13,16 +14,60 @@ MASK_GREY = 0.5
 _GAP, _CAPTION_PX, _MIN_PANEL_PX = 6, 22, 128
 
 
-def to_rgb(pixels: Tensor) -> Tensor:
-    """Float ``(b, c, H, W)`` in [0, 1] -> ``(b, 3, H, W)``: one channel as grey, of many the first three.
+def to_rgb(pixels: Tensor, bands: Sequence[int] | str | None = None) -> Tensor:
+    """Float ``(b, c, H, W)`` in [0, 1] -> ``(b, 3, H, W)``.
 
-    Two channels show as red and green.
+    Args:
+        bands: three channels to show; ``"pca"`` for :func:`principal_colours` of all; None: one channel
+            as grey, two as red and green, of more the first three.
+
+    Raises:
+        ValueError: bands that the images do not have.
     """
-    if pixels.shape[1] == 1:
+    channels = pixels.shape[1]
+    if bands == "pca":
+        return principal_colours(pixels)(pixels)
+    if bands is not None:
+        wanted = [int(band) for band in bands]
+        if len(wanted) != 3 or not all(0 <= band < channels for band in wanted):
+            raise ValueError(f"bands {list(bands)}: expected three of the channels 0 to {channels - 1}, or pca")
+        return pixels[:, wanted]
+    if channels == 1:
         return repeat(pixels, "b 1 h w -> b 3 h w")
-    if pixels.shape[1] == 2:
+    if channels == 2:
         return torch.cat([pixels, torch.zeros_like(pixels[:, :1])], dim=1)
     return pixels[:, :3]
+
+
+def principal_colours(pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """A map from c channels to colours, fitted on ``pixels (b, c, H, W)``: their three principal components.
+
+    Each is stretched so that two standard deviations fill the range. To compare pictures, use one map for all.
+    """
+    samples = rearrange(pixels, "b c h w -> (b h w) c").double()
+    mean = samples.mean(dim=0)
+    _, values, vectors = torch.linalg.svd(samples - mean, full_matrices=False)
+    count = min(3, pixels.shape[1])
+    scale = (values[:count] / math.sqrt(len(samples))).clamp(min=1e-9)
+    axes = vectors[:count] / (4 * scale[:, None])
+    signs = torch.where(axes.sum(dim=1) < 0, -1.0, 1.0)  # brighter where there is more
+    axes = axes * signs[:, None]
+
+    def colours(x: Tensor) -> Tensor:
+        shown = torch.einsum("kc,bchw->bkhw", axes, x.double() - mean[:, None, None]) + 0.5
+        return to_rgb(shown.clamp(0, 1).to(x.dtype))
+
+    return colours
+
+
+def error_map(prediction: Tensor, target: Tensor, pixel_mask: Tensor, *, largest: float) -> Tensor:
+    """Mean absolute error over channels under the mask, as colours ``(b, 3, H, W)``; grey where nothing is predicted.
+
+    Black is no error, then red and yellow; white is ``largest`` or more.
+    """
+    error = ((prediction - target).abs().mean(dim=1, keepdim=True) / largest).clamp(0, 1) * 3
+    colours = torch.cat([(error - channel).clamp(0, 1) for channel in range(3)], dim=1)
+    return torch.where(pixel_mask, colours, torch.full_like(colours, MASK_GREY))
 
 
 def hide(pixels: Tensor, pixel_mask: Tensor) -> Tensor:
@@ -43,6 +88,7 @@ def panels(columns: Sequence[tuple[str, Tensor]], *, across: int = 2) -> Image.I
     rows = -(-len(images) // across)
     group = len(columns) * (width + _GAP) + 2 * _GAP
     canvas = Image.new("RGB", (across * group, rows * (height + _GAP) + _CAPTION_PX + _GAP), "white")
+    canvas.info["rows"] = str(rows)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     pixels = rearrange((images.clamp(0, 1) * 255).round().to(torch.uint8), "b k c h w -> b k h w c").numpy()
     for number, sample in enumerate(pixels):
@@ -72,4 +118,41 @@ def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Im
         canvas.paste(
             Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top + _CAPTION_PX)
         )
+    return canvas
+
+
+def grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:
+    """Images ``(3, H, W)`` in [0, 1] in rows and columns, each with a name."""
+    columns = [(name, torch.stack([row[k] for row in rows])) for k, name in enumerate(column_names)]
+    picture = panels(columns, across=1)
+    font, margin = ImageFont.load_default(13), 8
+    margin += max(int(font.getlength(name)) for name in row_names)
+    canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
+    canvas.paste(picture, (margin, 0))
+    height = (picture.height - _CAPTION_PX - _GAP) // len(rows)
+    draw = ImageDraw.Draw(canvas)
+    for number, name in enumerate(row_names):
+        draw.text((4, _CAPTION_PX + number * height + height // 2 - 8), name, fill="black", font=font)
+    return canvas
+
+
+def filmstrip(pictures: Sequence[tuple[str, Image.Image]], *, row: int = 0, rows: int = 1) -> Image.Image:
+    """The same row of several pictures under each other: one image through training.
+
+    Args:
+        pictures: caption and picture, all of one size.
+        row: which of the ``rows`` of images that a picture of :func:`panels` holds.
+    """
+    font = ImageFont.load_default(13)
+    margin = 8 + max(int(font.getlength(caption)) for caption, _ in pictures)
+    height = (pictures[0][1].height - _CAPTION_PX - _GAP) // rows
+    width = max(picture.width for _, picture in pictures)
+    canvas = Image.new("RGB", (margin + width, len(pictures) * height + _CAPTION_PX), "white")
+    canvas.paste(pictures[0][1].crop((0, 0, width, _CAPTION_PX)), (margin, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, (caption, picture) in enumerate(pictures):
+        top = _CAPTION_PX + number * height
+        strip = picture.crop((0, _CAPTION_PX + row * height, width, _CAPTION_PX + (row + 1) * height))
+        canvas.paste(strip, (margin, top))
+        draw.text((4, top + height // 2 - 8), caption, fill="black", font=font)
     return canvas

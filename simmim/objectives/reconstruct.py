@@ -6,7 +6,8 @@ Letters: b batch, h w token grid, c channels, k masked tokens, p q pixels inside
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,25 +120,52 @@ class Reconstruct(nn.Module):
 
     @torch.no_grad()
     def picture(self, batch: Mapping[str, Tensor]) -> Image.Image:
-        """Original | masked | reconstruction. The last shows the prediction under the mask only.
+        """The views of a batch, every image a row."""
+        return visualize.panels(self.views(*self.inputs(batch)), across=1)
 
-        A normalised target says nothing of local brightness, so its prediction is shown beside the
-        normalised target, at its own scale, and never mixed with the original.
+    @torch.no_grad()
+    def views(
+        self, images: Tensor, cell_mask: Tensor, bands: Sequence[int] | str | None = None
+    ) -> list[tuple[str, Tensor]]:
+        """Captions and colours ``(b, 3, H, W)``: original, masked, prediction, pasted into what is visible, error.
+
+        A normalised target says nothing of local brightness: its prediction is shown beside the normalised
+        target, at its own scale; and once more with the mean and deviation of the true pixels, which no
+        model has seen, and which says so.
+
+        Args:
+            images: normalised ``(b, c, H, W)``.
+            cell_mask: ``(b, hm, wm)``
+            bands: as of :func:`simmim.visualize.to_rgb`.
         """
-        result = self.reconstruct(*self.inputs(batch))
-        original = self._to_pixels(result.images)
-        columns = [("original", original), ("masked", visualize.hide(original, result.pixel_mask))]
+        result = self.reconstruct(images, cell_mask)
+        mask, pixels = result.pixel_mask, images * self.std + self.mean
+        colours = visualize.principal_colours(pixels) if bands == "pca" else partial(visualize.to_rgb, bands=bands)
+        original = colours(pixels)
+        columns = [("original", original), ("masked", visualize.hide(original, mask))]
         if self.norm_target_window is None:
-            prediction = self._to_pixels(result.prediction)
-            columns.append(("reconstruction", torch.where(result.pixel_mask, prediction, original)))
+            predicted = colours(result.prediction * self.std + self.mean)
+            columns += [("prediction", predicted), ("prediction, pasted", torch.where(mask, predicted, original))]
+            largest = 1.0
         else:
-            target, prediction = (visualize.to_rgb(x / 4 + 0.5) for x in (result.target, result.prediction))
-            pasted = torch.where(result.pixel_mask, prediction, target)
-            columns += [("normalised target", target), ("its reconstruction", pasted)]
-        return visualize.panels(columns)
+            target, predicted = (visualize.to_rgb(x / 4 + 0.5) for x in (result.target, result.prediction))
+            mean, deviation, centre = local_statistics(images, self.norm_target_window)
+            restored = colours((result.prediction * deviation + mean + centre) * self.std + self.mean)
+            columns += [
+                ("normalised target", target),
+                ("its prediction, pasted", torch.where(mask, predicted, target)),
+                ("with TRUE local mean, s.d.", torch.where(mask, restored, original)),
+            ]
+            largest = 2.0
+        return [*columns, ("error", visualize.error_map(result.prediction, result.target, mask, largest=largest))]
 
-    def _to_pixels(self, images: Tensor) -> Tensor:
-        return visualize.to_rgb(images * self.std + self.mean)
+    def description(self) -> dict[str, Any]:
+        """What must be known to rebuild it around its encoder; plain JSON."""
+        return {
+            "mask_patch_size": self.masks.mask_patch_size,
+            "mask_ratio": self.masks.mask_ratio,
+            "norm_target_window": self.norm_target_window,
+        }
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """The encoder's, the mask token and the bias of the head."""
@@ -170,8 +198,17 @@ class Reconstruct(nn.Module):
 def normalize_locally(images: Tensor, window: int) -> Tensor:
     """Every pixel minus the mean, over the standard deviation, of the window around it, per channel.
 
-    The window is cut off at the border and the variance is unbiased (official SimMIM code for
-    Swin V2). ``images`` is ``(b, c, H, W)``; so is the result.
+    ``images`` is ``(b, c, H, W)``; so is the result.
+    """
+    mean, deviation, centre = local_statistics(images, window)
+    return (images - centre - mean) / deviation
+
+
+def local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of the window around every pixel, ``(b, c, H, W)``, the mean relative to the
+    third, the mean of the image ``(b, c, 1, 1)``.
+
+    The window is cut off at the border and the variance is unbiased (official SimMIM code for Swin V2).
     """
 
     def window_mean(x: Tensor) -> Tensor:
@@ -182,9 +219,10 @@ def normalize_locally(images: Tensor, window: int) -> Tensor:
         return x
 
     # E[x^2] - E[x]^2 cancels where the picture is flat; around the image's own mean it cancels less.
-    images = images - images.mean(dim=(2, 3), keepdim=True)
+    centre = images.mean(dim=(2, 3), keepdim=True)
+    images = images - centre
     mean = window_mean(images)
     ones = torch.ones_like(images[:1, :1])
     count = F.avg_pool2d(ones, window, 1, window // 2, count_include_pad=True) * window**2
     variance = (window_mean(images**2) - mean**2).clamp(min=0) * count / (count - 1)
-    return (images - mean) / (variance + 1e-6).sqrt()
+    return mean, (variance + 1e-6).sqrt(), centre

@@ -22,6 +22,7 @@ from simmim.engine import fit
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
+from simmim.reconstructions import save_decoder
 from simmim.runlog import RunLog, locked
 from simmim.schema import Recipe
 from simmim.stages.assembly import derive_accumulation, make_accelerator, make_views, num_workers_of, schedule_of
@@ -124,8 +125,12 @@ def write_export(job: Job, recipe: Recipe, name: str, folder: Path, weights: dic
     steps = num_steps(recipe, name, len(job.training))
     about = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": job.settings}
     objective = job.objective
-    if not isinstance(objective, Classify):
-        return export(objective.encoder, weights, folder / "export", recipe, about)
+    if isinstance(objective, Reconstruct):
+        unfinished = export(
+            objective.encoder, weights, folder / "export", recipe, about, reconstruction=objective.description()
+        )
+        save_decoder(unfinished, weights)
+        return unfinished
     unfinished = export(objective.encoder, weights, folder / "export", recipe, about, classes=objective.classes)
     save_classifier(unfinished, part_of(weights, "head"))
     return unfinished

@@ -1,0 +1,151 @@
+"""Looking at what was learned: a pretraining objective from its export, and pictures of what it draws.
+
+An export of pretraining holds, beside the encoder, ``decoder.safetensors``: the mask token and the one-layer head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from simmim import visualize
+from simmim.data import CenterCrop, Decoder, Images, Shapes, Source, evaluation_batches, open_files
+from simmim.masking import MaskGenerator
+from simmim.objectives.reconstruct import Reconstruct
+from swin import load_description, load_encoder
+from swin.config import Pair, as_pair
+
+DECODER = "decoder.safetensors"
+Bands = Sequence[int] | str | None
+
+
+def save_decoder(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write what an objective has beside its encoder into an export."""
+    own = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.")}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, folder / DECODER)
+
+
+def load_reconstruct(
+    export: Path | str,
+    *,
+    mask_patch_size: int | None = None,
+    mask_ratio: float | None = None,
+    image_size: int | Pair | None = None,
+    seed: int = 0,
+) -> Reconstruct:
+    """The pretraining objective of an export, on the CPU, ready to be looked at.
+
+    Args:
+        mask_patch_size, mask_ratio, image_size: None for those of pretraining.
+        seed: of the masks.
+
+    Raises:
+        ValueError: an export that is not of pretraining, or masks that do not fit.
+    """
+    export = Path(export)
+    description = load_description(export)
+    trained = description.get("reconstruction")
+    if trained is None or not (export / DECODER).exists():
+        raise ValueError(f"{export} holds no {DECODER}: give the export of a pretraining stage")
+    encoder = load_encoder(export) if image_size is None else load_encoder(export, image_size=image_size)
+    size = encoder.config.image_size if image_size is None else as_pair(image_size, "image_size")
+    masks = MaskGenerator(
+        size, mask_patch_size or trained["mask_patch_size"], mask_ratio or trained["mask_ratio"], seed=seed
+    )
+    pixels = description["pixels"]
+    objective = Reconstruct(
+        encoder, masks, mean=pixels["mean"], std=pixels["std"], norm_target_window=trained["norm_target_window"]
+    )
+    try:
+        objective.load_state_dict(load_file(export / DECODER), strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"cannot read {export / DECODER}: {error}") from None
+    return objective.eval()
+
+
+def read_images(
+    paths: str, objective: Reconstruct, count: int = 4, value_range: tuple[float, float] | None = None
+) -> Tensor:
+    """The first images of a path as the objective sees them: normalised ``(b, c, H, W)``, central crops.
+
+    Args:
+        paths: anything that ``data.path`` of a recipe takes.
+
+    Raises:
+        ValueError: no images, or none of them can be read.
+    """
+    channels, (rows, columns) = objective.encoder.config.in_chans, objective.masks.grid
+    size = (rows * objective.masks.mask_patch_size, columns * objective.masks.mask_patch_size)
+    images: Source
+    if paths == "builtin:shapes":
+        images = Shapes(count, size, channels, held_out=True)
+    else:
+        images = Images(open_files(paths), Decoder(channels, value_range))
+    batches = evaluation_batches(images, CenterCrop(size), batch_size=count)
+    for batch in batches:
+        return (batch["image"] / 255 - objective.mean) / objective.std
+    broken = "; ".join(f"{name}: {reason}" for name, reason in list(batches.broken.items())[:3])
+    raise ValueError(f"no image of {paths} could be read: {broken}")
+
+
+def draw_masks(objective: Reconstruct, count: int) -> Tensor:
+    """bool ``(count, hm, wm)``: the masks of the first samples."""
+    index = torch.arange(count)
+    return objective.masks(torch.zeros_like(index), index)
+
+
+@torch.no_grad()
+def reconstruct(objective: Reconstruct, images: Tensor, bands: Bands = None) -> Image.Image:
+    """One row of views for every image ``(b, c, H, W)``, normalised."""
+    return visualize.panels(objective.views(images, draw_masks(objective, len(images)), bands), across=1)
+
+
+@torch.no_grad()
+def gallery(
+    export: Path | str, image: Tensor, mask_patch_sizes: Sequence[int], ratios: Sequence[float], bands: Bands = None
+) -> Image.Image:
+    """One image ``(c, H, W)``, normalised: masked and pasted, for every cell size (rows) and ratio (columns)."""
+    rows, names = [], []
+    for cell in mask_patch_sizes:
+        row = []
+        for ratio in ratios:
+            objective = load_reconstruct(
+                export, mask_patch_size=cell, mask_ratio=ratio, image_size=(image.shape[-2], image.shape[-1])
+            )
+            shown = dict(objective.views(image[None], draw_masks(objective, 1), bands))
+            pasted = shown.get("prediction, pasted", shown.get("its prediction, pasted"))
+            assert pasted is not None
+            row += [shown["masked"][0], pasted[0]]
+        rows.append(row)
+        names.append(f"{cell} px")
+    columns = [name for ratio in ratios for name in (f"{ratio:.0%} masked", "pasted")]
+    return visualize.grid(rows, names, columns)
+
+
+def through_training(folder: Path, *, image: int = 0, at_most: int = 8) -> Image.Image:
+    """One held-out image as a run saw it, from the first picture to the last.
+
+    Args:
+        folder: of a pretraining stage.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    files = sorted((folder / "reconstructions").glob("step_*.png"))
+    if not files:
+        raise ValueError(f"{folder} has no pictures yet: they come every stages.NAME.log.pictures_every_steps")
+    chosen = [files[round(place * (len(files) - 1) / max(1, at_most - 1))] for place in range(at_most)]
+    pictures, rows = [], 1
+    for file in dict.fromkeys(chosen):
+        with Image.open(file) as picture:
+            rows = int(picture.info.get("rows", 1))
+            pictures.append((f"step {int(file.stem.removeprefix('step_'))}", picture.convert("RGB")))
+    if not 0 <= image < rows:
+        raise ValueError(f"image {image}: the pictures of {folder} show images 0 to {rows - 1}")
+    return visualize.filmstrip(pictures, row=image, rows=rows)
