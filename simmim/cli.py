@@ -119,6 +119,10 @@ def _run(arguments: argparse.Namespace) -> int:
         run_stage(recipe, stage, arguments.out, **how)
     else:
         run(recipe, arguments.out, **how)
+        if os.environ.get("RANK", "0") == "0":
+            from simmim.report import write_report
+
+            print(f"page  {write_report([arguments.out / recipe.name])}")
     return 0
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 LAB_EXAMPLES = """examples:
   simmim lab label-efficiency recipes/demo.yaml
   simmim lab label-efficiency recipes/cifar_swinv2_nano.yaml data.path=cifar10 --seeds 0 1 2 3 4
   simmim lab loss-anchors simmim_swinv2_b data.path=photos --mask-patch-sizes 8 16 32 64 --ratios 0.4 0.6 0.8
+  simmim lab masking
+  simmim lab masking --image-size 96 --cells 4 8 16 32 --strategies random block
+  simmim lab activations --steps 100 --lrs 1e-3 1.6e-2
   simmim lab window-transfer
   simmim lab window-transfer --data flowers --image-size 96 --window-size 12 --seeds 5
 
@@ -65,6 +69,46 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     for name, meaning in (("lr", "of training (default: 0.006)"), ("finetune-lr", "default: 0.001")):
         transfer.add_argument(f"--{name}", type=float, metavar="RATE", help=meaning)
     transfer.set_defaults(run=_window_transfer, overrides=[])
+    _add_masking(experiments)
+    _add_activations(experiments)
+
+
+def _add_masking(experiments: argparse._SubParsersAction) -> None:
+    masking = experiments.add_parser(
+        "masking",
+        help="how far must a hidden pixel look? AvgDist by strategy, cell and ratio",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    masking.add_argument("--image-size", type=int, nargs="+", default=[192], metavar="PX", help="default: 192")
+    masking.add_argument("--cells", type=int, nargs="+", metavar="PX", help="default: 4 8 16 32 64")
+    masking.add_argument("--ratios", type=float, nargs="+", metavar="R", help="default: 0.1 to 0.9")
+    masking.add_argument("--strategies", nargs="+", choices=("random", "square", "block"), help="default: random")
+    masking.add_argument("--masks", type=int, metavar="N", help="of each kind (default: 100)")
+    masking.add_argument("--out", type=Path, default=Path("runs/lab/masking"), help="default: %(default)s")
+    masking.set_defaults(run=_masking, overrides=[])
+
+
+def _add_activations(experiments: argparse._SubParsersAction) -> None:
+    activations = experiments.add_parser(
+        "activations",
+        help="why the norm moved: amplitude of every block before and after training, by norm. Figure 2 in small",
+        epilog=LAB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    activations.add_argument("--depths", type=int, nargs="+", metavar="N", help="default: 2 2 18 2")
+    activations.add_argument("--lrs", type=float, nargs="+", metavar="RATE", help="default: 0.001 0.004 0.016")
+    for name, meaning in (
+        ("embed-dim", "channels of the first stage (default: 32)"),
+        ("image-size", "px (default: 64)"),
+        ("window-size", "tokens of 2 px (default: 8)"),
+        ("batch-size", "images per step (default: 8)"),
+        ("steps", "of training at each rate (default: 100)"),
+        ("seeds", "repetitions (default: 2)"),
+    ):
+        activations.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    activations.add_argument("--out", type=Path, default=Path("runs/lab/activations"), help="default: %(default)s")
+    activations.set_defaults(run=_activations, overrides=[])
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -100,4 +144,27 @@ def _loss_anchors(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     sizes, ratios = arguments.mask_patch_sizes, arguments.ratios
     loss_anchors(recipe, arguments.out, sizes, ratios, images=arguments.images)
+    return 0
+
+
+def _masking(arguments: argparse.Namespace) -> int:
+    from simmim.lab.masking import masking
+
+    height, width = (arguments.image_size * 2)[:2]
+    given = {name: getattr(arguments, name) for name in ("cells", "ratios", "strategies", "masks")}
+    masking(
+        arguments.out,
+        image_size=(height, width),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return 0
+
+
+def _activations(arguments: argparse.Namespace) -> int:
+    from simmim.lab.activations import Plan, activations
+
+    given = {field.name: getattr(arguments, field.name) for field in fields(Plan)}
+    plan: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    plan |= {name: tuple(plan[name]) for name in ("depths", "lrs") if name in plan}
+    activations(Plan(**plan), arguments.out)
     return 0

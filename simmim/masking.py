@@ -51,6 +51,9 @@ class MaskGenerator:
         self.num_cells = self.grid[0] * self.grid[1]
         # Rounded first: 0.6 x 5 is 3, not a little more.
         self.num_masked = math.ceil(round(mask_ratio * self.num_cells, 9))
+        if strategy == "square":
+            self.side = min(max(1, round(math.sqrt(mask_ratio * self.num_cells))), *self.grid)
+            self.num_masked = self.side**2
         if not 0 < self.num_masked < self.num_cells:
             raise ValueError(
                 f"mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_cells} cells of "
@@ -59,9 +62,6 @@ class MaskGenerator:
             )
         self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
         self.seed, self.strategy = seed, strategy
-        if strategy == "square":
-            self.side = min(max(1, round(math.sqrt(mask_ratio * self.num_cells))), *self.grid)
-            self.num_masked = self.side**2
 
     def __call__(self, epoch: Tensor, index: Tensor) -> Tensor:
         """bool ``(b, hm, wm)`` for samples given by int64 ``(b,)`` epoch and index, on their device."""
@@ -80,7 +80,7 @@ class MaskGenerator:
             torch.arange(length, device=index.device) - (place * (length - self.side + 1)).long()[:, None]
             for length, place in zip(self.grid, places.unbind(dim=1), strict=True)
         )
-        inside = [(0 <= line) & (line < self.side) for line in (rows, columns)]
+        inside = [(line >= 0) & (line < self.side) for line in (rows, columns)]
         return inside[0][:, :, None] & inside[1][:, None, :]
 
     def _blocks(self, epoch: Tensor, index: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ class Encoder(Settings):
     """Which encoder; what is left open comes from the named size."""
 
     name: Literal[tuple(SIZES)] = Field("swinv2_base", description="a named size")  # type: ignore[valid-type]
-    in_chans: Count = 3
-    embed_dim: Count | None = None
-    depths: list[Count] | None = None
-    num_heads: list[Count] | None = None
+    in_chans: Count = Field(3, description="channels of the images")
+    embed_dim: Count | None = Field(None, description="channels of the first stage, doubled by every next one")
+    depths: list[Count] | None = Field(None, description="blocks of each stage")
+    num_heads: list[Count] | None = Field(None, description="attention heads of each stage")
     patch_size: Count | None = Field(None, description="side of a token of the first stage, px")
-    mlp_ratio: Positive | None = None
+    mlp_ratio: Positive | None = Field(None, description="hidden channels of an MLP over those of its stage")
     extra_norm_interval: int | None = Field(
         None, ge=0, description="blocks between norms on the main branch; 0 for none"
     )
@@ -73,12 +73,12 @@ class Encoder(Settings):
 
 
 class Crop(Settings):
-    """Random resized crop and horizontal flip."""
+    """Random resized crop and horizontal flip (SimMIM, section 4.1)."""
 
-    scale: tuple[Positive, Positive] = (0.67, 1.0)
-    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    flip: Share = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    scale: tuple[Positive, Positive] = Field((0.67, 1.0), description="least and largest share of the image's area")
+    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="least and largest width over height")
+    flip: Share = Field(0.5, description="probability of a horizontal flip")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of resizing, always antialiased")
 
     @model_validator(mode="after")
     def _ordered(self) -> Crop:
@@ -92,7 +92,11 @@ class Crop(Settings):
 
 
 class Mask(Settings):
-    """Random masking (SimMIM, section 3.2)."""
+    """Masking (SimMIM, section 3.2)."""
+
+    strategy: Literal["random", "square", "block"] = Field(
+        "random", description="random cells; one square; or rectangles as in BEiT"
+    )
 
     patch_size: Count = Field(32, description="side of a masked cell, px")
     ratio: float = Field(0.6, gt=0, lt=1, description="share of cells, rounded up")
@@ -101,30 +105,30 @@ class Mask(Settings):
 class Target(Settings):
     """What is predicted (SimMIM, section 3.4)."""
 
-    loss: Literal["l1", "l2", "smooth_l1"] = "l1"
+    loss: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="over masked pixels")
     norm_window: Count | None = Field(None, description="sliding window for normalised targets, px, odd; 47 in Swin V2")
 
 
 class Optimizer(Settings):
-    """AdamW."""
+    """AdamW (arXiv 1711.05101)."""
 
-    weight_decay: NotNegative = 0.05
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    weight_decay: NotNegative = Field(0.05, description="of matrices; vectors, temperatures and position biases: none")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the moments")
+    eps: Positive = Field(1e-8, description="added to the denominator")
     clip_grad_norm: Positive | None = Field(5.0, description="null: no clipping")
 
 
 class Schedule(Settings):
     """Learning rates are given for a batch of 512 and scaled with the batch size."""
 
-    name: Literal["cosine", "multistep"] = "cosine"
-    epochs: Positive = 100
-    base_lr: Positive = 1e-4
-    warmup_epochs: NotNegative = 10
-    warmup_lr: NotNegative = 5e-7
+    name: Literal["cosine", "multistep"] = Field("cosine", description="after the warm-up")
+    epochs: Positive = Field(100, description="passes over the images; fractions too")
+    base_lr: Positive = Field(1e-4, description="after the warm-up, for 512 images per step")
+    warmup_epochs: NotNegative = Field(10, description="linear rise from warmup_lr")
+    warmup_lr: NotNegative = Field(5e-7, description="at the first step, for 512 images per step")
     min_lr: NotNegative = Field(1e-6, description="where cosine ends")
     milestones_epochs: list[Positive] = Field([], description="multistep: when the rate is multiplied by gamma")
-    gamma: Positive = 0.1
+    gamma: Positive = Field(0.1, description="multistep: by which it is multiplied")
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
@@ -138,34 +142,34 @@ class Schedule(Settings):
 class Log(Settings):
     """What is written during a run, and how often; in optimizer steps."""
 
-    metrics_every_steps: Count = 10
-    pictures_every_steps: Count = 1000
-    checkpoint_every_steps: Count = 1000
+    metrics_every_steps: Count = Field(10, description="a line of metrics.jsonl")
+    pictures_every_steps: Count = Field(1000, description="a picture, and the held-out loss")
+    checkpoint_every_steps: Count = Field(1000, description="a checkpoint; also at the end and when asked to stop")
     keep_checkpoints: Count = Field(2, description="so many of the newest stay")
     keep_every_steps: Count | None = Field(None, description="checkpoints at multiples of it stay too; null: none")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="told of the metrics as well")
 
 
 class Pretrain(Settings):
-    """Masked image modelling."""
+    """Masked image modelling (SimMIM, arXiv 2111.09886)."""
 
-    kind: Literal["pretrain"] = "pretrain"
+    kind: Literal["pretrain"] = Field("pretrain", description="by default what the name of the stage begins with")
     init_from: str = Field("scratch", description="scratch, or any encoder that is to be trained further")
     image_size: Size = Field((192, 192), description="px; one number or [height, width]")
     window_size: Size = Field((12, 12), description="tokens; one number or [height, width]")
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, linear from 0")
     batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
     micro_batch_size: Count = Field(128, description="images per forward pass of one process")
-    crop: Crop = Crop()
-    mask: Mask = Mask()
-    target: Target = Target()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    log: Log = Log()
+    crop: Crop = Field(Crop(), description="of training images")
+    mask: Mask = Field(Mask(), description="what is hidden")
+    target: Target = Field(Target(), description="what is predicted")
+    optimizer: Optimizer = Field(Optimizer(), description="how weights move")
+    schedule: Schedule = Field(Schedule(), description="for how long, and how fast")
+    log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")
     def _masks_fit(self) -> Pretrain:
-        MaskGenerator(self.image_size, self.mask.patch_size, self.mask.ratio)
+        MaskGenerator(self.image_size, self.mask.patch_size, self.mask.ratio, strategy=self.mask.strategy)
         if self.target.norm_window is not None and self.target.norm_window % 2 == 0:
             raise ValueError(f"target.norm_window must be odd, got {self.target.norm_window}")
         return self
@@ -194,39 +198,41 @@ class Augment(Settings):
 class FinetuneCrop(Crop):
     """The crops of a classifier are smaller."""
 
-    scale: tuple[Positive, Positive] = (0.08, 1.0)
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    scale: tuple[Positive, Positive] = Field((0.08, 1.0), description="least and largest share of the image's area")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="of resizing, always antialiased")
 
 
 class FinetuneSchedule(Schedule):
     """The rates of a classifier are higher."""
 
-    base_lr: Positive = 1.25e-3
-    warmup_epochs: NotNegative = 20
-    warmup_lr: NotNegative = 2.5e-7
+    base_lr: Positive = Field(1.25e-3, description="after the warm-up, for 512 images per step")
+    warmup_epochs: NotNegative = Field(20, description="linear rise from warmup_lr")
+    warmup_lr: NotNegative = Field(2.5e-7, description="at the first step, for 512 images per step")
     min_lr: NotNegative = Field(2.5e-7, description="where cosine ends")
 
 
 class Finetune(Settings):
     """Classification: the supervised stage on many labels, fine-tuning, and transfer to another size."""
 
-    kind: Literal["supervised", "finetune", "transfer"]
+    kind: Literal["supervised", "finetune", "transfer"] = Field(
+        description="by default what the name of the stage begins with"
+    )
     init_from: str = Field("", description="a stage, an export, a file, or scratch; empty: the stage before")
     head: str = Field("", description="fresh, keep, or a file that maps classes; empty: keep to transfer, else fresh")
     image_size: SizeOrNone = Field(None, description="px; null: as the encoder was trained")
     window_size: SizeOrNone = Field(None, description="tokens; null: in proportion to the image")
-    labels: Labels = Labels()
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    labels: Labels = Field(Labels(), description="which images, and their classes")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block, linear from 0")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the label given to all classes")
     layer_decay: float = Field(0.8, gt=0, le=1, description="learning rate of a layer over that of the next")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, judged and exported")
     batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
     micro_batch_size: Count = Field(128, description="images per forward pass of one process")
-    crop: FinetuneCrop = FinetuneCrop()
-    augment: Augment = Augment()
-    optimizer: Optimizer = Optimizer()
-    schedule: FinetuneSchedule = FinetuneSchedule()
-    log: Log = Log()
+    crop: FinetuneCrop = Field(FinetuneCrop(), description="of training images")
+    augment: Augment = Field(Augment(), description="what else is done to them")
+    optimizer: Optimizer = Field(Optimizer(), description="how weights move")
+    schedule: FinetuneSchedule = Field(FinetuneSchedule(), description="for how long, and how fast")
+    log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")
     def _pairs_to_mix(self) -> Finetune:
@@ -268,9 +274,9 @@ class Recipe(Settings):
         pattern=r"^[\w+-][\w .+-]*$|^$",
         description="folder of the run below the output folder; the file's name by default",
     )
-    seed: int = Field(0, ge=0)
-    data: Data = Data()
-    encoder: Encoder = Encoder()
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    data: Data = Field(Data(), description="which images")
+    encoder: Encoder = Field(Encoder(), description="which encoder")
     stages: Stages = Field({"pretrain": Pretrain()}, description="what is done, in this order")
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -119,6 +120,18 @@ def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Im
             Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top + _CAPTION_PX)
         )
     return canvas
+
+
+def overlay(images: Tensor, maps: Tensor) -> Tensor:
+    """A map over each image, grey: where it is high the image keeps its brightness.
+
+    Args:
+        images: float ``(b, 3, H, W)`` in [0, 1].
+        maps: ``(b, h, w)`` of any range; each is stretched to its own.
+    """
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    share = F.interpolate(((maps - low) / (high - low).clamp(min=1e-9))[:, None], images.shape[-2:], mode="bilinear")
+    return images * (0.15 + 0.85 * share)
 
 
 def grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:

@@ -66,6 +66,10 @@ class WindowAttention(nn.Module):
             return logits
         return logits.masked_fill(~mask.repeat(len(x) // len(mask), 1, 1)[:, None], -math.inf)
 
+    def attention(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+        """What every token of a window attends to: ``(b n, m, t, t)``, rows that sum to one; to be looked at."""
+        return self.logits(x, window, mask).softmax(dim=-1)
+
     def heads_at_clamp(self) -> int:
         """Heads whose temperature has reached its lowest value, where it learns no more."""
         return 0

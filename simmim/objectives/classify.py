@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
+from einops import rearrange, reduce
 from PIL import Image
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -107,6 +107,14 @@ class Classify(nn.Module):
             for label, guess in zip(batch["label"].tolist(), chosen, strict=True)
         ]
         return visualize.captioned(visualize.to_rgb(batch["image"] / 255), captions)
+
+    @torch.no_grad()
+    def class_activation(self, images: Tensor) -> Tensor:
+        """Where each class is seen: normalised ``(b, c, H, W)`` -> ``(b, classes, h, w)``, whose mean is the logit.
+
+        The head is linear on the mean over the grid, so the map is exact (CAM, arXiv 1512.04150).
+        """
+        return rearrange(self.head(self.encoder(images)), "b h w k -> b k h w")
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """The encoder's and the bias of the head."""

@@ -60,7 +60,9 @@ def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Rec
     """Masks and a head with fresh weights around the encoder."""
     return Reconstruct(
         encoder,
-        MaskGenerator(stage.image_size, stage.mask.patch_size, stage.mask.ratio, seed=recipe.seed),
+        MaskGenerator(
+            stage.image_size, stage.mask.patch_size, stage.mask.ratio, seed=recipe.seed, strategy=stage.mask.strategy
+        ),
         mean=recipe.data.mean,
         std=recipe.data.std,
         loss=stage.target.loss,

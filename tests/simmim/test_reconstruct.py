@@ -123,12 +123,12 @@ def test_the_masked_panel_holds_nothing_of_the_hidden_pixels():
     assert torch.equal(hidden[~mask.expand_as(hidden)], images[~mask.expand_as(images)])
 
 
-@pytest.mark.parametrize(("channels", "window", "panels"), [(3, None, 3), (1, None, 3), (2, 9, 4), (5, None, 3)])
+@pytest.mark.parametrize(("channels", "window", "panels"), [(3, None, 5), (1, None, 5), (2, 9, 6), (5, None, 5)])
 def test_pictures_of_any_channel_count(channels, window, panels):
     model = make_model((32, 64), 8, channels, norm_target_window=window).eval()
     picture = model.picture(make_batch((32, 64), channels, n=3))
     assert picture.mode == "RGB"
-    assert picture.width == 2 * (panels * (64 * 4 + 6) + 12)
+    assert picture.size == (panels * (64 * 4 + 6) + 12, 3 * (32 * 4 + 6) + 28)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""Writes recipes/README.md: every key of a recipe, from the schema. ``python tools/document_recipes.py``"""
+
+from pathlib import Path
+
+from simmim.recipe import document
+
+if __name__ == "__main__":
+    Path(__file__).parents[1].joinpath("recipes/README.md").write_text(document(), encoding="utf-8")
