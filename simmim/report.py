@@ -16,6 +16,7 @@ from PIL import Image
 
 from simmim.reconstructions import through_training
 from simmim.runlog import read_lines
+from simmim.visualize import folded
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -185,7 +186,9 @@ def pictures(run: Run) -> list[str]:
         files = sorted((run.folder / name).glob("step_*.png"))
         if files:
             step = int(files[-1].stem.removeprefix("step_"))
-            found.append(_image(_small(Image.open(files[-1])), f"{name.capitalize()} of held-out images, step {step}"))
+            found.append(
+                _image(_small(folded(Image.open(files[-1]))), f"{name.capitalize()} of held-out images, step {step}")
+            )
         if name == "reconstructions" and len(files) > 1:
             found.append(_image(_small(through_training(run.folder)), "One held-out image through training"))
     return found

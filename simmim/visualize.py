@@ -149,6 +149,20 @@ def grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_name
     return canvas
 
 
+def folded(picture: Image.Image) -> Image.Image:
+    """A picture of :func:`panels` with the second half of its rows beside the first."""
+    rows = int(picture.info.get("rows", 1))
+    if rows < 2:
+        return picture
+    height = (picture.height - _CAPTION_PX - _GAP) // rows
+    kept = _CAPTION_PX + -(-rows // 2) * height
+    canvas = Image.new("RGB", (2 * picture.width, kept), "white")
+    canvas.paste(picture.crop((0, 0, picture.width, kept)), (0, 0))
+    canvas.paste(picture.crop((0, 0, picture.width, _CAPTION_PX)), (picture.width, 0))
+    canvas.paste(picture.crop((0, kept, picture.width, _CAPTION_PX + rows * height)), (picture.width, _CAPTION_PX))
+    return canvas
+
+
 def filmstrip(pictures: Sequence[tuple[str, Image.Image]], *, row: int = 0, rows: int = 1) -> Image.Image:
     """The same row of several pictures under each other: one image through training.
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from simmim.runlog import read_lines
 from simmim.schema import Pretrain, Recipe
+from simmim.visualize import folded
 
 PRETRAINED, SCRATCH = "C0", "C1"
 Transfers = dict[str, dict[str, list[float]]]
@@ -37,7 +38,8 @@ def draw_page(
     left, right = top.subplots(1, 2, width_ratios=(1.6, 1))
     left.axis("off")
     if pictures:
-        left.imshow(matplotlib.image.imread(pictures[-1]))
+        with Image.open(pictures[-1]) as picture:
+            left.imshow(folded(picture))
         left.set_title(f"held-out images, step {int(pictures[-1].stem.removeprefix('step_'))}")
     draw_pretraining(right, folder / pretraining)
     curves, gains, larger = bottom.subplots(1, 3)

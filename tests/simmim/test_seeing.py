@@ -125,6 +125,17 @@ def test_panels_and_grids_place_every_pixel():
     assert (np.asarray(grid)[22 + 134 : 284, right + 140 : right + 268] == inverse).all()
 
 
+def test_folding_keeps_every_row():
+    images = torch.rand(3, 3, 128, 128)
+    picture = visualize.panels([("a", images)], across=1)
+    array, folded = np.asarray(picture), np.asarray(visualize.folded(picture))
+    assert folded.shape[1] == 2 * array.shape[1]
+    rows = [array[22 + 134 * k : 22 + 134 * k + 128] for k in range(3)]
+    places = [(22, 0), (22 + 134, 0), (22, array.shape[1])]
+    for row, (top, left) in zip(rows, places, strict=True):
+        assert (folded[top : top + 128, left : left + array.shape[1]] == row).all()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
