@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
 def test_a_damaged_export_is_made_again(tmp_path):
     export = stages.pretrain(tiny_recipe(), tmp_path)
     expected = {file.name: file.read_bytes() for file in export.iterdir()}
-    assert set(expected) == {"encoder.json", "encoder.safetensors", "checksums.json"}
+    assert set(expected) == {"encoder.json", "encoder.safetensors", "decoder.safetensors", "checksums.json"}
     for name, damage in (("encoder.safetensors", truncate), ("encoder.json", empty), ("checksums.json", remove)):
         damage(export / name)
         assert stages.pretrain(tiny_recipe(), tmp_path) == export

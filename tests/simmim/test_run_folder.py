@@ -190,7 +190,7 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("simmim.stages.assembly.write_environment", full)
+    monkeypatch.setattr("simmim.stages.folder.write_environment", full)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 2
     said = "error: the disk is full (No space left on device): make room, and the same command continues"
     assert said in capsys.readouterr().err
