@@ -122,10 +122,13 @@ def draw(rows: Sequence[Row], image_size: Pair, seed: int) -> Figure:
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.2, 1))
     left, right = halves
     axis = left.subplots()
-    for number, (strategy, cell) in enumerate(kinds):
+    colours = {cell: f"C{number % 10}" for number, cell in enumerate(dict.fromkeys(cell for _, cell in kinds))}
+    styles = dict(zip(dict.fromkeys(strategy for strategy, _ in kinds), ("o-", "s--", "^:"), strict=False))
+    for strategy, cell in kinds:
         some = [row for row in rows if (row.strategy, row.cell) == (strategy, cell)]
         x, y, error = zip(*((row.ratio, row.average_distance, 2 * row.standard_error) for row in some), strict=True)
-        axis.errorbar(x, y, error, fmt="o-", color=f"C{number % 10}", markersize=3, label=f"{strategy}, {cell} px")
+        label = f"{strategy}, {cell} px"
+        axis.errorbar(x, y, error, fmt=styles[strategy], color=colours[cell], markersize=3, label=label)
     low, high = band(image_size)
     axis.axhspan(low, high, color="C2", alpha=0.15, label="best in the paper")
     axis.set(title="AvgDist of masks, two standard errors", xlabel="masked", ylabel="px", yscale="log")
