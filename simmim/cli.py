@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from simmim import __version__
+from simmim.arguments import add_command, add_run_options
 from simmim.data_commands import add_data
-from simmim.lab_commands import add_lab, add_run_options
+from simmim.lab_commands import add_lab
 from simmim.look_commands import add_look
 from simmim.stopping import Stopped, obey_signals
 
@@ -218,11 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"simmim {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    pretrain = commands.add_parser(
+    pretrain = add_command(
+        commands,
         "pretrain",
+        examples=PRETRAIN_EXAMPLES,
         help="pretrain an encoder on images without labels",
-        epilog=PRETRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     pretrain.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     add_run_options(pretrain)
@@ -235,11 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_stage(every)
     every.set_defaults(run=_run, kinds=None)
 
-    finetune = commands.add_parser(
+    finetune = add_command(
+        commands,
         "finetune",
+        examples=FINETUNE_EXAMPLES,
         help="train a classifier: a stage of a recipe, or any encoder on any labelled folder",
-        epilog=FINETUNE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     finetune.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     add_run_options(finetune)
@@ -292,11 +293,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    convert = commands.add_parser(
+    convert = add_command(
+        commands,
         "convert",
+        examples=CONVERT_EXAMPLES,
         help="weights of another project in, weights for another library out",
-        epilog=CONVERT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("source", type=Path, help="an export folder, a .pth or .safetensors file, a timm or HF folder")
     convert.add_argument("out", type=Path, help="what to write; must not exist")

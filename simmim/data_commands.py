@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from simmim.arguments import add_command
+
 EXAMPLES = """examples:
   simmim data check /data/photos                       # every image decoded once; broken ones named
   simmim data pack /data/photos packed                 # short side 256 px, JPEG 90: decodes several times faster
@@ -20,11 +22,11 @@ PATH is whatever data.path of a recipe may be. An interrupted pack continues wit
 
 def add_data(commands: Any) -> None:
     """Add the command and what it can do."""
-    data = commands.add_parser(
+    data = add_command(
+        commands,
         "data",
+        examples=EXAMPLES,
         help="check, pack and probe images",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = data.add_subparsers(required=True, metavar="ACTION")
     check = _add(actions, "check", _check, "decode every image once: what is broken, how large, mean and std")

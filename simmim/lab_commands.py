@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from simmim.arguments import add_command, add_run_options
+
 LAB_EXAMPLES = """examples:
   simmim lab label-efficiency recipes/demo.yaml
   simmim lab label-efficiency recipes/cifar_swinv2_nano.yaml data.path=cifar10 --seeds 0 1 2 3 4
@@ -25,21 +27,21 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     """``simmim lab``."""
     lab = commands.add_parser("lab", help="small experiments that answer one question of the papers each")
     experiments = lab.add_subparsers(required=True, metavar="EXPERIMENT")
-    efficiency = experiments.add_parser(
+    efficiency = add_command(
+        experiments,
         "label-efficiency",
+        examples=LAB_EXAMPLES,
         help="does pretraining help where labels are few? The stages of a recipe against scratch, over seeds",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     efficiency.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     add_run_options(efficiency)
     efficiency.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     efficiency.set_defaults(run=_label_efficiency)
-    anchors = experiments.add_parser(
+    anchors = add_command(
+        experiments,
         "loss-anchors",
+        examples=LAB_EXAMPLES,
         help="how low is a masked loss that needs no learning? Trivial predictors on the images of a recipe",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     anchors.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     anchors.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
@@ -48,11 +50,11 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     anchors.add_argument("--images", type=int, default=120, metavar="N", help="at most so many (default: 120)")
     anchors.add_argument("--out", type=Path, default=Path("runs"), help="where the table is written (default: runs)")
     anchors.set_defaults(run=_loss_anchors)
-    transfer = experiments.add_parser(
+    transfer = add_command(
+        experiments,
         "window-transfer",
+        examples=LAB_EXAMPLES,
         help="which position bias survives a larger window? Table 1 of Swin V2 in small",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     transfer.add_argument("--data", help="default: builtin:shapes")
     transfer.add_argument("--out", type=Path, default=Path("runs/lab/window-transfer"), help="default: %(default)s")
@@ -74,11 +76,11 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_masking(experiments: argparse._SubParsersAction) -> None:
-    masking = experiments.add_parser(
+    masking = add_command(
+        experiments,
         "masking",
+        examples=LAB_EXAMPLES,
         help="how far must a hidden pixel look? AvgDist by strategy, cell and ratio",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     masking.add_argument("--image-size", type=int, nargs="+", default=[192], metavar="PX", help="default: 192")
     masking.add_argument("--cells", type=int, nargs="+", metavar="PX", help="default: 4 8 16 32 64")
@@ -90,11 +92,11 @@ def _add_masking(experiments: argparse._SubParsersAction) -> None:
 
 
 def _add_activations(experiments: argparse._SubParsersAction) -> None:
-    activations = experiments.add_parser(
+    activations = add_command(
+        experiments,
         "activations",
+        examples=LAB_EXAMPLES,
         help="why the norm moved: amplitude of every block before and after training, by norm. Figure 2 in small",
-        epilog=LAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     activations.add_argument("--depths", type=int, nargs="+", metavar="N", help="default: 2 2 18 2")
     activations.add_argument("--lrs", type=float, nargs="+", metavar="RATE", help="default: 0.001 0.004 0.016")
@@ -109,15 +111,6 @@ def _add_activations(experiments: argparse._SubParsersAction) -> None:
         activations.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     activations.add_argument("--out", type=Path, default=Path("runs/lab/activations"), help="default: %(default)s")
     activations.set_defaults(run=_activations, overrides=[])
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that trains takes beside its recipe."""
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
-    )
 
 
 def _window_transfer(arguments: argparse.Namespace) -> int:

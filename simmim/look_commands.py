@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from simmim.arguments import add_command
+
 EXAMPLES = """examples:
   simmim reconstruct runs/demo/pretrain/export builtin:shapes
   simmim reconstruct runs/b/pretrain/export photos --images 8 --mask-ratio 0.75 --out masked.png
@@ -17,11 +19,11 @@ IMAGES is anything that data.path of a recipe takes.
 
 def add_look(commands: argparse._SubParsersAction) -> None:
     """Both commands."""
-    shown = commands.add_parser(
+    shown = add_command(
+        commands,
         "reconstruct",
+        examples=EXAMPLES,
         help="what a pretrained encoder draws under a mask: any images, cells and ratios",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shown.add_argument("export", type=Path, help="of a pretraining stage")
     shown.add_argument("images_path", metavar="IMAGES", help="a folder, archive, table, or builtin:shapes")

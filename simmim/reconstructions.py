@@ -111,13 +111,13 @@ def gallery(
     export: Path | str, image: Tensor, mask_patch_sizes: Sequence[int], ratios: Sequence[float], bands: Bands = None
 ) -> Image.Image:
     """One image ``(c, H, W)``, normalised: masked and pasted, for every cell size (rows) and ratio (columns)."""
+    size = (image.shape[-2], image.shape[-1])
+    objective = load_reconstruct(export, mask_patch_size=mask_patch_sizes[0], mask_ratio=ratios[0], image_size=size)
     rows, names = [], []
     for cell in mask_patch_sizes:
         row = []
         for ratio in ratios:
-            objective = load_reconstruct(
-                export, mask_patch_size=cell, mask_ratio=ratio, image_size=(image.shape[-2], image.shape[-1])
-            )
+            objective.use_masks(MaskGenerator(size, cell, ratio))
             shown = dict(objective.views(image[None], draw_masks(objective, 1), bands))
             pasted = shown.get("prediction, pasted", shown.get("its prediction, pasted"))
             assert pasted is not None

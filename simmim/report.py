@@ -186,9 +186,8 @@ def pictures(run: Run) -> list[str]:
         files = sorted((run.folder / name).glob("step_*.png"))
         if files:
             step = int(files[-1].stem.removeprefix("step_"))
-            found.append(
-                _image(_small(folded(Image.open(files[-1]))), f"{name.capitalize()} of held-out images, step {step}")
-            )
+            with Image.open(files[-1]) as picture:
+                found.append(_image(_small(folded(picture)), f"{name.capitalize()} of held-out images, step {step}"))
         if name == "reconstructions" and len(files) > 1:
             found.append(_image(_small(through_training(run.folder)), "One held-out image through training"))
     return found

@@ -27,6 +27,7 @@ FLOORS = [
     {"simmim.engine", "simmim.report"},
     {"simmim.stages"},
     {"simmim.lab"},
+    {"simmim.arguments"},
     {"simmim.data_commands", "simmim.lab_commands", "simmim.look_commands"},
     {"simmim.cli"},
     {"tools"},

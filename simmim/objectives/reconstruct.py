@@ -66,14 +66,10 @@ class Reconstruct(nn.Module):
                 f"mean and std have {len(mean)} and {len(std)} numbers for {config.in_chans} channels: "
                 "give one number per channel"
             )
-        if masks.mask_patch_size % config.patch_size:
-            raise ValueError(
-                f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size {config.patch_size} px"
-            )
+        self.encoder = encoder
+        self.use_masks(masks)
         if norm_target_window is not None and norm_target_window % 2 == 0:
             raise ValueError(f"the window of a normalised target must be odd, got {norm_target_window}")
-        self.encoder = encoder
-        self.masks = masks
         self.elementwise_loss = LOSSES[loss]
         self.norm_target_window = norm_target_window
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
@@ -87,6 +83,17 @@ class Reconstruct(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
         return self.loss(*self.inputs(batch))
+
+    def use_masks(self, masks: MaskGenerator) -> None:
+        """Hide by other masks from now on.
+
+        Raises:
+            ValueError: cells that do not hold whole tokens.
+        """
+        token = self.encoder.config.patch_size
+        if masks.mask_patch_size % token:
+            raise ValueError(f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size {token} px")
+        self.masks = masks
 
     def measure(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What held-out images are judged by: the loss."""

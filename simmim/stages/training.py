@@ -60,7 +60,6 @@ class Trained(NamedTuple):
     views: Batches | list
     preview: Batch
     log: RunLog
-    total_steps: int
 
 
 def num_steps(recipe: Recipe, name: str, num_images: int) -> int:
@@ -209,7 +208,7 @@ def train(
                     labelled=job.labelled,
                     seed=recipe.seed,
                     num_workers=num_workers_of(recipe.data, accelerator),
-                    timeout_s=recipe.data.read_timeout_s,
+                    timeout_s=timeout_s,
                     pin_memory=accelerator.device.type == "cuda",
                     batch_size=stage.batch_size,
                     micro_batch_size=stage.micro_batch_size,
@@ -238,7 +237,7 @@ def train(
     if isinstance(views, Batches):
         log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
-    return Trained(judged.eval(), whole_weights(judged, accelerator), views, preview, log, total_steps)
+    return Trained(judged.eval(), whole_weights(judged, accelerator), views, preview, log)
 
 
 def distribute(

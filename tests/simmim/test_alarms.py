@@ -94,39 +94,38 @@ def a_batch() -> dict:
     return {"image": torch.zeros(1, 1), "epoch": number, "index": number, "broken": []}
 
 
-def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
-    def train(start: int, total: int) -> None:
-        accelerator = Accelerator(cpu=True)
-        model = Memoriser()
-        batch = a_batch()
-        fit(
-            accelerator,
-            model,
-            torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=0.0),
-            [batch] * total,
-            lr_at=lambda step: 0.05,
-            start_step=start,
-            total_steps=total,
-            accumulation=1,
-            clip_grad_norm=None,
-            images_per_epoch=1,
-            seed=0,
-            log=RunLog(tmp_path, is_main=True),
-            checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
-            stop=StopRequest(),
-            metrics_every_steps=1,
-            pictures_every_steps=1,
-            checkpoint_every_steps=100,
-            holdout=[batch],
-            preview=batch,
-        )
+def train(folder, model, start: int, total: int, *, lr: float, every: int, holdout: list[dict]) -> None:
+    """The loop over one batch, with metrics and pictures ``every`` so many steps."""
+    fit(
+        Accelerator(cpu=True),
+        model,
+        torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=0.0),
+        [a_batch()] * total,
+        lr_at=lambda step: lr,
+        start_step=start,
+        total_steps=total,
+        accumulation=1,
+        clip_grad_norm=None,
+        images_per_epoch=1,
+        seed=0,
+        log=RunLog(folder, is_main=True),
+        checkpoints=Checkpoints(folder / "checkpoints", {}, keep=1),
+        stop=StopRequest(),
+        metrics_every_steps=every,
+        pictures_every_steps=every,
+        checkpoint_every_steps=1000,
+        holdout=holdout,
+        preview=a_batch(),
+    )
 
-    train(0, 8)
+
+def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
+    train(tmp_path, Memoriser(), 0, 8, lr=0.05, every=1, holdout=[a_batch()])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["warning"]
     assert events[0]["text"].startswith("overfitting: since step 3 ")
     assert capsys.readouterr().out.count("warning: step 4: overfitting") == 1
-    train(2, 3)
+    train(tmp_path, Memoriser(), 2, 3, lr=0.05, every=1, holdout=[a_batch()])
     assert (tmp_path / "events.jsonl").read_text() == ""
 
 
@@ -188,28 +187,7 @@ def test_the_loop_asks_after_every_step(tmp_path, capsys):
             self.calls = getattr(self, "calls", 0) + 1
             return super().forward(batch) + (50 if self.calls == 25 else 0)
 
-    model, batch = Jumping(), a_batch()
-    fit(
-        Accelerator(cpu=True),
-        model,
-        torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=0.0),
-        [batch] * 30,
-        lr_at=lambda step: 0.001,
-        start_step=0,
-        total_steps=30,
-        accumulation=1,
-        clip_grad_norm=None,
-        images_per_epoch=1,
-        seed=0,
-        log=RunLog(tmp_path, is_main=True),
-        checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
-        stop=StopRequest(),
-        metrics_every_steps=1000,
-        pictures_every_steps=1000,
-        checkpoint_every_steps=1000,
-        holdout=[],
-        preview=batch,
-    )
+    train(tmp_path, Jumping(), 0, 30, lr=0.001, every=1000, holdout=[])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["event"]) for event in events] == [(25, "warning")]
     assert "warning: step 25: the loss spiked to" in capsys.readouterr().out
