@@ -13,6 +13,9 @@ LAB_EXAMPLES = """examples:
   simmim lab label-efficiency recipes/demo.yaml
   simmim lab label-efficiency recipes/cifar_swinv2_nano.yaml data.path=cifar10 --seeds 0 1 2 3 4
   simmim lab loss-anchors simmim_swinv2_b data.path=photos --mask-patch-sizes 8 16 32 64 --ratios 0.4 0.6 0.8
+  simmim lab objectives recipes/demo.yaml
+  simmim lab objectives recipes/demo.yaml --arms loss=l2 pixels=all norm_window=7 --seeds 0 1 2 3 4
+  simmim lab data-scaling recipes/demo.yaml --shares 0.01 0.1 1 --sizes embed_dim=16 embed_dim=32
   simmim lab masking
   simmim lab masking --image-size 96 --cells 4 8 16 32 --strategies random block
   simmim lab activations --steps 100 --lrs 1e-3 1.6e-2
@@ -50,6 +53,8 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     anchors.add_argument("--images", type=int, default=120, metavar="N", help="at most so many (default: 120)")
     anchors.add_argument("--out", type=Path, default=Path("runs"), help="where the table is written (default: runs)")
     anchors.set_defaults(run=_loss_anchors)
+    _add_objectives(experiments)
+    _add_data_scaling(experiments)
     transfer = add_command(
         experiments,
         "window-transfer",
@@ -73,6 +78,42 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     transfer.set_defaults(run=_window_transfer, overrides=[])
     _add_masking(experiments)
     _add_activations(experiments)
+
+
+def _add_objectives(experiments: argparse._SubParsersAction) -> None:
+    command = add_command(
+        experiments,
+        "objectives",
+        examples=LAB_EXAMPLES,
+        help="which parts of SimMIM matter? Losses, pixels, heads, target resolutions: pretrained and fine-tuned",
+    )
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_run_options(command)
+    command.add_argument(
+        "--arms", nargs="+", metavar="KEY=VALUE", help="values of target to try (default: those that the paper tries)"
+    )
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    command.set_defaults(run=_objectives)
+
+
+def _add_data_scaling(experiments: argparse._SubParsersAction) -> None:
+    command = add_command(
+        experiments,
+        "data-scaling",
+        examples=LAB_EXAMPLES,
+        help="does pretraining need many images? Share of the images x size x length, loss against accuracy",
+    )
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_run_options(command)
+    command.add_argument("--shares", type=float, nargs="+", metavar="S", help="of the images (default: 0.02 0.1 1)")
+    command.add_argument(
+        "--sizes", nargs="+", metavar="KEY=VALUE", help="of encoder (default: embed_dim=16 embed_dim=32)"
+    )
+    command.add_argument(
+        "--lengths", type=float, nargs="+", metavar="L", help="steps over those of the recipe (default: 0.25 0.5 1)"
+    )
+    command.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 0")
+    command.set_defaults(run=_data_scaling)
 
 
 def _add_masking(experiments: argparse._SubParsersAction) -> None:
@@ -127,6 +168,26 @@ def _label_efficiency(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     label_efficiency(recipe, arguments.out, arguments.seeds, precision=arguments.precision)
+    return 0
+
+
+def _objectives(arguments: argparse.Namespace) -> int:
+    from simmim.lab.objectives import objectives
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    objectives(recipe, arguments.out, arguments.arms, arguments.seeds, precision=arguments.precision)
+    return 0
+
+
+def _data_scaling(arguments: argparse.Namespace) -> int:
+    from simmim.lab.data_scaling import data_scaling
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    given = {name: getattr(arguments, name) for name in ("shares", "sizes", "lengths", "seeds")}
+    given = {name: value for name, value in given.items() if value is not None}
+    data_scaling(recipe, arguments.out, **given, precision=arguments.precision)
     return 0
 
 

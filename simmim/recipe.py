@@ -28,20 +28,31 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     """
     file = find_recipe(path)
     values = _read_yaml(file)
+    return _build({**values, "name": values.get("name") or file.stem}, overrides or [], path)
+
+
+def override(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """The same recipe with other values, as :func:`load_recipe` does it.
+
+    Raises:
+        ValueError: values that are refused.
+    """
+    return _build(recipe.model_dump(mode="json"), overrides, recipe.name)
+
+
+def _build(values: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     origin = {}
-    for override in overrides or []:
+    for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r}: expected key.path=value")
         _set(values, key, _parse_yaml(text, f"override {override!r}"), override)
         origin[key] = override
-    if not values.get("name"):
-        values["name"] = file.stem
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(detail, origin, file.name) for detail in error.errors()]
-        raise ValueError(f"{len(lines)} problem(s) in {path}:\n" + "\n".join(lines)) from None
+        lines = [_explain(detail, origin, Path(where).name) for detail in error.errors()]
+        raise ValueError(f"{len(lines)} problem(s) in {where}:\n" + "\n".join(lines)) from None
 
 
 def shipped_recipes() -> list[Path]:

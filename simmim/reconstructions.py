@@ -1,6 +1,6 @@
 """Looking at what was learned: a pretraining objective from its export, and pictures of what it draws.
 
-An export of pretraining holds, beside the encoder, ``decoder.safetensors``: the mask token and the one-layer head.
+An export of pretraining holds, beside the encoder, ``decoder.safetensors``: the mask token and the head.
 """
 
 from __future__ import annotations
@@ -60,7 +60,13 @@ def load_reconstruct(
     )
     pixels = description["pixels"]
     objective = Reconstruct(
-        encoder, masks, mean=pixels["mean"], std=pixels["std"], norm_target_window=trained["norm_target_window"]
+        encoder,
+        masks,
+        mean=pixels["mean"],
+        std=pixels["std"],
+        norm_target_window=trained["norm_target_window"],
+        downsample=trained.get("downsample", 1),
+        head=trained.get("head", "linear"),
     )
     try:
         objective.load_state_dict(load_file(export / DECODER), strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -33,6 +34,9 @@ class Data(Settings):
         "",
         description="a folder of images, a .zip, .tar, .parquet or .npy file, a pattern of such, a list (.txt, .csv), "
         "hf:NAME, stream:hf:NAME, or builtin:shapes",
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="of the training images, for pretraining: of smaller shares all are in the larger"
     )
     mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0, 1]")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel, of pixels in [0, 1]")
@@ -103,9 +107,14 @@ class Mask(Settings):
 
 
 class Target(Settings):
-    """What is predicted (SimMIM, section 3.4)."""
+    """What is predicted (SimMIM, sections 3.3 and 3.4)."""
 
-    loss: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="over masked pixels")
+    loss: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="of a pixel")
+    pixels: Literal["masked", "all"] = Field("masked", description="of which pixels the loss is")
+    downsample: Count = Field(1, description="side of the squares over which prediction and target are averaged, px")
+    head: Literal["linear", "mlp", "inverse_swin"] = Field(
+        "linear", description="one layer; two; or the encoder upside down, with two blocks at every scale"
+    )
     norm_window: Count | None = Field(None, description="sliding window for normalised targets, px, odd; 47 in Swin V2")
 
 
@@ -294,6 +303,12 @@ class Recipe(Settings):
                     raise ValueError(
                         f"stages.{name}.mask.patch_size {stage.mask.patch_size} must be a "
                         f"multiple of encoder.patch_size {token}"
+                    )
+                largest = gcd(encoder_config(self.encoder, stage).stride, stage.mask.patch_size)
+                if largest % stage.target.downsample:
+                    raise ValueError(
+                        f"stages.{name}.target.downsample {stage.target.downsample} must divide mask.patch_size and "
+                        f"the stride of the encoder: take a divisor of {largest}"
                     )
             elif not (stage.init_from or before):
                 raise ValueError(

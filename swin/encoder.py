@@ -5,7 +5,7 @@ Letters: b batch, h w token grid, c channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -66,25 +66,7 @@ class SwinEncoder(nn.Module):
             _make_stage(config, index, rates[sum(config.depths[:index]) :]) for index in range(len(config.depths))
         )
         self.norm = nn.LayerNorm(config.num_features)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Truncated normal (std 0.02) for linear weights and bias tables, zero biases; the branch norms
-        of a residual-post-norm block start at weight 0.
-
-        The patch embedding keeps the default of a convolution, as in the official code.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, BiasTable):
-                nn.init.trunc_normal_(module.table, std=0.02)
-            elif isinstance(module, ResPostNormBlock):
-                nn.init.zeros_(module.norm1.weight)
-                nn.init.zeros_(module.norm2.weight)
+        init_weights(self)
 
     def embed(self, images: Tensor) -> Tensor:
         """Pixels ``(b, in_chans, H, W)`` -> tokens ``(b, h, w, c)``, h = ceil(H / patch_size)."""
@@ -137,19 +119,44 @@ class SwinEncoder(nn.Module):
 
         All vectors (norms and biases), the temperatures and the position biases.
         """
-        no_decay = {parameter for parameter in self.parameters() if parameter.ndim <= 1}
-        for module in self.modules():
-            if isinstance(module, SwinBlock):
-                no_decay |= module.attn.no_decay_parameters()
-        return no_decay
+        return no_decay_parameters(self)
 
 
-def _make_stage(config: SwinConfig, index: int, drop_path: list[float]) -> Stage:
-    make_block, make_merging = _PARTS[config.norm]
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal (std 0.02) for linear weights and bias tables, zero biases; the branch norms
+    of a residual-post-norm block start at weight 0.
+
+    The patch embedding keeps the default of a convolution, as in the official code.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, BiasTable):
+            nn.init.trunc_normal_(part.table, std=0.02)
+        elif isinstance(part, ResPostNormBlock):
+            nn.init.zeros_(part.norm1.weight)
+            nn.init.zeros_(part.norm2.weight)
+
+
+def no_decay_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Vectors, temperatures and position biases, anywhere in a module."""
+    no_decay = {parameter for parameter in module.parameters() if parameter.ndim <= 1}
+    for part in module.modules():
+        if isinstance(part, SwinBlock):
+            no_decay |= part.attn.no_decay_parameters()
+    return no_decay
+
+
+def make_blocks(config: SwinConfig, index: int, drop_path: Sequence[float]) -> list[SwinBlock]:
+    """The blocks of a stage, every other one shifted; ``drop_path`` has a rate for each."""
+    make_block, _ = _PARTS[config.norm]
     dim, heads = config.embed_dim * 2**index, config.num_heads[index]
     assert config.reference_windows is not None
     reference = config.reference_windows[index]
-    blocks: list[SwinBlock] = [
+    return [
         make_block(
             dim,
             ATTENTIONS[config.attention](dim, heads, make_position_bias(config.position_bias, heads, reference)),
@@ -161,8 +168,13 @@ def _make_stage(config: SwinConfig, index: int, drop_path: list[float]) -> Stage
         )
         for block in range(config.depths[index])
     ]
+
+
+def _make_stage(config: SwinConfig, index: int, drop_path: Sequence[float]) -> Stage:
+    _, make_merging = _PARTS[config.norm]
     is_last = index == len(config.depths) - 1
-    return Stage(blocks, nn.Identity() if is_last else make_merging(dim))
+    downsample = nn.Identity() if is_last else make_merging(config.embed_dim * 2**index)
+    return Stage(make_blocks(config, index, drop_path), downsample)
 
 
 def make_encoder(name: str, **settings: Any) -> SwinEncoder:

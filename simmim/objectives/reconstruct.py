@@ -1,4 +1,4 @@
-"""SimMIM: mask tokens between embed and encode, one linear layer, L1 on the masked pixels.
+"""SimMIM: mask tokens between embed and encode, one linear layer, L1 on the masked pixels; and what it was chosen from.
 
 Letters: b batch, h w token grid, c channels, k masked tokens, p q pixels inside a token, H W pixels.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from simmim import visualize
 from simmim.masking import MaskGenerator, expand_mask
+from simmim.objectives.heads import make_head
 from swin import SwinEncoder
+from swin.encoder import init_weights, no_decay_parameters
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -37,13 +40,16 @@ class Reconstruct(nn.Module):
 
     Args:
         mean, std: channel statistics of pixels in [0, 1], one number per channel.
-        loss: ``l1``, ``l2`` or ``smooth_l1``, averaged over masked pixels and channels.
+        loss: ``l1``, ``l2`` or ``smooth_l1``, averaged over pixels and channels.
         norm_target_window: side of the sliding window, in pixels, over which the target is
             normalised; None predicts plain pixels. The published Swin V2 models use 47.
+        pixels: ``masked`` or ``all``: of which the loss is.
+        downsample: prediction and target are averaged over squares of so many pixels a side.
+        head: ``linear``, ``mlp`` or ``inverse_swin``, see :func:`simmim.objectives.heads.make_head`.
 
     Raises:
-        ValueError: statistics that do not match the channels, an even window, or cells that do not
-            hold whole tokens.
+        ValueError: statistics that do not match the channels, an even window, cells that do not
+            hold whole tokens, or squares that neither cells nor features can be divided into.
     """
 
     mean: Tensor
@@ -58,6 +64,9 @@ class Reconstruct(nn.Module):
         std: Sequence[float],
         loss: str = "l1",
         norm_target_window: int | None = None,
+        pixels: str = "masked",
+        downsample: int = 1,
+        head: str = "linear",
     ) -> None:
         super().__init__()
         config = encoder.config
@@ -67,16 +76,16 @@ class Reconstruct(nn.Module):
                 "give one number per channel"
             )
         self.encoder = encoder
+        self.pixels, self.downsample, self.head_kind = pixels, downsample, head
         self.use_masks(masks)
         if norm_target_window is not None and norm_target_window % 2 == 0:
             raise ValueError(f"the window of a normalised target must be odd, got {norm_target_window}")
         self.elementwise_loss = LOSSES[loss]
         self.norm_target_window = norm_target_window
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
-        self.head = nn.Linear(config.num_features, config.stride**2 * config.in_chans)
+        self.head = make_head(head, config)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        init_weights(self.head)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -88,11 +97,16 @@ class Reconstruct(nn.Module):
         """Hide by other masks from now on.
 
         Raises:
-            ValueError: cells that do not hold whole tokens.
+            ValueError: cells that do not hold whole tokens or whole squares of the target.
         """
-        token = self.encoder.config.patch_size
-        if masks.mask_patch_size % token:
-            raise ValueError(f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size {token} px")
+        token, stride, cell = self.encoder.config.patch_size, self.encoder.config.stride, masks.mask_patch_size
+        if cell % token:
+            raise ValueError(f"mask_patch_size {cell} must be a multiple of the token size {token} px")
+        if cell % self.downsample or stride % self.downsample:
+            raise ValueError(
+                f"downsample {self.downsample} must divide mask_patch_size {cell} and the stride {stride} of the "
+                f"encoder: {gcd(cell, stride)} is the largest"
+            )
         self.masks = masks
 
     def measure(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,14 +119,20 @@ class Reconstruct(nn.Module):
         return images, self.masks(batch["epoch"], batch["index"])
 
     def loss(self, images: Tensor, cell_mask: Tensor) -> Tensor:
-        """Mean error over masked pixels; only tokens that hold any are predicted."""
+        """Mean error over the pixels; only tokens that hold any of them are predicted."""
         features = self._encode(images, cell_mask)
-        mask = self._patchify(self._pixel_mask(cell_mask), features)
+        counted = self._pixel_mask(cell_mask)
+        if self.pixels == "all":
+            counted = torch.ones_like(counted)
+        mask = self._patchify(counted, features)
         needed = mask.any(dim=-1)
-        prediction = self.head(features[needed])  # (k, c p q)
+        # A linear layer draws every token alone, so the others need not be drawn.
+        is_linear = isinstance(self.head, nn.Linear)
+        prediction = self.head(features[needed]) if is_linear else self.head(features)[needed]  # (k, c p q)
         with torch.autocast(images.device.type, enabled=False):
             target = self._patchify(self._target(images), features)[needed]
-            error = self.elementwise_loss(prediction.to(target.dtype), target, reduction="none")
+            prediction = self._downsample_tokens(prediction.to(target.dtype))
+            error = self.elementwise_loss(prediction, target, reduction="none")
             error = rearrange(error, "k (c pq) -> k c pq", c=images.shape[1])
             weight = mask[needed].to(error.dtype)[:, None]
             return (error * weight).sum() / (weight.sum() * images.shape[1])
@@ -123,6 +143,7 @@ class Reconstruct(nn.Module):
         stride = self.encoder.config.stride
         prediction = rearrange(prediction, "b h w (c p q) -> b c (h p) (w q)", p=stride, q=stride)
         prediction = prediction[:, :, : images.shape[2], : images.shape[3]].to(images.dtype)
+        prediction = mean_of_squares(prediction, self.downsample)
         return Reconstruction(images, self._target(images), prediction, self._pixel_mask(cell_mask))
 
     @torch.no_grad()
@@ -172,11 +193,13 @@ class Reconstruct(nn.Module):
             "mask_patch_size": self.masks.mask_patch_size,
             "mask_ratio": self.masks.mask_ratio,
             "norm_target_window": self.norm_target_window,
+            "downsample": self.downsample,
+            "head": self.head_kind,
         }
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """The encoder's, the mask token and the bias of the head."""
-        return self.encoder.no_decay_parameters() | {self.mask_token, self.head.bias}
+        """The encoder's, the mask token and the vectors of the head."""
+        return no_decay_parameters(self) | {self.mask_token}
 
     def _encode(self, images: Tensor, cell_mask: Tensor) -> Tensor:
         tokens = self.encoder.embed(images)
@@ -185,9 +208,17 @@ class Reconstruct(nn.Module):
         return self.encoder.encode(tokens)
 
     def _target(self, images: Tensor) -> Tensor:
-        if self.norm_target_window is None:
-            return images
-        return normalize_locally(images, self.norm_target_window)
+        if self.norm_target_window is not None:
+            images = normalize_locally(images, self.norm_target_window)
+        return mean_of_squares(images, self.downsample)
+
+    def _downsample_tokens(self, pixels: Tensor) -> Tensor:
+        """``(k, c p q)`` -> the same, every pixel the mean of its square."""
+        if self.downsample == 1:
+            return pixels
+        stride = self.encoder.config.stride
+        squares = rearrange(pixels, "k (c p q) -> k c p q", p=stride, q=stride)
+        return mean_of_squares(squares, self.downsample).flatten(1)
 
     def _pixel_mask(self, cell_mask: Tensor) -> Tensor:
         return expand_mask(cell_mask, self.masks.mask_patch_size)[:, None]
@@ -200,6 +231,17 @@ class Reconstruct(nn.Module):
         if bottom or right:
             pixels = F.pad(pixels, (0, right, 0, bottom))
         return rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=stride, q=stride)
+
+
+def mean_of_squares(pixels: Tensor, side: int) -> Tensor:
+    """``(b, c, H, W)`` -> the same, every pixel the mean of the square of ``side`` pixels that it lies in.
+
+    H and W are multiples of ``side``.
+    """
+    if side == 1:
+        return pixels
+    means = F.avg_pool2d(pixels, side)
+    return means.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
 
 
 def normalize_locally(images: Tensor, window: int) -> Tensor:

@@ -15,8 +15,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from simmim.counter_rng import permutation
 from simmim.data import CenterCrop, Decoder, Shapes, Source, evaluation_batches, training_images
 from simmim.data.loader import Batches
+from simmim.data.sources import Subset
 from simmim.optim import LearningRate, make_lr
 from simmim.schema import Data, Finetune, Pretrain, Recipe, encoder_config
 from swin import SwinEncoder, import_encoder, load_encoder, transfer
@@ -108,7 +110,18 @@ def _configure_sharding(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tuple[Source, Source | None]:
-    """Training images and held-out ones, as :func:`training_images`."""
+    """The share of the training images that is asked for, and held-out ones, as :func:`training_images`."""
+    training, holdout = _all_sources(data, size, channels, reserved)
+    if data.share < 1:
+        count = max(1, round(data.share * len(training)))
+        # One order for all seeds and shares; of a stream the first, so that they lie together.
+        in_blocks = training.blocks is not None
+        order = torch.arange(len(training)) if in_blocks else permutation(0, 0, len(training))
+        training = Subset(training, order[:count].sort().values)
+    return training, holdout
+
+
+def _all_sources(data: Data, size: Pair, channels: int, reserved: int) -> tuple[Source, Source | None]:
     if data.path == "builtin:shapes":
         held_out = Shapes(data.holdout_images, size, channels, held_out=True)
         return Shapes(data.num_images, size, channels), held_out if data.holdout_images else None

@@ -12,7 +12,7 @@ from simmim.counter_rng import derive_seed
 from simmim.data import RandomCrop
 from simmim.engine import evaluate, in_step, mean_over_images, to_device
 from simmim.masking import MaskGenerator
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.objectives.reconstruct import Reconstruct, mean_of_squares
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
 from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
@@ -67,6 +67,9 @@ def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Rec
         std=recipe.data.std,
         loss=stage.target.loss,
         norm_target_window=stage.target.norm_window,
+        pixels=stage.target.pixels,
+        downsample=stage.target.downsample,
+        head=stage.target.head,
     )
 
 
@@ -92,6 +95,7 @@ def sum_up(trained: Trained, accelerator: Accelerator) -> None:
             predictions["copy the nearest visible pixel"] = copy_nearest_visible(shown.images, shown.pixel_mask)
         predictions["model"] = shown.prediction.to(shown.target.dtype)
         for name, prediction in predictions.items():
+            prediction = mean_of_squares(prediction, objective.downsample)
             l1 = masked_l1(prediction, shown.target, shown.pixel_mask).item()
             sums[name] = sums.get(name, 0.0) + l1 * images
         sums["images"] = sums.get("images", 0.0) + images

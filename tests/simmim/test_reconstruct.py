@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from simmim.masking import MaskGenerator, expand_mask
+from simmim.objectives.heads import make_head
 from simmim.objectives.reconstruct import Reconstruct, normalize_locally
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
-from swin import make_encoder
+from swin import make_config, make_encoder
+from swin.encoder import init_weights
 
 
 def make_model(size=(64, 64), cell=16, channels=3, **settings) -> Reconstruct:
@@ -50,6 +53,42 @@ def test_masked_tokens_only_gives_the_loss_of_the_whole_picture(size, cell, chan
     error = model.elementwise_loss(whole.prediction, whole.target, reduction="none")
     expected = error[whole.pixel_mask.expand_as(error)].mean()
     torch.testing.assert_close(model.loss(images, mask), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "inverse_swin"])
+@pytest.mark.parametrize("pixels", ["masked", "all"])
+@pytest.mark.parametrize("downsample", [1, 2, 8])
+def test_what_simmim_was_chosen_from(head, pixels, downsample):
+    size, cell, channels = (40, 56), 8, 2
+    model = make_model(size, cell, channels, head=head, pixels=pixels, downsample=downsample, norm_target_window=5)
+    images, mask = model.inputs(make_batch(size, channels))
+    shown = model.reconstruct(images, mask)
+    target = normalize_locally(images, 5)
+    squares = target.unflatten(3, (-1, downsample)).unflatten(2, (-1, downsample)).mean(dim=(3, 5))
+    spread = squares.repeat_interleave(downsample, dim=2).repeat_interleave(downsample, dim=3)
+    torch.testing.assert_close(shown.target, spread)
+    error = (shown.prediction - spread).abs()
+    expected = error.mean() if pixels == "all" else error[shown.pixel_mask.expand_as(error)].mean()
+    loss = model.loss(images, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    no_decay = model.no_decay_parameters()
+    kept = {name for name, parameter in model.head.named_parameters() if parameter not in no_decay}
+    assert all(name.endswith("weight") for name in kept) and ("0.weight" in kept) == (head == "mlp")
+
+
+def test_an_inverse_swin_splits_tokens_in_their_places():
+    config = make_config(
+        "swinv2_tiny", embed_dim=8, depths=(2, 2, 2), num_heads=(1, 2, 4), patch_size=2, image_size=48, window_size=3
+    )
+    head = make_head("inverse_swin", config)
+    init_weights(head)  # blocks add nothing yet: what is left is splitting
+    x = features = torch.randn(2, 5, 6, 32)
+    for scale in head.scales:
+        x = F.pixel_shuffle(scale[-1](x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    drawn = head(features).unflatten(3, (3, 8, 8)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+    torch.testing.assert_close(drawn, x)
 
 
 @pytest.mark.parametrize("norm_target_window", [None, 9])
@@ -136,6 +175,7 @@ def test_pictures_of_any_channel_count(channels, window, panels):
     [
         ({"mean": [0.5], "std": [0.5]}, "mean and std have 1 and 1 numbers for 3 channels"),
         ({"norm_target_window": 8}, "must be odd"),
+        ({"downsample": 3}, "downsample 3 must divide mask_patch_size 32 and the stride 32 of the encoder: 32 is"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

@@ -130,7 +130,7 @@ def test_the_end_of_a_launcher_is_noticed(monkeypatch):
     assert stop.reason() is None
     monkeypatch.setattr(stopping, "PARENT", -1)  # it has ended before the loop began
     assert StopRequest().reason() == "the end of its launcher"
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -2)  # of no process, whoever has started this one
     assert stop.reason() == "the end of its launcher"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     alone = StopRequest()  # a shell that is left behind is no launcher

@@ -1,0 +1,64 @@
+"""What draws pixels from features: the one linear layer of SimMIM, and the heavier heads it was compared with.
+
+Letters: b batch, h w token grid, c channels, p q pixels inside a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from swin.blocks import SwinBlock
+from swin.config import SwinConfig
+from swin.encoder import make_blocks
+
+BLOCKS = 2  # of an inverse Swin at every scale: one with windows as they are, one shifted
+
+
+def make_head(kind: str, config: SwinConfig) -> nn.Module:
+    """A module from features ``(b, h, w, num_features)`` to pixels ``(b, h, w, in_chans stride stride)``.
+
+    Args:
+        kind: ``linear``; ``mlp`` of two layers; ``inverse_swin``, the encoder upside down, with two blocks at
+            every scale (SimMIM, arXiv 2111.09886, section 4.2.3: the heavier heads cost more and transfer no better).
+    """
+    pixels = config.stride**2 * config.in_chans
+    if kind == "linear":
+        return nn.Linear(config.num_features, pixels)
+    if kind == "mlp":
+        hidden = nn.Linear(config.num_features, config.num_features)
+        return nn.Sequential(hidden, nn.GELU(), nn.Linear(config.num_features, pixels))
+    return InverseSwin(config)
+
+
+class InverseSwin(nn.Module):
+    """Blocks at every scale of the encoder from the coarsest, each followed by a linear layer that splits a token
+    into four, at the finest into pixels."""
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        scales = len(config.depths)
+        config = replace(config, depths=(BLOCKS,) * scales, drop_path=0.0, extra_norm_interval=0)
+        self.token = config.patch_size
+        self.scales = nn.ModuleList()
+        for index in reversed(range(scales)):
+            dim = config.embed_dim * 2**index
+            split = nn.Linear(dim, config.patch_size**2 * config.in_chans if index == 0 else 2 * dim)
+            self.scales.append(nn.ModuleList([*make_blocks(config, index, [0.0] * BLOCKS), split]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(b, h, w, num_features)`` -> ``(b, h, w, c p q)``"""
+        height, width = features.shape[1:3]
+        x = features
+        for number, scale in enumerate(self.scales, start=1):
+            *blocks, split = cast(Iterable[SwinBlock | nn.Linear], scale)
+            for block in blocks:
+                x = block(x)
+            x = split(x)
+            side = self.token if number == len(self.scales) else 2
+            x = rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=side, q=side)
+        return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", h=height, w=width)

@@ -1,0 +1,173 @@
+"""Laboratories that compare variations of a recipe claim no more than their seeds allow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from simmim.cli import main
+from simmim.data import Shapes
+from simmim.lab import arms, data_scaling, objectives
+from simmim.lab.arms import Outcome
+from simmim.recipe import load_recipe
+from simmim.reconstructions import load_reconstruct
+from simmim.schema import Data
+from simmim.stages.assembly import make_sources
+from tests.simmim.test_label_efficiency import RECIPE
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "few.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+def test_objectives_end_to_end(recipe, tmp_path, capsys):
+    command = ["lab", "objectives", str(recipe), "--out", str(tmp_path)]
+    short = ["--arms", "head=inverse_swin", "downsample=4", "--seeds", "0", "1", "2"]
+    assert main([*command, *short]) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "few/objectives"
+    content = json.loads((folder / "objectives.json").read_text())
+    assert list(content["arms"]) == ["recipe", "head=inverse_swin", "downsample=4"]
+    assert [len(each) for each in content["arms"].values()] == [3, 3, 3]
+    summary = json.loads((folder / "seed_1/downsample_4/finetune_32/summary.json").read_text())
+    assert content["arms"]["downsample=4"][1]["top1"] == summary["holdout_top1"]
+    assert (folder / "objectives.txt").read_text().strip() in printed
+    assert (folder / "objectives.png").stat().st_size > 5_000
+    assert not (folder / "seed_0/recipe/scratch_32").exists()  # what is not compared is not trained
+    # What was trained is what was asked for, and comes back from its export.
+    drawn = load_reconstruct(folder / "seed_0/head_inverse_swin/pretrain/export")
+    assert type(drawn.head).__name__ == "InverseSwin" and drawn.downsample == 1
+    assert load_reconstruct(folder / "seed_0/downsample_4/pretrain/export").downsample == 4
+    # Nothing is done again.
+    before = (folder / "seed_2/recipe/pretrain/metrics.jsonl").stat().st_mtime_ns
+    assert main([*command, *short]) == 0
+    assert (folder / "seed_2/recipe/pretrain/metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "loss=l3"], "stages.pretrain.target.loss"),
+        (["--arms", "downsample=3"], "take a divisor of 8"),
+        (["--arms", "head=mlp", "nothing=1"], "nothing"),
+        (["--seeds", "1", "1"], "seeds must be different"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(arguments, message, recipe, tmp_path, capsys):
+    assert main(["lab", "objectives", str(recipe), "--out", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_the_arms_of_the_paper():
+    demo = load_recipe("demo")
+    assert objectives.default_arms(demo) == [
+        *("loss=l2", "loss=smooth_l1", "pixels=all", "head=mlp", "head=inverse_swin", "downsample=2", "downsample=4")
+    ]
+    assert objectives.default_arms(load_recipe("simmim_swinv2_b"))[-1] == "downsample=32"
+    coarse = load_recipe("demo", ["stages.pretrain.target.downsample=2", "stages.pretrain.target.loss=l2"])
+    assert {"loss=l1", "downsample=1"} < set(objectives.default_arms(coarse))
+    alone = load_recipe("simmim_swinv2_b")
+    only = alone.model_copy(update={"stages": {"pretrain": alone.stages["pretrain"]}})
+    with pytest.raises(ValueError, match="no stage with labels that starts from a stage of pretraining"):
+        arms.find_stages(only)
+
+
+def test_intervals_are_those_of_the_tables():
+    # Student's t: mean 2, s.d. 1, three values: 2 ± 4.303 / sqrt(3).
+    low, high = arms.mean_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 2.4843, 2 + 2.4843), abs=1e-3)
+    assert arms.mean_interval([0.2, 0.2]) is None  # two may agree by chance
+    assert arms.verdict((0.1, 0.2)) == "higher" and arms.verdict((-0.2, -0.1)) == "lower"
+    assert arms.verdict((-0.1, 0.1)) == "not told apart" and arms.verdict(None) == "needs more seeds"
+    # They hold the truth as often as they say.
+    draws = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = sum(low < 0 < high for low, high in map(arms.mean_interval, draws.tolist()))
+    assert abs(held / 4000 - 0.95) < 0.012
+
+
+def test_correlations():
+    r, (low, high) = arms.pearson([1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 1.0, 4.0, 3.0, 5.0])
+    assert r == pytest.approx(0.8)
+    assert (low, high) == pytest.approx((-0.2796, 0.9862), abs=1e-3)
+    assert arms.pearson([1.0, 2.0], [1.0, 2.0]) is None
+    assert arms.pearson([1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]) is None
+    assert arms.pearson([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == (pytest.approx(-1.0), None)
+
+
+def test_a_table_claims_only_what_is_told_apart():
+    def outcomes(*top1):
+        return [Outcome(value, 0.5, 100.0) for value in top1]
+
+    table = objectives.format_table(
+        {
+            "recipe": outcomes(0.50, 0.52, 0.51),
+            "head=mlp": outcomes(0.60, 0.63, 0.61),
+            "loss=l2": outcomes(0.55, 0.49, 0.52),
+        },
+        (0, 1, 2),
+    ).splitlines()
+    assert "higher" in table[3] and "+10.3" in table[3] and "8.9 to +11.8" in table[3]
+    assert "not told apart" in table[4]
+
+
+def test_data_scaling_end_to_end(recipe, tmp_path, capsys):
+    command = ["lab", "data-scaling", str(recipe), "--out", str(tmp_path)]
+    grid = ["--shares", "0.3", "1", "--sizes", "embed_dim=4", "embed_dim=8", "--lengths", "0.5", "1"]
+    assert main([*command, *grid]) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "few/data_scaling"
+    cells = json.loads((folder / "data_scaling.json").read_text())["cells"]
+    assert [(cell["share"], cell["size"], cell["length"]) for cell in cells][:3] == [
+        (0.3, "embed_dim=4", 0.5),
+        (0.3, "embed_dim=4", 1.0),
+        (0.3, "embed_dim=8", 0.5),
+    ]
+    # The length is in steps, whatever the share.
+    steps = {
+        (share, length): json.loads(
+            (folder / f"seed_0/share_{share}_embed_dim_4_length_{length}/pretrain/metrics.jsonl")
+            .read_text()
+            .splitlines()[-1]
+        )["step"]
+        for share in ("0.3", "1")
+        for length in ("0.5", "1")
+    }
+    assert steps["0.3", "1"] == steps["1", "1"] and steps["0.3", "0.5"] == steps["1", "0.5"]
+    assert steps["1", "1"] == 2 * steps["1", "0.5"]
+    assert "correlation (Pearson)" in printed and "all shares" in printed
+    assert (folder / "data_scaling.png").stat().st_size > 10_000
+    assert main([*command, "--shares", "0", "1"]) == 2
+    assert "shares lie above 0" in capsys.readouterr().err
+    assert main([*command, "--sizes", "width=3"]) == 2
+    assert "encoder.width" in capsys.readouterr().err
+
+
+def test_correlations_by_share():
+    def cell(share, length, *pairs):
+        return data_scaling.Cell(share, "embed_dim=8", length), [Outcome(top1, loss, 1.0) for loss, top1 in pairs]
+
+    found = data_scaling.correlations(
+        dict([cell(1.0, 1.0, (0.5, 0.5), (0.4, 0.6)), cell(1.0, 2.0, (0.3, 0.7)), cell(0.1, 1.0, (0.9, 0.2))])
+    )
+    assert found["share 1"] == (pytest.approx(-1.0), None) and found["share 0.1"] is None
+    assert found["all shares"][0] < -0.9
+
+
+def test_small_shares_lie_in_larger_ones(tmp_path):
+    def names(share):
+        training, holdout = make_sources(Data(path="builtin:shapes", num_images=50, share=share), (32, 32), channels=3)
+        assert isinstance(holdout, Shapes) and len(holdout) == 64
+        return [training.name(number) for number in range(len(training))]
+
+    tenth, half, whole = names(0.1), names(0.5), names(1.0)
+    assert (len(tenth), len(half), len(whole)) == (5, 25, 50)
+    assert set(tenth) < set(half) < set(whole)
+    assert len(names(0.001)) == 1
