@@ -148,13 +148,16 @@ def draw(outcomes: dict[Cell, list[Outcome]], path: Path) -> None:
     for axis, title in ((losses, "held-out masked L1"), (accuracies, "top-1 after fine-tuning, %")):
         axis.set_xlabel("steps, over those of the recipe")
         axis.set_xscale("log", base=2)
+        lengths = sorted({cell.length for cell in outcomes})
+        axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
         axis.set_title(title)
     losses.legend(fontsize=8)
     both.set_xlabel("held-out masked L1")
     both.set_ylabel("top-1 after fine-tuning, %")
     found = correlations(outcomes)
     texts = [f"{name}: {value[0]:+.2f}" for name, value in found.items() if value is not None]
-    both.set_title("correlation  " + ",  ".join(texts), fontsize=9)
+    both.set_title("correlation of loss and accuracy")
+    both.text(0.97, 0.97, "\n".join(texts), transform=both.transAxes, ha="right", va="top")
     for axis in (losses, accuracies, both):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
