@@ -35,15 +35,15 @@ class Data(Settings):
         description="a folder of images, a .zip, .tar, .parquet or .npy file, a pattern of such, a list (.txt, .csv), "
         "hf:NAME, stream:hf:NAME, or builtin:shapes",
     )
-    share: float = Field(
-        1.0, gt=0, le=1, description="of the training images, for pretraining: of smaller shares all are in the larger"
-    )
     mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0, 1]")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel, of pixels in [0, 1]")
     value_range: tuple[float, float] | None = Field(
         None, description="black and white in files of more than 8 bits; null: the whole range of 16 bits"
     )
     num_images: Count = Field(100_000, description="how many builtin images make an epoch")
+    share: float = Field(
+        1.0, gt=0, le=1, description="of the training images, for pretraining: of smaller shares all are in the larger"
+    )
     holdout_images: int = Field(64, ge=0, description="kept out of training for pictures and the held-out loss")
     max_broken_share: Share = Field(0.01, description="more broken images than that (and than 10) end the run")
     read_timeout_s: Positive = Field(60, description="an image that has not come by then counts as broken")
