@@ -19,6 +19,7 @@ from simmim.arguments import add_command, add_run_options
 from simmim.data_commands import add_data
 from simmim.lab_commands import add_lab
 from simmim.look_commands import add_look
+from simmim.plan_commands import add_plan
 from simmim.stopping import Stopped, obey_signals
 
 PRETRAIN_EXAMPLES = """examples:
@@ -265,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_lab(commands)
     add_look(commands)
+    add_plan(commands)
     return parser
 
 

@@ -148,6 +148,17 @@ class Schedule(Settings):
         return self
 
 
+class Memory(Settings):
+    """The same numbers in less memory and more time (Swin V2, section 3.5); may change while a stage goes on."""
+
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="blocks keep everything; their matrix products; or only what goes in"
+    )
+    attention_chunks: Literal["auto"] | Count | list[Count] = Field(
+        "auto", description="attention one part after the other: for all stages or each; auto: where memory asks for it"
+    )
+
+
 class Log(Settings):
     """What is written during a run, and how often; in optimizer steps."""
 
@@ -174,6 +185,7 @@ class Pretrain(Settings):
     target: Target = Field(Target(), description="what is predicted")
     optimizer: Optimizer = Field(Optimizer(), description="how weights move")
     schedule: Schedule = Field(Schedule(), description="for how long, and how fast")
+    memory: Memory = Field(Memory(), description="what is computed again, or in parts")
     log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")
@@ -241,6 +253,7 @@ class Finetune(Settings):
     augment: Augment = Field(Augment(), description="what else is done to them")
     optimizer: Optimizer = Field(Optimizer(), description="how weights move")
     schedule: FinetuneSchedule = Field(FinetuneSchedule(), description="for how long, and how fast")
+    memory: Memory = Field(Memory(), description="what is computed again, or in parts")
     log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")
@@ -297,6 +310,11 @@ class Recipe(Settings):
                 raise ValueError(f"data.{name} has {count} numbers, but encoder.in_chans is {channels}")
         before = ""
         for name, stage in self.stages.items():
+            chunks, depth = stage.memory.attention_chunks, len(encoder_config(self.encoder, stage).depths)
+            if isinstance(chunks, list) and len(chunks) != depth:
+                raise ValueError(
+                    f"stages.{name}.memory.attention_chunks has {len(chunks)} numbers for an encoder of {depth} stages"
+                )
             if isinstance(stage, Pretrain):
                 token = encoder_config(self.encoder, stage).patch_size
                 if stage.mask.patch_size % token:

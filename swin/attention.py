@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swin.config import Pair
 from swin.position_bias import ContinuousBias, PositionBias
+from swin.sequential import at_least_fp32, attend_in_chunks, no_autocast
 
 MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 
@@ -23,8 +24,11 @@ MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 class WindowAttention(nn.Module):
     """``softmax(similarity(q, k) + B) v``; the two kinds below say how tokens become q, k, v and logits.
 
-    Logits and softmax are computed in at least fp32, whatever autocast says.
+    Logits and softmax are computed in at least fp32, whatever autocast says. With ``chunks`` above 1 they are computed
+    one after the other, see :mod:`swin.sequential`.
     """
+
+    chunks = 1
 
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias, *, qkv_bias: bool) -> None:
         super().__init__()
@@ -51,17 +55,20 @@ class WindowAttention(nn.Module):
             ``(b n, t, c)``
         """
         q, k, v = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
-        with _no_autocast(x.device.type):
-            logits = self.similarity(_at_least_fp32(q), _at_least_fp32(k))
-            weights = _softmax(logits, self.position_bias(window), mask)
-        x = rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
-        return self.proj(x)
+        with no_autocast(x.device.type):
+            bias = self.position_bias(window)
+            if self.chunks > 1:
+                x = attend_in_chunks(self.scale, q, k, v, self.factor(), bias, mask, self.chunks)
+            else:
+                # Without a name the logits live no longer than they are needed.
+                x = _softmax(self.similarity(at_least_fp32(q), at_least_fp32(k)), bias, mask).to(v.dtype) @ v
+        return self.proj(rearrange(x, "bn m t d -> bn t (m d)"))
 
     def logits(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
         """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
         q, k, _ = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
-        with _no_autocast(x.device.type):
-            logits = self.similarity(_at_least_fp32(q), _at_least_fp32(k)) + self.position_bias(window)
+        with no_autocast(x.device.type):
+            logits = self.similarity(at_least_fp32(q), at_least_fp32(k)) + self.position_bias(window)
         if mask is None:
             return logits
         return logits.masked_fill(~mask.repeat(len(x) // len(mask), 1, 1)[:, None], -math.inf)
@@ -80,7 +87,20 @@ class WindowAttention(nn.Module):
 
     def similarity(self, q: Tensor, k: Tensor) -> Tensor:
         """Queries and keys ``(b n, m, t, d)`` -> logits ``(b n, m, t, t)``."""
+        q, k = self.scale(q, k, self.factor())
+        return q @ k.transpose(-2, -1)
+
+    def factor(self) -> Tensor:
+        """What each head multiplies its logits by: ``(m, 1, 1)``."""
         raise NotImplementedError
+
+    @staticmethod
+    def scale(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``(b n, m, t, d)`` such that their products are the logits.
+
+        Scaling them touches t x d numbers, scaling the logits would touch t x t.
+        """
+        return q * factor, k
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """Parameters with more than one axis that are no weights of a linear map over channels."""
@@ -93,8 +113,9 @@ class DotAttention(WindowAttention):
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias) -> None:
         super().__init__(dim, num_heads, position_bias, qkv_bias=True)
 
-    def similarity(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    def factor(self) -> Tensor:
+        width = self.proj.in_features // self.num_heads
+        return self.proj.weight.new_full((self.num_heads, 1, 1), width**-0.5)
 
 
 class CosineAttention(WindowAttention):
@@ -113,10 +134,12 @@ class CosineAttention(WindowAttention):
     def project(self, x: Tensor) -> Tensor:
         return F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
-    def similarity(self, q: Tensor, k: Tensor) -> Tensor:
-        inverse_tau = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        # Scaling q touches t x d numbers, scaling the logits would touch t x t.
-        return (F.normalize(q, dim=-1) * inverse_tau) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    def factor(self) -> Tensor:
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    @staticmethod
+    def scale(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
 
     def heads_at_clamp(self) -> int:
         return int((self.logit_scale >= MAX_LOGIT_SCALE).sum())
@@ -164,13 +187,3 @@ def _softmax(logits: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     bias = bias.masked_fill(~mask[:, None], -math.inf)  # (n, m, t, t), shared by the batch
     logits = rearrange(logits, "(b n) m t s -> b n m t s", n=n) + bias
     return rearrange(logits.softmax(dim=-1), "b n m t s -> (b n) m t s")
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager:
-    """The meta device, where shapes are planned, has no autocast to switch off."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

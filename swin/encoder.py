@@ -21,6 +21,7 @@ from swin.blocks import (
     ResPostNormBlock,
     SwinBlock,
 )
+from swin.checkpointing import CHECKPOINTINGS, Checkpointing, run_saving
 from swin.config import SwinConfig, make_config
 from swin.position_bias import BiasTable, make_position_bias
 
@@ -34,6 +35,8 @@ _PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging
 class Stage(nn.Module):
     """Blocks at one resolution, every other one shifted, then the merging that leads to the next."""
 
+    checkpointing: Checkpointing = "none"
+
     def __init__(self, blocks: list[SwinBlock], downsample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -42,7 +45,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, h, w, c)``, before merging."""
         for block in self.blocks:
-            x = block(x)
+            x = run_saving(block, x, self.checkpointing)
         return x
 
 
@@ -67,6 +70,32 @@ class SwinEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.num_features)
         init_weights(self)
+
+    def save_memory(
+        self, *, checkpointing: Checkpointing = "none", attention_chunks: int | Sequence[int] = 1
+    ) -> SwinEncoder:
+        """Train the same in less memory and more time.
+
+        Args:
+            checkpointing: what blocks compute again for the gradient, see :func:`swin.checkpointing.run_saving`.
+            attention_chunks: in how many chunks attention is computed, for all stages or each of them; see
+                :mod:`swin.sequential`. Swin V2 does so in the first two stages (section 3.5).
+
+        Raises:
+            ValueError: unknown checkpointing, or not one positive number for each stage.
+        """
+        if checkpointing not in CHECKPOINTINGS:
+            raise ValueError(f"unknown checkpointing {checkpointing!r}: expected one of {', '.join(CHECKPOINTINGS)}")
+        chunks = [attention_chunks] * len(self.layers) if isinstance(attention_chunks, int) else list(attention_chunks)
+        if len(chunks) != len(self.layers) or min(chunks) < 1:
+            raise ValueError(
+                f"attention_chunks {chunks}: expected a positive number for each of {len(self.layers)} stages"
+            )
+        for stage, number in zip(cast(Iterable[Stage], self.layers), chunks, strict=True):
+            stage.checkpointing = checkpointing
+            for block in cast(Iterable[SwinBlock], stage.blocks):
+                block.attn.chunks = number
+        return self
 
     def embed(self, images: Tensor) -> Tensor:
         """Pixels ``(b, in_chans, H, W)`` -> tokens ``(b, h, w, c)``, h = ceil(H / patch_size)."""

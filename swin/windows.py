@@ -10,7 +10,7 @@ shifted windows of a padded grid still contain neighbours only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -22,21 +22,30 @@ from swin.config import Pair, effective_window
 
 P = ParamSpec("P")
 T = TypeVar("T")
+MOST_KEPT = 128
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
     """Keep the tensors that a pure function of sizes makes, for all blocks that ask with the same sizes.
 
-    While torch traces a model (compile, export) they are made afresh: tensors of a trace are not real.
+    While torch traces a model (compile, export, plan) they are made afresh: tensors of a trace are not real.
     """
-    remembered = lru_cache(maxsize=128)(make)
+    remembered: dict[tuple, T] = {}
 
     @wraps(make)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():
             return make(*args, **kwargs)
-        with torch.inference_mode(False):  # must stay usable in training after an inference call
-            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        key = (args, *kwargs.items())
+        if key not in remembered:
+            with torch.inference_mode(False):  # must stay usable in training after an inference call
+                made = make(*args, **kwargs)
+            if isinstance(made, Tensor) and type(made) is not Tensor:
+                return made
+            if len(remembered) >= MOST_KEPT:
+                del remembered[next(iter(remembered))]
+            remembered[key] = made
+        return remembered[key]
 
     return wrapper
 

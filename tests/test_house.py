@@ -14,6 +14,7 @@ FLOORS = [
     {"swin", "simmim", "simmim.counter_rng", "simmim.stopping"},
     {
         "simmim.alarms",
+        "simmim.memory",
         "simmim.masking",
         "simmim.classifier",
         "simmim.data",
@@ -23,12 +24,13 @@ FLOORS = [
         "simmim.runlog",
     },
     {"simmim.blackbox", "simmim.schema", "simmim.objectives", "simmim.convert"},
-    {"simmim.recipe", "simmim.reconstructions"},
+    {"simmim.recipe", "simmim.reconstructions", "simmim.footprint"},
     {"simmim.engine", "simmim.report"},
     {"simmim.stages"},
+    {"simmim.plan"},
     {"simmim.lab"},
     {"simmim.arguments"},
-    {"simmim.data_commands", "simmim.lab_commands", "simmim.look_commands"},
+    {"simmim.data_commands", "simmim.lab_commands", "simmim.look_commands", "simmim.plan_commands"},
     {"simmim.cli"},
     {"tools"},
 ]

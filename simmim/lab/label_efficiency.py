@@ -149,7 +149,7 @@ def judge_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) 
     assert isinstance(stage, Finetune)
     export = out / recipe.name / stage.init_from / "export"
     encoder, classifier = load_encoder(export), load_classifier(export)
-    size, window = geometry(stage, encoder)
+    size, window = geometry(stage, encoder.config)
     _, holdout = make_labelled(recipe, stage, size)
     accuracies = {}
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}

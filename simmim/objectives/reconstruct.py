@@ -120,7 +120,7 @@ class Reconstruct(nn.Module):
 
     def loss(self, images: Tensor, cell_mask: Tensor) -> Tensor:
         """Mean error over the pixels; only tokens that hold any of them are predicted."""
-        features = self._encode(images, cell_mask)
+        features = self.encode(images, cell_mask)
         counted = self._pixel_mask(cell_mask)
         if self.pixels == "all":
             counted = torch.ones_like(counted)
@@ -139,7 +139,7 @@ class Reconstruct(nn.Module):
 
     def reconstruct(self, images: Tensor, cell_mask: Tensor) -> Reconstruction:
         """Predict every pixel, masked or not."""
-        prediction = self.head(self._encode(images, cell_mask))
+        prediction = self.head(self.encode(images, cell_mask))
         stride = self.encoder.config.stride
         prediction = rearrange(prediction, "b h w (c p q) -> b c (h p) (w q)", p=stride, q=stride)
         prediction = prediction[:, :, : images.shape[2], : images.shape[3]].to(images.dtype)
@@ -201,7 +201,7 @@ class Reconstruct(nn.Module):
         """The encoder's, the mask token and the vectors of the head."""
         return no_decay_parameters(self) | {self.mask_token}
 
-    def _encode(self, images: Tensor, cell_mask: Tensor) -> Tensor:
+    def encode(self, images: Tensor, cell_mask: Tensor) -> Tensor:
         tokens = self.encoder.embed(images)
         token_mask = expand_mask(cell_mask, self.masks.mask_patch_size // self.encoder.config.patch_size)
         tokens = torch.where(token_mask[..., None], self.mask_token.to(tokens.dtype), tokens)

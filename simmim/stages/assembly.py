@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -19,9 +19,10 @@ from simmim.counter_rng import permutation
 from simmim.data import CenterCrop, Decoder, Shapes, Source, evaluation_batches, training_images
 from simmim.data.loader import Batches
 from simmim.data.sources import Subset
+from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
 from simmim.schema import Data, Finetune, Pretrain, Recipe, encoder_config
-from swin import SwinEncoder, import_encoder, load_encoder, transfer
+from swin import SwinConfig, SwinEncoder, import_encoder, load_encoder, transfer
 from swin.config import Pair
 from swin.weights import DESCRIPTION
 
@@ -70,6 +71,8 @@ def make_accelerator(precision: str | None, trackers: Sequence[str] = (), folder
         mixed_precision={"fp32": "no"}.get(precision or "", precision),
         log_with=list(trackers) or None,
         project_dir=folder,
+        # A weight is used once in a pass: a copy of it in bf16 would wait for nothing.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -230,19 +233,26 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
                 f"{name} starts from {path}, whose {field} is {getattr(encoder.config, field)}, but the recipe "
                 f"says {getattr(wanted, field)}: correct encoder in the recipe"
             )
-    size, window = geometry(stage, encoder)
+    size, window = geometry(stage, encoder.config)
     return Start(transfer(encoder, image_size=size, window_size=window, drop_path=stage.drop_path), path, digest)
 
 
-def geometry(stage: Pretrain | Finetune, encoder: SwinEncoder) -> tuple[Pair, Pair]:
+def geometry(stage: Pretrain | Finetune, old: SwinConfig) -> tuple[Pair, Pair]:
     """Image and window of a stage: as given, else those of the encoder, the window in proportion to the image."""
-    old = encoder.config
     size = stage.image_size or old.image_size
     in_proportion = tuple(
         max(1, round(window * new / before))
         for window, new, before in zip(old.window_size, size, old.image_size, strict=True)
     )
     return size, stage.window_size or (in_proportion[0], in_proportion[1])
+
+
+def chunks_of(stage: Pretrain | Finetune, config: SwinConfig, budget: int) -> list[int]:
+    """In how many chunks each stage of the encoder computes its attention; ``budget`` in bytes decides what is open."""
+    chunks = stage.memory.attention_chunks
+    if chunks == "auto":
+        return choose_chunks(config, stage.micro_batch_size, budget)
+    return [chunks] * len(config.depths) if isinstance(chunks, int) else list(chunks)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -260,7 +270,7 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
     Where a place is left out (``init_from``, ``head``), what was found there is not.
     """
     stage = recipe.stages[name]
-    passing = {"log", "init_from", "head"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
+    passing = {"log", "memory", "init_from", "head"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
     settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": PASSING_DATA})
     if isinstance(stage, Finetune):
         settings["data"] = {key: settings["data"][key] for key in ("mean", "std", "value_range")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,13 +20,22 @@ from simmim.classifier import save_classifier
 from simmim.data import CenterCrop, RandomCrop, Source, training_batches
 from simmim.data.loader import Batch, Batches
 from simmim.engine import fit
+from simmim.footprint import FREE_SHARE, footprint, sizes, states_bytes
+from simmim.memory import device_bytes
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
 from simmim.reconstructions import save_decoder
 from simmim.runlog import RunLog, locked
-from simmim.schema import Recipe
-from simmim.stages.assembly import derive_accumulation, make_accelerator, make_views, num_workers_of, schedule_of
+from simmim.schema import Finetune, Pretrain, Recipe
+from simmim.stages.assembly import (
+    chunks_of,
+    derive_accumulation,
+    make_accelerator,
+    make_views,
+    num_workers_of,
+    schedule_of,
+)
 from simmim.stages.folder import common_starting_point, export, is_done, open_folder, part_of, publish
 from simmim.stopping import StopRequest
 from swin.blocks import SwinBlock
@@ -176,6 +186,9 @@ def train(
         log.say(f"warning: settings changed since then: {changed}")
     if checkpoint:
         log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
+    for warning in save_memory(job, stage, accelerator):
+        log.event(start_step, "memory", warning)
+        log.say(f"warning: {warning}")
     objective.to(accelerator.device)
     average = ModelEmaV3(objective, decay=job.ema_decay) if job.ema_decay else None
     model, optimizer = distribute(objective, optimizer, average, accelerator)
@@ -238,6 +251,40 @@ def train(
         log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
     return Trained(judged.eval(), whole_weights(judged, accelerator), views, preview, log)
+
+
+def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) -> list[str]:
+    """Do what the recipe says of memory, and compare what the stage needs with what there is.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: weights, gradients and moments alone are more than that.
+    """
+    objective, device, ranks = job.objective, accelerator.device, accelerator.num_processes
+    budget = device_bytes(device) // (1 if device.type == "cuda" else ranks)
+    chunks = chunks_of(stage, replace(objective.encoder.config, image_size=job.transform.size), budget)
+    objective.encoder.save_memory(checkpointing=stage.memory.checkpointing, attention_chunks=chunks)
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    zero = "none" if plugin is None else "3" if plugin.reshard_after_forward else "2"
+    states = states_bytes(sizes(objective), zero, ranks)
+    if states > budget:
+        raise ValueError(
+            f"weights, gradients and moments take {states / 1e9:.1f} GB on each of {ranks} process(es), which have "
+            f"{budget / 1e9:.1f} GB: use recipes/accelerate/zero3_8.yaml and more GPUs, or a smaller encoder"
+        )
+    if device.type != "cuda":
+        return []
+    needed = footprint(objective, stage.memory.checkpointing, chunks, precision=accelerator.mixed_precision)
+    free = budget * (1 - FREE_SHARE) - states
+    if needed.of(stage.micro_batch_size) <= free:
+        return []
+    return [
+        f"{stage.micro_batch_size} images need {needed.of(stage.micro_batch_size) / 1e9:.1f} GB beside "
+        f"{states / 1e9:.1f} GB of weights, gradients and moments; {needed.largest_batch(free)} would fit. "
+        "`simmim plan` shows what else would"
+    ]
 
 
 def distribute(

@@ -1,0 +1,168 @@
+"""Bytes and FLOPs of training an objective, before it is trained.
+
+The bytes of activations are those of a training step whose tensors are made, kept and freed as in training, without
+numbers (torch's fake tensors): what is measured is the code that will run. What ZeRO divides among ranks follows by
+arithmetic (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim.memory import TrackedMemory
+from simmim.objectives.classify import Classify
+from simmim.objectives.reconstruct import Reconstruct
+from swin.blocks import SwinBlock
+from swin.checkpointing import Checkpointing
+
+Objective = Reconstruct | Classify
+ZEROS = ("none", "1", "2", "3")
+FREE_SHARE = 0.05  # of a memory, left to allocator and libraries
+MOMENTS, NUMBER = 8, 4  # bytes of a parameter: AdamW and fp32; bf16 is what autocast computes in
+
+
+class Footprint(NamedTuple):
+    """Bytes of activations of one rank, beside weights, gradients and moments, by the micro-batch."""
+
+    fixed: float
+    per_image: float
+
+    def of(self, batch_size: int) -> float:
+        return self.fixed + self.per_image * batch_size
+
+    def largest_batch(self, free: float) -> int:
+        return max(0, int((free - self.fixed) / self.per_image))
+
+
+class Sizes(NamedTuple):
+    """Parameters of an objective."""
+
+    all: int
+    encoder: int
+    largest_block: int
+    """What ZeRO-3 gathers at a time."""
+
+
+class Flops(NamedTuple):
+    """Of one image."""
+
+    forward: float
+    """Multiply-adds of all matrix products of one image."""
+    training: float
+    """The same of a training step, with what checkpointing computes again."""
+
+
+def states_bytes(parameters: Sizes, zero: str, ranks: int) -> float:
+    """Bytes of weights, gradients and moments of one rank: 16 a parameter, divided among ranks as ZeRO says.
+
+    FSDP2 holds whole weights through a step for ZeRO-2, and for ZeRO-3 those of two blocks and the gradients of one.
+    """
+    size = parameters.all
+    moments = MOMENTS * size / (1 if zero == "none" else ranks)
+    gradients = NUMBER * size / (ranks if zero in "23" else 1)
+    if zero == "3":
+        return moments + gradients + NUMBER * (size / ranks + 3 * parameters.largest_block)
+    whole = size * (1 + 1 / ranks) if zero == "2" else size
+    return moments + gradients + NUMBER * whole
+
+
+def sizes(objective: Objective) -> Sizes:
+    """How many parameters, exactly."""
+    blocks = [module for module in objective.encoder.modules() if isinstance(module, SwinBlock)]
+    return Sizes(_size(objective), _size(objective.encoder), max(_size(block) for block in blocks))
+
+
+def flops(objective: Objective, checkpointing: Checkpointing) -> Flops:
+    """Count the matrix products of a training step."""
+    with _without_numbers(objective, "cpu") as shapes:
+        shapes.encoder.save_memory(checkpointing=checkpointing)
+        with FlopCounterMode(display=False) as forward:
+            loss = _loss(shapes, 1)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    products, behind = forward.get_total_flops() / 2, backward.get_total_flops() / 2
+    return Flops(products, products + behind)
+
+
+def footprint(
+    objective: Objective,
+    checkpointing: Checkpointing,
+    chunks: int | Sequence[int],
+    *,
+    precision: str = "bf16",
+    device: str = "cuda",
+) -> Footprint:
+    """Activations at the highest point of a training step, from steps with one image and with two."""
+    peaks = []
+    for batch_size in (1, 2):
+        with _without_numbers(objective, device) as shapes:
+            shapes.encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
+            peaks.append(measure_step(shapes, batch_size, precision))
+    return Footprint(2 * peaks[0] - peaks[1], peaks[1] - peaks[0])
+
+
+def measure_step(objective: Objective, batch_size: int, precision: str) -> int:
+    """Bytes at the highest point of a training step, beside weights and gradients."""
+    for parameter in objective.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with TrackedMemory() as memory:
+        with autocast:
+            loss = _loss(objective, batch_size)
+        loss.backward()
+    return memory.peak
+
+
+@contextmanager
+def _without_numbers(planned: Objective, device: str) -> Iterator[Objective]:
+    """A copy with fake tensors of the processor; with the casts of a GPU's autocast, which normalises in fp32."""
+    tensors = [*planned.parameters(), *planned.buffers()]
+    objective = copy.deepcopy(planned, {id(x): _shape_of(x) for x in tensors})
+    if device == "cuda":
+        for module in objective.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield objective.to_empty(device="cpu")
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    shape = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape
+
+
+def _loss(objective: Objective, batch_size: int) -> Tensor:
+    """The loss of images without numbers; of as many tokens as masks leave on average."""
+    config = objective.encoder.config
+    images = torch.zeros(batch_size, config.in_chans, *config.image_size)
+    images = (images - objective.mean) / objective.std
+    if isinstance(objective, Classify):
+        target = torch.zeros(batch_size, dtype=torch.int64)
+        return F.cross_entropy(objective.logits(images).float(), target)
+    masks = objective.masks
+    cells = torch.zeros(batch_size, *masks.grid, dtype=torch.bool)
+    features = objective.encode(images, cells)
+    share = 1.0 if objective.pixels == "all" else share_of_tokens(objective)
+    rows = max(1, round(share * features[..., 0].numel()))
+    whole = not isinstance(objective.head, nn.Linear)
+    drawn = objective.head(features) if whole else objective.head(features.flatten(0, 2)[:rows])
+    return F.l1_loss(drawn.float(), torch.zeros_like(drawn, dtype=torch.float32))
+
+
+def share_of_tokens(objective: Reconstruct) -> float:
+    """Of the tokens of the last stage those that hold masked pixels: exact where cells are no smaller than tokens."""
+    cells = max(1, objective.encoder.config.stride // objective.masks.mask_patch_size) ** 2
+    return 1 - (1 - objective.masks.num_masked / objective.masks.num_cells) ** cells
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

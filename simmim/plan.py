@@ -1,0 +1,192 @@
+"""What a recipe will need, stage by stage, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+
+from simmim.footprint import FREE_SHARE, ZEROS, Flops, Footprint, Sizes, flops, footprint, sizes, states_bytes
+from simmim.masking import MaskGenerator
+from simmim.objectives.classify import Classify
+from simmim.objectives.reconstruct import Reconstruct
+from simmim.schema import Finetune, Pretrain, Recipe, encoder_config
+from simmim.stages.assembly import chunks_of, derive_accumulation, geometry
+from simmim.stages.pretraining import make_objective
+from swin import SwinConfig, SwinEncoder, load_description
+from swin.checkpointing import CHECKPOINTINGS, Checkpointing
+from swin.weights import DESCRIPTION
+from swin.windows import fit_windows
+
+
+class Machine(NamedTuple):
+    """What a recipe is planned for."""
+
+    ranks: int
+    memory: float
+    """Bytes of each."""
+    precision: str
+    device: str
+    """``cuda`` or ``cpu``: they cast differently."""
+    flops: float
+    """Multiplications and additions a second of each."""
+    measured: bool
+
+
+class Grid(NamedTuple):
+    """One stage of the encoder."""
+
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    padding: tuple[int, int]
+    reference: tuple[int, int]
+
+    @property
+    def is_global(self) -> bool:
+        return self.window == self.grid
+
+
+class StagePlan(NamedTuple):
+    """Of one stage."""
+
+    name: str
+    config: SwinConfig
+    grids: list[Grid]
+    masks: MaskGenerator | None
+    sizes: Sizes
+    flops: Flops
+    official_flops: int
+    chunks: list[int]
+    footprints: dict[str, Footprint]
+    """By checkpointing."""
+    problems: list[str]
+    """Why it cannot work, each with what to do."""
+
+
+def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: int) -> StagePlan:
+    """Count, measure and judge a stage.
+
+    Raises:
+        ValueError: a stage that cannot be built.
+    """
+    stage, config = recipe.stages[name], config_of(recipe, name)
+    objective = make_planned(recipe, name, classes)
+    chunks = chunks_of(stage, config, int(machine.memory))
+    footprints: dict[str, Footprint] = {
+        kind: footprint(objective, kind, chunks, precision=machine.precision, device=machine.device)
+        for kind in get_args(Checkpointing)
+    }
+    plan = StagePlan(
+        name,
+        config,
+        grids_of(config),
+        objective.masks if isinstance(objective, Reconstruct) else None,
+        sizes(objective),
+        flops(objective, stage.memory.checkpointing),
+        official_flops(config),
+        chunks,
+        footprints,
+        [],
+    )
+    try:
+        derive_accumulation(stage.batch_size, stage.micro_batch_size, machine.ranks)
+    except ValueError as error:
+        plan.problems.append(f"{name}: {error}")
+    plan.problems.extend(memory_problems(plan, stage, machine, zero))
+    return plan
+
+
+def memory_problems(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero: str) -> list[str]:
+    """Empty, or what does not fit and what would."""
+    free = machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, zero, machine.ranks)
+    own = plan.footprints[stage.memory.checkpointing]
+    needed = own.of(stage.micro_batch_size)
+    if needed <= free:
+        return []
+    fixes = []
+    if largest := own.largest_batch(free):
+        fixes.append(f"a micro_batch_size of {largest}")
+    saving = [kind for kind in CHECKPOINTINGS if plan.footprints[kind].of(stage.micro_batch_size) <= free]
+    if saving:
+        fixes.append(f"memory.checkpointing={saving[0]}")
+    for other in ZEROS[ZEROS.index(zero) + 1 :]:
+        if needed <= machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, other, machine.ranks):
+            fixes.append(f"ZeRO-{other}")
+            break
+    if not fixes:
+        fixes.append("more or larger GPUs, ZeRO-3 with full checkpointing, or a smaller encoder")
+    states = states_bytes(plan.sizes, zero, machine.ranks)
+    return [
+        f"{plan.name}: a rank needs {gigabytes(states)} for weights, gradients and moments and {gigabytes(needed)} for "
+        f"the activations of {stage.micro_batch_size} images, but {gigabytes(machine.memory)} less 5 % is all it has: "
+        f"take {', or '.join(fixes)}"
+    ]
+
+
+def gigabytes(size: float) -> str:
+    """``12.3 GB``, of 10^9 bytes."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def grids_of(config: SwinConfig) -> list[Grid]:
+    """Window, shift and padding of every stage at the image size of the configuration."""
+    found = []
+    for grid, reference in zip(config.grids(), config.reference_windows or (), strict=True):
+        windows = fit_windows(grid, config.window_size, shifted=True)
+        found.append(Grid(grid, windows.window, windows.shift, windows.padding, reference))
+    return found
+
+
+def official_flops(config: SwinConfig) -> int:
+    """Multiply-adds of one image as ``flops()`` of the official code counts them, without a classifier; position
+    biases are left out there."""
+    dim, scales = config.embed_dim, len(config.depths)
+    (height, width), total = config.grids()[0], 0
+    total += height * width * dim * (config.in_chans * config.patch_size**2 + 1)
+    for index, (grid, depth) in enumerate(zip(grids_of(config), config.depths, strict=True)):
+        tokens, dim = grid.grid[0] * grid.grid[1], config.embed_dim * 2**index
+        padded = (grid.grid[0] + grid.padding[0]) * (grid.grid[1] + grid.padding[1])
+        window = grid.window[0] * grid.window[1]
+        attention = padded * dim * (4 * dim + 2 * window)
+        total += depth * int(attention + 2 * tokens * dim * dim * config.mlp_ratio + 2 * tokens * dim)
+        if index < scales - 1:
+            merged = ceil(grid.grid[0] / 2) * ceil(grid.grid[1] / 2)
+            norm = merged * 2 * dim if config.norm == "res-post" else tokens * dim
+            total += merged * 8 * dim * dim + norm
+    return total + config.num_features * height * width // 2**scales
+
+
+def config_of(recipe: Recipe, name: str) -> SwinConfig:
+    """The encoder of a stage, through all transfers before it.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a stage of unknown size.
+    """
+    stage = recipe.stages[name]
+    names = list(recipe.stages)
+    start = stage.init_from or names[names.index(name) - 1]
+    if start == "scratch":
+        return encoder_config(recipe.encoder, stage)
+    if start in recipe.stages:
+        old = config_of(recipe, start)
+    elif (Path(start).expanduser() / DESCRIPTION).exists():
+        old = SwinConfig.from_dict(load_description(Path(start).expanduser())["encoder"])
+    elif stage.image_size is not None and stage.window_size is not None:
+        return encoder_config(recipe.encoder, stage)
+    else:
+        raise ValueError(f"{name} starts from {start}, which is not there: give its image_size and window_size")
+    size, window = geometry(stage, old)
+    return replace(old, image_size=size, window_size=window, drop_path=stage.drop_path)
+
+
+def make_planned(recipe: Recipe, name: str, classes: int) -> Reconstruct | Classify:
+    """The objective of a stage on the meta device, where tensors have shapes only."""
+    stage, config = recipe.stages[name], config_of(recipe, name)
+    with torch.device("meta"):
+        if isinstance(stage, Pretrain):
+            return make_objective(recipe, stage, SwinEncoder(config))
+        return Classify(SwinEncoder(config), [""] * classes, mean=recipe.data.mean, std=recipe.data.std)

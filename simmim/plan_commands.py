@@ -1,0 +1,182 @@
+"""``simmim plan``: what a recipe will need, on the screen."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from simmim.arguments import add_command
+
+if TYPE_CHECKING:
+    from simmim.plan import Machine, StagePlan
+    from simmim.schema import Finetune, Pretrain, Recipe
+
+EXAMPLES = """examples:
+  simmim plan recipes/simmim_swinv2_b.yaml
+  simmim plan simmim_swinv2_h --gpus 8 --memory 80G --images 14000000 --tflops 300
+  simmim plan simmim_swinv2_3b --gpus 64 --memory 80G --stage finetune_640 stages.finetune_640.memory.checkpointing=full
+
+Nothing is trained and no image is read. Exit code 1 where a stage cannot work on these GPUs, with what would.
+"""
+UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+ZERO_NAMES = {"none": "DDP", "1": "ZeRO-1 *", "2": "ZeRO-2", "3": "ZeRO-3"}
+
+
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    """``simmim plan``."""
+    plan = add_command(
+        commands, "plan", examples=EXAMPLES, help="parameters, FLOPs, memory and time of a recipe, before it is run"
+    )
+    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    plan.add_argument("--stage", metavar="NAME", help="one stage alone")
+    plan.add_argument("--gpus", type=int, metavar="N", help="default: one of this machine")
+    plan.add_argument("--memory", type=parse_bytes, metavar="80G", help="of each (default: of this machine)")
+    plan.add_argument("--zero", choices=("none", "1", "2", "3"), help="default: 3 for several GPUs, none for one")
+    plan.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 for GPUs, fp32 for processors")
+    plan.add_argument("--images", type=int, metavar="N", help="of an epoch (default: a million)")
+    plan.add_argument(
+        "--tflops", type=float, metavar="T", help="what a GPU reaches in training (default: products measured here)"
+    )
+    plan.add_argument("--classes", type=int, default=1000, metavar="N", help="of the labels (default: 1000)")
+    plan.set_defaults(run=_plan)
+
+
+def parse_bytes(text: str) -> float:
+    """``80G`` -> 80e9."""
+    unit = UNITS.get(text.upper().removesuffix("B")[-1:], 1.0)
+    size = float(text.upper().rstrip("BKMGT")) * unit
+    if size <= 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return size
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from simmim.plan import plan_stage
+    from simmim.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    names = list(recipe.stages) if arguments.stage is None else [arguments.stage]
+    if arguments.stage is not None and arguments.stage not in recipe.stages:
+        raise ValueError(f"{recipe.name} has no stage {arguments.stage!r}: it has {', '.join(recipe.stages)}")
+    for name, value in (("gpus", arguments.gpus), ("images", arguments.images), ("classes", arguments.classes)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    machine = _machine(arguments)
+    zero = arguments.zero or ("3" if machine.ranks > 1 else "none")
+    problems = []
+    for name in names:
+        plan = plan_stage(recipe, name, machine, zero, arguments.classes)
+        print(describe(plan, recipe, machine, zero, arguments.images))
+        problems += plan.problems
+    for problem in problems:
+        print(f"cannot work: {problem}")
+    return 1 if problems else 0
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    import torch
+
+    from simmim.memory import device_bytes
+    from simmim.plan import Machine
+
+    is_gpu = torch.cuda.is_available() or arguments.memory is not None
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = arguments.precision or ("bf16" if is_gpu else "fp32")
+    rate = arguments.tflops * 1e12 if arguments.tflops else product_rate(here, precision)
+    memory = arguments.memory or device_bytes(here)
+    return Machine(arguments.gpus or 1, memory, precision, "cuda" if is_gpu else "cpu", rate, not arguments.tflops)
+
+
+def product_rate(device: object, precision: str) -> float:
+    """Multiplications and additions a second of large matrix products, measured."""
+    import torch
+
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 8192 if str(device) != "cpu" else 1024
+    left = torch.randn(side, side, device=str(device), dtype=kind)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        float((left @ left)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(times)
+
+
+def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, images: int | None) -> str:
+    """Everything of a stage, in lines."""
+    stage, config = recipe.stages[plan.name], plan.config
+    lines = [f"{recipe.name}/{plan.name}: {recipe.encoder.name}, {config.image_size[0]} x {config.image_size[1]} px"]
+    lines.append(f"  {'tokens':>11}{'window':>11}{'shift':>9}{'padding':>10}{'reference':>11}{'chunks':>8}")
+    for grid, chunks in zip(plan.grids, plan.chunks, strict=True):
+        cells = [f"{a}x{b}" for a, b in (grid.grid, grid.window, grid.shift, grid.padding, grid.reference)]
+        widths = (11, 11, 9, 10, 11)
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"  {line}{chunks:>8}{'  global' if grid.is_global else ''}")
+    if plan.masks is not None:
+        rows, columns = plan.masks.grid
+        lines.append(
+            f"  masks       {plan.masks.num_masked} of {rows} x {columns} cells of {plan.masks.mask_patch_size} px"
+        )
+    lines.append(f"  parameters  {plan.sizes.all:,}, of which the encoder {plan.sizes.encoder:,}")
+    counted = [readable(number / 1e9) for number in (plan.official_flops, *plan.flops)]
+    lines += [
+        f"  FLOPs       of an image, in 10^9 multiply-adds: {counted[0]} through the encoder as officially counted,",
+        f"              {counted[1]} with everything, {counted[2]} a training step",
+    ]
+    return "\n".join(
+        [*lines, *_memory(plan, stage, machine, zero), *_time_and_disk(plan, stage, recipe, machine, images)]
+    )
+
+
+def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero: str) -> list[str]:
+    from simmim.footprint import FREE_SHARE, states_bytes
+
+    lines = [
+        f"  memory      GB of each of {machine.ranks} with {machine.memory / 1e9:.0f} GB, {machine.precision}, "
+        f"{stage.micro_batch_size} images at a time; in brackets how many would fit",
+        f"    {'':<10}{'states':>8}" + "".join(f"{f'checkpointing {kind}':>26}" for kind in plan.footprints),
+    ]
+    for kind, name in ZERO_NAMES.items():
+        states = states_bytes(plan.sizes, kind, machine.ranks)
+        free = machine.memory * (1 - FREE_SHARE) - states
+        cells = [
+            f"{(states + own.of(stage.micro_batch_size)) / 1e9:.1f} ({own.largest_batch(free)})"
+            for own in plan.footprints.values()
+        ]
+        mark = "  <- planned" if kind == zero else ""
+        lines.append(f"    {name:<10}{states / 1e9:>8.1f}" + "".join(f"{cell:>26}" for cell in cells) + mark)
+    lines.append("    * by arithmetic: ZeRO-2 sends as much and needs less")
+    return lines
+
+
+def _time_and_disk(
+    plan: StagePlan, stage: Pretrain | Finetune, recipe: Recipe, machine: Machine, images: int | None
+) -> list[str]:
+    builtin = recipe.data.path == "builtin:shapes"
+    number = images or (round(recipe.data.num_images * recipe.data.share) if builtin else 1_000_000)
+    seconds = number * 2 * plan.flops.training / (machine.flops * machine.ranks)
+    how = "measured products, which training does not reach" if machine.measured else "given"
+    written = 12 * plan.sizes.all * (stage.log.keep_checkpoints + 1) + 4 * plan.sizes.all
+    return [
+        f"  time        {duration(seconds)} an epoch of {number:,} images, {duration(seconds * stage.schedule.epochs)} "
+        f"for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
+        f"  disk        {written / 1e9:.1f} GB: {stage.log.keep_checkpoints} checkpoints, one being written, "
+        "the export",
+    ]
+
+
+def readable(number: float) -> str:
+    """Three digits, without exponents: 0.0175, 11.8, 4,640."""
+    if number < 1000:
+        return f"{number:.3g}"
+    return f"{float(f'{number:.3g}'):,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that people would use."""
+    for name, size, least in (("days", 86400, 2 * 86400), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= least:
+            return f"{readable(seconds / size)} {name}"
+    return f"{readable(seconds)} s"

@@ -1,0 +1,193 @@
+"""Less memory, the same numbers: attention in chunks, checkpointing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from simmim.memory import TrackedMemory, choose_chunks
+from swin import SwinEncoder, make_config, make_encoder
+from swin.attention import ATTENTIONS
+from swin.checkpointing import CHECKPOINTINGS
+from swin.encoder import make_blocks
+from swin.position_bias import make_position_bias
+from swin.sequential import attend_in_chunks, cut
+from swin.windows import attention_mask, fit_windows, merge, partition
+
+# window, grid, shifted: plain, shifted, padded, both, global, one window on one axis
+CASES = [
+    ((4, 4), (8, 8), False),
+    ((3, 3), (9, 9), True),
+    ((4, 4), (10, 7), False),
+    ((4, 3), (10, 7), True),
+    ((5, 5), (5, 5), True),
+    ((4, 4), (4, 12), True),
+]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "dot"])
+@pytest.mark.parametrize(("window", "grid", "shifted"), CASES)
+def test_chunks_give_the_numbers_of_the_whole(window, grid, shifted, kind):
+    torch.manual_seed(0)
+    attention = ATTENTIONS[kind](8, 2, make_position_bias("log_cpb", 2, window)).double()
+    windows = fit_windows(grid, window, shifted)
+    mask = attention_mask(grid, windows, torch.device("cpu"))
+    images = torch.randn(2, *grid, 8, dtype=torch.float64)
+
+    def run(chunks: int) -> list[Tensor]:
+        attention.chunks = chunks
+        attention.zero_grad()
+        x = images.clone().requires_grad_()
+        out = merge(attention(partition(x, windows), windows.window, mask), windows, grid)
+        (out * out.sin()).sum().backward()
+        return [out.detach(), x.grad, *(parameter.grad for parameter in attention.parameters())]
+
+    expected = [tensor.clone() for tensor in run(1)]
+    for chunks in (2, 3, 4, 7, 16, 1000):
+        for found, wanted in zip(run(chunks), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 8])
+def test_gradients_of_chunks_by_differences(chunks):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    factor = torch.rand(2, 1, 1, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 3, 3) < 0.6
+    mask |= torch.eye(3, dtype=torch.bool)
+    scale = ATTENTIONS["cosine"].scale
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return attend_in_chunks(scale, *inputs, mask, chunks)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, factor, bias))
+
+
+@pytest.mark.parametrize(("windows", "heads", "chunks"), [(8, 4, 1), (8, 4, 3), (8, 4, 16), (1, 4, 3), (2, 3, 100)])
+def test_chunks_cover_everything_once(windows, heads, chunks):
+    seen = torch.zeros(windows, heads)
+    parts = list(cut(windows, heads, chunks))
+    for part in parts:
+        seen[part] += 1
+    assert (seen == 1).all() and len(parts) >= min(chunks, windows * heads)
+
+
+def test_half_precision_stays_in_chunks_what_it_is():
+    torch.manual_seed(0)
+    encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=48, window_size=6)
+    images = torch.randn(2, 3, 48, 48)
+    outputs = []
+    for chunks in (1, 4):
+        encoder.save_memory(attention_chunks=chunks)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(encoder(images))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.01, atol=0.01)
+
+
+def test_memory_of_a_large_window_falls():
+    """A block of V2-B at 768 px with windows of 24 tokens, in bf16: at least four times, by chunks alone."""
+    config = make_config("swinv2_base", image_size=768, window_size=24)
+    with torch.device("meta"):
+        block = make_blocks(config, 0, [0.0, 0.0])[1]
+
+    def peak(chunks: int) -> int:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            planned = copy.deepcopy(block).to_empty(device="cpu")
+            planned.attn.chunks = chunks
+            x = torch.empty(1, 192, 192, 128, requires_grad=True)
+            with TrackedMemory() as memory:
+                with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                    out = planned(x)
+                out.float().sum().backward()
+        return memory.peak
+
+    assert peak(1) > 4 * peak(16)
+
+
+def make_small(**settings) -> SwinEncoder:
+    torch.manual_seed(0)
+    encoder = make_encoder(
+        "swinv2_tiny", embed_dim=16, depths=(2, 4), num_heads=(2, 4), image_size=48, window_size=6, **settings
+    ).double()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return encoder
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+@pytest.mark.parametrize("chunks", [1, (8, 2)])
+@pytest.mark.parametrize("settings", [{"drop_path": 0.4}, {"extra_norm_interval": 2}, {"norm": "pre", "attention": "dot"}])
+def test_saving_memory_changes_no_gradient(checkpointing, chunks, settings):
+    encoder = make_small(**settings).train()
+    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        encoder.zero_grad()
+        torch.manual_seed(3)
+        loss = (encoder(images) ** 2).mean()
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in encoder.parameters())]
+
+    expected = run()
+    encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
+    for found, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_checkpointing_keeps_less():
+    encoder = make_small().train()
+    images = torch.randn(4, 3, 48, 48, dtype=torch.float64)
+    encoder(images)  # tables of positions are made once, and stay
+    kept = {}
+    for checkpointing in CHECKPOINTINGS:
+        encoder.save_memory(checkpointing=checkpointing)
+        with TrackedMemory() as memory:
+            loss = encoder(images).sum()
+            kept[checkpointing] = memory.current
+            loss.backward()
+    assert kept["selective"] < 0.6 * kept["none"] and kept["full"] < 0.4 * kept["none"]
+    assert kept["full"] < 0.5 * kept["selective"]
+
+
+def test_tracked_memory_sees_what_lives():
+    given = torch.zeros(1000)
+    with TrackedMemory() as memory:
+        given.view(10, 100)
+        assert memory.current == 0  # it was there before
+        first = torch.zeros(1000)
+        view = first[:10]
+        assert memory.current == 4000
+        second = first + 1
+        assert (memory.current, memory.peak) == (8000, 8000)
+        del first
+        assert memory.current == 8000  # its view lives
+        del view, second
+        assert (memory.current, memory.peak) == (0, 8000)
+
+
+def test_chunks_by_the_memory_there_is():
+    config = make_config("swinv2_base", image_size=768, window_size=24)
+    assert choose_chunks(config, 1, 10**15) == [1, 1, 1, 1]
+    chunks = choose_chunks(config, 1, 4 * 10**9)
+    # 192 x 192 tokens, 4 heads, 576 keys, three times in fp32, of a sixteenth of 4 GB.
+    assert chunks[0] == 8 and chunks == sorted(chunks, reverse=True)
+    assert choose_chunks(config, 2, 4 * 10**9)[0] == 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpointing": "some"}, "unknown checkpointing 'some': expected one of none, selective, full"),
+        ({"attention_chunks": 0}, "expected a positive number for each of 2 stages"),
+        ({"attention_chunks": [2, 2, 1]}, "expected a positive number for each of 2 stages"),
+    ],
+)
+def test_what_cannot_save_memory_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_small().save_memory(**settings)
