@@ -96,11 +96,13 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         derive_accumulation(stage.batch_size, stage.micro_batch_size, machine.ranks)
     except ValueError as error:
         plan.problems.append(f"{name}: {error}")
-    plan.problems.extend(memory_problems(plan, stage, machine, zero))
+    plan.problems.extend(memory_problems(plan, objective, stage, machine, zero))
     return plan
 
 
-def memory_problems(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero: str) -> list[str]:
+def memory_problems(
+    plan: StagePlan, objective: Reconstruct | Classify, stage: Pretrain | Finetune, machine: Machine, zero: str
+) -> list[str]:
     """Empty, or what does not fit and what would."""
     free = machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, zero, machine.ranks)
     own = plan.footprints[stage.memory.checkpointing]
@@ -108,7 +110,7 @@ def memory_problems(plan: StagePlan, stage: Pretrain | Finetune, machine: Machin
     if needed <= free:
         return []
     fixes = []
-    if largest := own.largest_batch(free):
+    if largest := fitting_batch(plan, objective, stage, machine, free):
         fixes.append(f"a micro_batch_size of {largest}")
     saving = [kind for kind in CHECKPOINTINGS if plan.footprints[kind].of(stage.micro_batch_size) <= free]
     if saving:
@@ -125,6 +127,22 @@ def memory_problems(plan: StagePlan, stage: Pretrain | Finetune, machine: Machin
         f"the activations of {stage.micro_batch_size} images, but {gigabytes(machine.memory)} less 5 % is all it has: "
         f"take {', or '.join(fixes)}"
     ]
+
+
+def fitting_batch(
+    plan: StagePlan, objective: Reconstruct | Classify, stage: Pretrain | Finetune, machine: Machine, free: float
+) -> int:
+    """The largest micro-batch that fits. With fewer images attention may be computed at once, which keeps more."""
+    kind = stage.memory.checkpointing
+    largest, chunks = plan.footprints[kind].largest_batch(free), plan.chunks
+    while largest:
+        smaller = stage.model_copy(update={"micro_batch_size": largest})
+        if (fewer := chunks_of(smaller, plan.config, int(machine.memory))) == chunks:
+            break
+        chunks = fewer
+        needed = footprint(objective, kind, chunks, precision=machine.precision, device=machine.device)
+        largest = min(largest, needed.largest_batch(free))
+    return largest
 
 
 def gigabytes(size: float) -> str:

@@ -21,6 +21,16 @@ Count = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def _as_chunks(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else [value]
+    if value != "auto" and not (numbers and all(type(number) is int and number > 0 for number in numbers)):
+        raise ValueError(f"expected auto, a positive number, or one for each stage of the encoder, got {value!r}")
+    return value
+
+
+Chunks = Annotated[str | int | list[int], BeforeValidator(_as_chunks)]
+
+
 class Settings(BaseModel):
     """Frozen, finite, and closed to unknown keys."""
 
@@ -154,7 +164,7 @@ class Memory(Settings):
     checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="blocks keep everything; their matrix products; or only what goes in"
     )
-    attention_chunks: Literal["auto"] | Count | list[Count] = Field(
+    attention_chunks: Chunks = Field(
         "auto", description="attention one part after the other: for all stages or each; auto: where memory asks for it"
     )
 

@@ -250,7 +250,7 @@ def geometry(stage: Pretrain | Finetune, old: SwinConfig) -> tuple[Pair, Pair]:
 def chunks_of(stage: Pretrain | Finetune, config: SwinConfig, budget: int) -> list[int]:
     """In how many chunks each stage of the encoder computes its attention; ``budget`` in bytes decides what is open."""
     chunks = stage.memory.attention_chunks
-    if chunks == "auto":
+    if isinstance(chunks, str):  # auto
         return choose_chunks(config, stage.micro_batch_size, budget)
     return [chunks] * len(config.depths) if isinstance(chunks, int) else list(chunks)
 

@@ -199,3 +199,30 @@ def test_configurations_are_what_accelerate_reads(file):
         assert text["fsdp_config"]["fsdp_reshard_after_forward"] is (file.stem == "zero3_8")
         assert not text["fsdp_config"]["fsdp_activation_checkpointing"]
         assert not text["fsdp_config"]["fsdp_cpu_ram_efficient_loading"]
+
+
+TWIN = [  # of 3b in small: its extra norms, deep in one stage
+    *("encoder.name=swinv2_3b", "encoder.embed_dim=8", "encoder.depths=[2,8]", "encoder.num_heads=[1,2]"),
+    *(
+        "encoder.patch_size=4",
+        "encoder.mlp_ratio=2",
+        "data.holdout_images=3",
+        "stages.pretrain.log.pictures_every_steps=10",
+    ),
+]
+
+
+@pytest.mark.parametrize("saver", ["full", pytest.param("selective", marks=pytest.mark.faults)])
+def test_three_billion_in_small(saver, tmp_path):
+    """Two shards that compute blocks again, attention in chunks, are one process that keeps everything."""
+    plain = ["stages.pretrain.drop_path=0", "stages.pretrain.memory.attention_chunks=1"]
+    saving = [f"stages.pretrain.memory.checkpointing={saver}", "stages.pretrain.memory.attention_chunks=[3,1]"]
+    run(1, tmp_path / "one", *PRETRAIN, *TWIN, *plain)
+    run(2, tmp_path / "two", *PRETRAIN, *TWIN, plain[0], *saving, options=("--sharded", "--double"))
+    assert_same(tmp_path / "two", tmp_path / "one", 1e-6)
+    assert any(name.endswith("blocks.5.norm3.weight") for name in exported(tmp_path / "two"))
+    # Stochastic depth drops the same when a block is computed again.
+    deep = ["stages.pretrain.drop_path=0.4"]
+    for name, memory in (("kept", []), ("again", saving)):
+        run(2, tmp_path / name, *PRETRAIN, *TWIN, *deep, *memory, options=("--sharded", "--double"))
+    assert_same(tmp_path / "again", tmp_path / "kept", 1e-6)

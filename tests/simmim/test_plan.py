@@ -1,0 +1,250 @@
+"""The planner says beforehand what training will need, and what cannot work."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from simmim import memory
+from simmim.cli import main
+from simmim.footprint import Footprint, Sizes, flops, footprint, sizes, states_bytes
+from simmim.plan import config_of, grids_of, make_planned, official_flops
+from simmim.plan_commands import duration, parse_bytes, readable
+from simmim.recipe import load_recipe
+from simmim.stages import training
+from simmim.stages.pretraining import make_objective
+from swin import SwinEncoder, make_config
+
+# Backbone, and with mask token and linear head: exact.
+PARAMETERS = {
+    "swinv2_tiny": (27_578_154, 29_940_618),
+    "swinv2_small": (48_959_418, 51_321_882),
+    "swinv2_base": (86_893_816, 90_042_744),
+    "swinv2_large": (195_202_932, 199_924_788),
+    "swinv2_huge": (655_219_370, 663_873_546),
+    "swinv2_giant": (1_060_976_996, 1_071_990_564),
+    "swinv2_3b": (2_997_843_680, 3_010_430_176),
+}
+# Official counting, 10^9 multiply-adds: without a classifier at 192 px, with one of 1000 classes elsewhere.
+FLOPS = [
+    *(("swinv2_tiny", 256, 8, 5.93), ("swinv2_small", 256, 8, 11.51), ("swinv2_base", 256, 8, 20.29)),
+    *(("swinv2_tiny", 256, 16, 6.61), ("swinv2_small", 256, 16, 12.65), ("swinv2_base", 256, 16, 21.80)),
+    *(("swinv2_base", 384, 24, 54.75), ("swinv2_large", 256, 16, 47.49), ("swinv2_large", 384, 24, 115.42)),
+    *(("swin_tiny", 224, 7, 4.49), ("swin_base", 224, 7, 15.44), ("swin_large", 384, 12, 103.95)),
+    *(("swinv2_tiny", 192, 12, 3.49), ("swinv2_small", 192, 12, 6.74), ("swinv2_base", 192, 12, 11.76)),
+    *(("swinv2_large", 192, 12, 25.96), ("swinv2_huge", 192, 12, 85.8), ("swinv2_giant", 192, 12, 138.3)),
+    *(("swinv2_3b", 192, 12, 370.7), ("swinv2_huge", 512, 16, 620.0), ("swinv2_huge", 512, 32, 687.0)),
+    ("swinv2_3b", 640, 40, 4639.0),
+]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_exact(name):
+    recipe = load_recipe("simmim_swinv2_b", [f"encoder.name={name}"])
+    found = sizes(make_planned(recipe, "pretrain", 1000))
+    assert (found.encoder, found.all) == PARAMETERS[name]
+    labelled = sizes(make_planned(recipe, "finetune_224", 1000))
+    assert labelled.all == found.encoder + 1000 * (make_config(name).num_features + 1)
+
+
+@pytest.mark.parametrize(("name", "size", "window", "expected"), FLOPS)
+def test_flops_as_officially_counted(name, size, window, expected):
+    config = make_config(name, image_size=size, window_size=window)
+    classifier = 1000 * config.num_features if size in (224, 256, 384) else 0
+    assert (official_flops(config) + classifier) / 1e9 == pytest.approx(expected, rel=1e-3)
+
+
+def test_flops_with_everything():
+    planned = make_planned(load_recipe("simmim_swinv2_b"), "pretrain", 1)
+    plain = flops(planned, "none")
+    # Beside the official count: position biases, and a head of 22 of 36 tokens; norms are no products.
+    assert plain.forward / 1e9 == pytest.approx(11.92, abs=0.01)
+    assert plain.training / plain.forward == pytest.approx(3, rel=0.01)
+    assert flops(planned, "full").training / plain.forward == pytest.approx(4, rel=0.01)
+    assert plain.training < flops(planned, "selective").training < 3.2 * plain.forward
+
+
+def measured_bytes(objective, batch_size: int, precision: str, size: tuple[int, int]) -> int:
+    """What the allocator of the processor gives out during a step, at the highest point."""
+    batch = {
+        "image": torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8),
+        "epoch": torch.zeros(batch_size, dtype=torch.int64),
+        "index": torch.arange(batch_size),
+    }
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            loss = objective.train()(batch)
+        loss.backward()
+
+    for parameter in objective.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step()  # tables of positions are made once
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("checkpointing", "chunks"), [("none", 1), ("none", 4), ("selective", 1), ("full", 4)])
+@pytest.mark.parametrize(("size", "window", "batch_size"), [(64, 8, 3), (96, 12, 2), (128, 16, 1)])
+def test_planned_bytes_are_those_of_a_step(size, window, batch_size, checkpointing, chunks, precision):
+    changes = [f"image_size={size}", f"window_size={window}", "mask.patch_size=32", "drop_path=0.1"]
+    recipe = load_recipe(
+        "simmim_swinv2_b", ["encoder.name=swinv2_tiny", *(f"stages.pretrain.{change}" for change in changes)]
+    )
+    planned = footprint(make_planned(recipe, "pretrain", 1), checkpointing, chunks, precision=precision, device="cpu")
+    objective = make_objective(recipe, recipe.stages["pretrain"], SwinEncoder(config_of(recipe, "pretrain")))
+    objective.encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
+    found = measured_bytes(objective, batch_size, precision, (size, size))
+    assert planned.of(batch_size) == pytest.approx(found, rel=0.1)
+
+
+def test_checkpointing_saves_what_the_papers_say():
+    """V2-B at 192 px: at least 60 % with checkpointing, 40 % with the selective kind, of what is kept for a step."""
+    planned = make_planned(load_recipe("simmim_swinv2_b"), "pretrain", 1)
+    per_image = {
+        kind: footprint(planned, kind, 1, precision="fp32", device="cpu").per_image
+        for kind in ("none", "selective", "full")
+    }
+    assert per_image["full"] < 0.4 * per_image["none"] and per_image["selective"] < 0.6 * per_image["none"]
+
+
+def test_arithmetic_of_zero():
+    three_billion = Sizes(3_001_940_680, 2_997_843_680, 201_000_000)
+    assert states_bytes(three_billion, "none", 64) / 1e9 == pytest.approx(48.0, abs=0.1)  # Swin V2, section 3.5
+    by_kind = [states_bytes(three_billion, kind, 64) for kind in ("none", "1", "2", "3")]
+    assert by_kind == sorted(by_kind, reverse=True)
+    assert by_kind[1] / 1e9 == pytest.approx(24.0 + 24.0 / 64, abs=0.1)
+    assert states_bytes(three_billion, "none", 1) == states_bytes(three_billion, "1", 1)
+    small = Footprint(10, 5)
+    assert small.of(3) == 25 and small.largest_batch(24) == 2 and small.largest_batch(3) == 0
+
+
+def test_geometry_is_that_of_the_blocks():
+    grids = grids_of(make_config("swinv2_tiny", image_size=(200, 640), window_size=12))
+    assert [grid.grid for grid in grids] == [(50, 160), (25, 80), (13, 40), (7, 20)]
+    assert [grid.window for grid in grids] == [(12, 12), (12, 12), (12, 12), (7, 12)]
+    assert [grid.shift for grid in grids] == [(6, 6), (6, 6), (6, 6), (0, 6)]
+    assert [grid.padding for grid in grids] == [(10, 8), (11, 4), (11, 8), (0, 4)]
+    assert not any(grid.is_global for grid in grids)
+    chain = load_recipe("simmim_swinv2_b")
+    last = grids_of(config_of(chain, "transfer_384"))
+    assert [grid.reference for grid in last] == [(12, 12)] * 3 + [(6, 6)]  # of pretraining, through two transfers
+    assert last[2].is_global and last[3].window == (12, 12)
+
+
+def test_a_plan_on_the_screen(capsys):
+    command = ["plan", "simmim_swinv2_b", "--stage", "pretrain", "--memory", "80G", "--tflops", "100"]
+    assert main([*command, "--gpus", "8", "--images", "1281167"]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "48x48      12x12      6x6",
+        "6x6        6x6      0x0       0x0        6x6       1  global",
+        "22 of 6 x 6 cells of 32 px",
+        "90,042,744, of which the encoder 86,893,816",
+        "11.8 through the encoder as officially counted",
+        "<- planned",
+        "epoch of 1,281,167 images",
+        "disk        3.6 GB",
+    ):
+        assert part in printed, part
+    assert "cannot work" not in printed
+
+
+def test_what_does_not_fit_says_what_would(capsys):
+    command = ["plan", "simmim_swinv2_l", "--stage", "pretrain", "--tflops", "100"]
+    command += ["encoder.depths=[2,2,2,2]", "stages.pretrain.micro_batch_size=512"]
+    assert main([*command, "--memory", "24G"]) == 1
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("cannot work: pretrain: a rank needs 1.4 GB for weights, gradients and moments and ")
+    largest = int(printed.split("micro_batch_size of ")[1].split(",")[0])
+    assert "memory.checkpointing=full" in printed
+    assert main([*command, "--memory", "24G", f"stages.pretrain.micro_batch_size={largest}", "--gpus", "1"]) in (0, 1)
+    assert "a rank needs" not in capsys.readouterr().out
+    assert main([*command, "--memory", "24G", "stages.pretrain.memory.checkpointing=full"]) == 0
+    assert main([*command, "--memory", "1G"]) == 1
+    assert "more or larger GPUs" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["plan", "demo", "--gpus", "3", "--memory", "8G", "--stage", "pretrain", "--tflops", "1"]) == 1
+    assert "batch_size 16 does not divide among 3 processes" in capsys.readouterr().out
+
+
+BAD = [
+    ("stages.pretrain.image_size=0", "positive integers"),
+    ("stages.pretrain.image_size=[32,32,32]", "positive integers"),
+    ("stages.pretrain.image_size=33", "does not divide"),
+    ("stages.pretrain.window_size=0", "positive integers"),
+    ("stages.pretrain.window_size=17", "larger than the 16 x 16 tokens"),
+    ("stages.pretrain.mask.patch_size=3", "does not divide"),
+    ("stages.pretrain.mask.patch_size=1", "multiple of encoder.patch_size"),
+    ("stages.pretrain.mask.patch_size=64", "does not divide"),
+    ("stages.pretrain.mask.ratio=0", "greater than 0"),
+    ("stages.pretrain.mask.ratio=1", "less than 1"),
+    ("stages.pretrain.mask.ratio=0.999", "mask"),
+    ("stages.pretrain.mask.strategy=stripes", "random"),
+    ("stages.pretrain.target.norm_window=8", "must be odd"),
+    ("stages.pretrain.target.downsample=3", "take a divisor of 4"),
+    ("stages.pretrain.target.head=conv", "linear"),
+    ("stages.pretrain.memory.attention_chunks=[1,2,3]", "3 numbers for an encoder of 2 stages"),
+    ("stages.pretrain.memory.attention_chunks=0", "expected auto, a positive number, or one for each"),
+    ("stages.pretrain.memory.checkpointing=some", "selective"),
+    ("stages.pretrain.batch_size=0", "greater than 0"),
+    ("stages.pretrain.schedule.warmup_epochs=6", "must be below epochs"),
+    ("stages.pretrain.drop_path=1", "less than 1"),
+    ("stages.finetune_32.image_size=-1", "positive integers"),
+    ("stages.finetune_32.window_size=40", "larger than the 16 x 16 tokens"),
+    ("stages.finetune_32.init_from=transfer_48", "comes later"),
+    ("stages.finetune_32.init_from=nowhere", "give its image_size and window_size"),
+    ("stages.scratch_32.image_size=null", "give its image_size"),
+    ("encoder.num_heads=[3,2]", "heads do not divide"),
+    ("encoder.depths=[2]", "must name the same stages"),
+    ("encoder.patch_size=5", "larger than the 7 x 7 tokens"),
+    ("encoder.in_chans=4", "encoder.in_chans is 4"),
+    ("encoder.name=swinv2_enormous", "swinv2_base"),
+    ("encoder.embed_dim=0", "greater than 0"),
+    ("data.share=0", "greater than 0"),
+    ("data.std=[0.1,0.1,0]", "greater than 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[change for change, _ in BAD])
+def test_bad_configurations_have_one_message(change, message, capsys):
+    further = []
+    if change.endswith("nowhere"):
+        further = ["stages.finetune_32.window_size=null", "stages.transfer_48.init_from=scratch"]
+    assert main(["plan", "demo", change, *further, "--tflops", "1", "--stage", "finetune_32"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in "\n".join(said)
+    problems = [line for line in said if change.split("=")[0].split(".")[-1] in line or message in line]
+    assert len(problems) <= 2
+
+
+def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training, "device_bytes", lambda _: 1_000_000)
+    assert main(["pretrain", "demo", "--out", str(tmp_path)]) == 2
+    assert "weights, gradients and moments take 0.0 GB on each of 1 process(es)" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_chunks_of_a_stage_follow_recipe_and_memory(monkeypatch):
+    recipe = load_recipe("simmim_swinv2_b", ["stages.pretrain.memory.attention_chunks=[8,4,1,1]"])
+    config = config_of(recipe, "pretrain")
+    assert training.chunks_of(recipe.stages["pretrain"], config, 10**12) == [8, 4, 1, 1]
+    assert training.chunks_of(load_recipe("simmim_swinv2_b").stages["pretrain"], config, 10**12) == [1, 1, 1, 1]
+    assert memory.choose_chunks(replace(config, image_size=(768, 768)), 1, 10**9)[0] > 1
+
+
+def test_numbers_for_people():
+    assert [readable(x) for x in (0.01751, 11.76, 371.0, 4639.3)] == ["0.0175", "11.8", "371", "4,640"]
+    assert [duration(x) for x in (3.5, 90, 7200, 86400 * 3)] == ["3.5 s", "1.5 min", "2 h", "3 days"]
+    assert [parse_bytes(x) for x in ("80G", "80GB", "1.5t", "12")] == [80e9, 80e9, 1.5e12, 12]
