@@ -1,4 +1,4 @@
-"""Measure: `python tools/benchmark.py data FOLDER_OF_PHOTOS`."""
+"""Measure: `python tools/benchmark.py data FOLDER_OF_PHOTOS`, `python tools/benchmark.py memory`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import argparse
 from pathlib import Path
 
 from simmim.lab.data_speed import data_speed
+from simmim.lab.memory_costs import memory_costs
+
+
+def as_size(text: str) -> tuple[int, int]:
+    """``192/12``: px and tokens."""
+    size, _, window = text.partition("/")
+    return int(size), int(window)
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What is measured on this machine, side by side in one run.")
@@ -15,5 +23,23 @@ if __name__ == "__main__":
     data.add_argument("--rounds", type=int, default=30, metavar="N", help="default: %(default)s")
     data.add_argument("--images", type=int, default=250, metavar="N", help="at most so many (default: %(default)s)")
     data.add_argument("--files", type=int, default=60_000, metavar="N", help="of the tree (default: %(default)s)")
+    data.set_defaults(
+        run=lambda given: data_speed(given.path, rounds=given.rounds, images=given.images, files=given.files)
+    )
+    memory = what.add_parser("memory", help="checkpointing and attention in chunks: bytes, planned and measured; time")
+    memory.add_argument("--encoders", nargs="+", default=["swinv2_tiny", "swinv2_base"], metavar="NAME")
+    memory.add_argument("--sizes", nargs="+", type=as_size, default=[(192, 12)], metavar="PX/WINDOW")
+    memory.add_argument("--batch-size", type=int, default=2, metavar="N", help="default: %(default)s")
+    memory.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    memory.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    memory.set_defaults(
+        run=lambda given: memory_costs(
+            given.encoders,
+            given.sizes,
+            batch_size=given.batch_size,
+            precisions=given.precisions,
+            rounds=given.rounds,
+        )
+    )
     arguments = parser.parse_args()
-    data_speed(arguments.path, rounds=arguments.rounds, images=arguments.images, files=arguments.files)
+    arguments.run(arguments)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
 
 from simmim import memory
 from simmim.cli import main
 from simmim.footprint import Footprint, Sizes, flops, footprint, sizes, states_bytes
+from simmim.lab import memory_costs
 from simmim.plan import config_of, grids_of, make_planned, official_flops
 from simmim.plan_commands import duration, parse_bytes, readable
 from simmim.recipe import load_recipe
@@ -68,33 +66,6 @@ def test_flops_with_everything():
     assert plain.training < flops(planned, "selective").training < 3.2 * plain.forward
 
 
-def measured_bytes(objective, batch_size: int, precision: str, size: tuple[int, int]) -> int:
-    """What the allocator of the processor gives out during a step, at the highest point."""
-    batch = {
-        "image": torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8),
-        "epoch": torch.zeros(batch_size, dtype=torch.int64),
-        "index": torch.arange(batch_size),
-    }
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            loss = objective.train()(batch)
-        loss.backward()
-
-    for parameter in objective.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    step()  # tables of positions are made once
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("checkpointing", "chunks"), [("none", 1), ("none", 4), ("selective", 1), ("full", 4)])
 @pytest.mark.parametrize(("size", "window", "batch_size"), [(64, 8, 3), (96, 12, 2), (128, 16, 1)])
@@ -106,7 +77,7 @@ def test_planned_bytes_are_those_of_a_step(size, window, batch_size, checkpointi
     planned = footprint(make_planned(recipe, "pretrain", 1), checkpointing, chunks, precision=precision, device="cpu")
     objective = make_objective(recipe, recipe.stages["pretrain"], SwinEncoder(config_of(recipe, "pretrain")))
     objective.encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
-    found = measured_bytes(objective, batch_size, precision, (size, size))
+    found = memory_costs.measured_bytes(objective.train(), batch_size, precision)
     assert planned.of(batch_size) == pytest.approx(found, rel=0.1)
 
 
@@ -248,3 +219,14 @@ def test_numbers_for_people():
     assert [readable(x) for x in (0.01751, 11.76, 371.0, 4639.3)] == ["0.0175", "11.8", "371", "4,640"]
     assert [duration(x) for x in (3.5, 90, 7200, 86400 * 3)] == ["3.5 s", "1.5 min", "2 h", "3 days"]
     assert [parse_bytes(x) for x in ("80G", "80GB", "1.5t", "12")] == [80e9, 80e9, 1.5e12, 12]
+
+
+def test_the_benchmark_measures_every_saver():
+    lines: list[str] = []
+    costs = memory_costs.memory_costs(
+        ["swinv2_tiny"], [(64, 8)], batch_size=1, precisions=["fp32"], rounds=1, say=lines.append
+    )
+    assert [(cost.checkpointing, cost.chunks) for cost in costs] == list(memory_costs.SAVERS)
+    assert len(lines) == 1 + len(costs) and costs[0].time == 1
+    assert all(cost.planned == pytest.approx(cost.measured, rel=0.1) for cost in costs)
+    assert costs[-1].measured < costs[0].measured

@@ -1,0 +1,136 @@
+"""What does saving memory cost? Bytes of a pretraining step as planned and as the allocator gives them out, and time.
+
+On a GPU the bytes are those of its caching allocator; on a processor those that torch's profiler sees.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from simmim.footprint import footprint
+from simmim.masking import MaskGenerator
+from simmim.objectives.reconstruct import Reconstruct
+from swin import make_encoder
+from swin.checkpointing import Checkpointing
+
+MASK_PATCH_SIZE = 32
+SAVERS: tuple[tuple[Checkpointing, int], ...] = (
+    ("none", 1),
+    ("none", 16),
+    ("selective", 1),
+    ("full", 1),
+    ("full", 16),
+)
+
+
+class Cost(NamedTuple):
+    """Of one way to save memory."""
+
+    encoder: str
+    size: int
+    precision: str
+    checkpointing: Checkpointing
+    chunks: int
+    planned: float
+    """Bytes beside weights and gradients."""
+    measured: int
+    time: float
+    """Median of the ratios to a step that saves nothing, in turns."""
+
+
+def memory_costs(
+    encoders: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    precisions: Sequence[str],
+    rounds: int,
+    savers: Sequence[tuple[Checkpointing, int]] = SAVERS,
+    say: Callable[[str], None] = print,
+) -> list[Cost]:
+    """Measure every encoder at every image size and window, and print a line for each way to save memory.
+
+    Args:
+        sizes: image in px and window in tokens.
+        savers: checkpointing and chunks; times are relative to the first.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say(f"{'':<28}{'checkpointing':>14}{'chunks':>8}{'planned MB':>12}{'measured MB':>13}{'ratio':>7}{'time':>7}")
+    found = []
+    for name in encoders:
+        for size, window in sizes:
+            objective = make_objective(name, size, window).to(device).train()
+            for precision in precisions:
+                times: list[list[float]] = [[] for _ in savers]
+                for number in range(rounds + 1):
+                    for place, (kind, chunks) in enumerate(savers):
+                        objective.encoder.save_memory(checkpointing=kind, attention_chunks=chunks)
+                        begin = time.perf_counter()
+                        step(objective, batch_size, precision)
+                        if number:  # the first round makes tables and compiles kernels
+                            times[place].append(time.perf_counter() - begin)
+                for place, (kind, chunks) in enumerate(savers):
+                    objective.encoder.save_memory(checkpointing=kind, attention_chunks=chunks)
+                    planned = footprint(objective, kind, chunks, precision=precision, device=device.type)
+                    ratios = [own / plain for own, plain in zip(times[place], times[0], strict=True)]
+                    measured = measured_bytes(objective, batch_size, precision)
+                    cost = Cost(name, size, precision, kind, chunks, planned.of(batch_size), measured, median(ratios))
+                    say(
+                        f"{f'{name} {size}/{window} {precision}':<28}{kind:>14}{chunks:>8}{cost.planned / 1e6:>12.1f}"
+                        f"{measured / 1e6:>13.1f}{cost.planned / measured:>7.3f}{cost.time:>7.2f}"
+                    )
+                    found.append(cost)
+    return found
+
+
+def make_objective(encoder: str, size: int, window: int) -> Reconstruct:
+    """SimMIM at 60 % of cells of 32 px."""
+    built = make_encoder(encoder, image_size=size, window_size=window, drop_path=0.1)
+    masks = MaskGenerator((size, size), MASK_PATCH_SIZE, 0.6)
+    return Reconstruct(built, masks, mean=[0.5] * 3, std=[0.25] * 3)
+
+
+def step(objective: Reconstruct, batch_size: int, precision: str) -> None:
+    """A micro-step on noise: its gradients are added to those that are there."""
+    device, (rows, columns) = objective.mean.device, objective.masks.grid
+    cell, channels = objective.masks.mask_patch_size, objective.encoder.config.in_chans
+    batch = {
+        "image": torch.randint(0, 256, (batch_size, channels, rows * cell, columns * cell), dtype=torch.uint8),
+        "epoch": torch.zeros(batch_size, dtype=torch.int64),
+        "index": torch.arange(batch_size),
+    }
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with autocast:
+        loss = objective({key: value.to(device) for key, value in batch.items()})
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measured_bytes(objective: Reconstruct, batch_size: int, precision: str) -> int:
+    """At the highest point of a step, beside weights and gradients."""
+    for parameter in objective.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step(objective, batch_size, precision)  # tables of positions are made once
+    gc.collect()
+    if objective.mean.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(objective, batch_size, precision)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(objective, batch_size, precision)
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
