@@ -286,11 +286,20 @@ def _read(checkpoint: Path, state: State) -> None:
         raise _damaged(checkpoint, _cause(error)) from None
 
 
+# Settings that came later, and what was done before there was a key for them.
+BEFORE = {
+    "data.share": 1.0,
+    "stage.target.pixels": "masked",
+    "stage.target.downsample": 1,
+    "stage.target.head": "linear",
+}
+
+
 def different_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
     """``key: saved -> current`` for every setting that differs."""
     lines = []
     for key in sorted(set(saved) | set(current)):
-        old, new = saved.get(key), current.get(key)
+        old, new = saved.get(key, BEFORE.get(prefix + key)), current.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += different_settings(old, new, f"{prefix}{key}.")
         elif old != new:

@@ -204,6 +204,8 @@ def _loss_anchors(arguments: argparse.Namespace) -> int:
 def _masking(arguments: argparse.Namespace) -> int:
     from simmim.lab.masking import masking
 
+    if len(arguments.image_size) > 2:
+        raise ValueError(f"--image-size is one number or height and width, got {arguments.image_size}")
     height, width = (arguments.image_size * 2)[:2]
     given = {name: getattr(arguments, name) for name in ("cells", "ratios", "strategies", "masks")}
     masking(

@@ -47,6 +47,8 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
     if (arguments.cells is None) != (arguments.ratios is None):
         raise ValueError("a gallery needs both --cells and --ratios")
+    if arguments.images < 1:
+        raise ValueError(f"--images must be at least 1, got {arguments.images}")
     bands = "pca" if arguments.bands == ["pca"] else arguments.bands and [int(band) for band in arguments.bands]
     objective = load_reconstruct(
         arguments.export,
@@ -56,7 +58,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     )
     images = read_images(arguments.images_path, objective, 1 if arguments.cells else arguments.images)
     if arguments.cells:
-        picture = gallery(arguments.export, images[0], arguments.cells, arguments.ratios, bands)
+        picture = gallery(arguments.export, images[0], arguments.cells, arguments.ratios, bands, arguments.seed)
     else:
         picture = reconstruct(objective, images, bands)
     picture.save(arguments.out)

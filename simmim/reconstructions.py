@@ -56,7 +56,11 @@ def load_reconstruct(
     encoder = load_encoder(export) if image_size is None else load_encoder(export, image_size=image_size)
     size = encoder.config.image_size if image_size is None else as_pair(image_size, "image_size")
     masks = MaskGenerator(
-        size, mask_patch_size or trained["mask_patch_size"], mask_ratio or trained["mask_ratio"], seed=seed
+        size,
+        trained["mask_patch_size"] if mask_patch_size is None else mask_patch_size,
+        trained["mask_ratio"] if mask_ratio is None else mask_ratio,
+        seed=seed,
+        strategy=trained.get("mask_strategy", "random"),
     )
     pixels = description["pixels"]
     objective = Reconstruct(
@@ -114,7 +118,12 @@ def reconstruct(objective: Reconstruct, images: Tensor, bands: Bands = None) -> 
 
 @torch.no_grad()
 def gallery(
-    export: Path | str, image: Tensor, mask_patch_sizes: Sequence[int], ratios: Sequence[float], bands: Bands = None
+    export: Path | str,
+    image: Tensor,
+    mask_patch_sizes: Sequence[int],
+    ratios: Sequence[float],
+    bands: Bands = None,
+    seed: int = 0,
 ) -> Image.Image:
     """One image ``(c, H, W)``, normalised: masked and pasted, for every cell size (rows) and ratio (columns)."""
     size = (image.shape[-2], image.shape[-1])
@@ -123,7 +132,7 @@ def gallery(
     for cell in mask_patch_sizes:
         row = []
         for ratio in ratios:
-            objective.use_masks(MaskGenerator(size, cell, ratio))
+            objective.use_masks(MaskGenerator(size, cell, ratio, seed=seed, strategy=objective.masks.strategy))
             shown = dict(objective.views(image[None], draw_masks(objective, 1), bands))
             pasted = shown.get("prediction, pasted", shown.get("its prediction, pasted"))
             assert pasted is not None

@@ -201,8 +201,9 @@ class Pretrain(Settings):
     @model_validator(mode="after")
     def _masks_fit(self) -> Pretrain:
         MaskGenerator(self.image_size, self.mask.patch_size, self.mask.ratio, strategy=self.mask.strategy)
-        if self.target.norm_window is not None and self.target.norm_window % 2 == 0:
-            raise ValueError(f"target.norm_window must be odd, got {self.target.norm_window}")
+        window = self.target.norm_window
+        if window is not None and (window % 2 == 0 or window < 3):
+            raise ValueError(f"target.norm_window must be odd, from 3, got {window}")
         return self
 
 

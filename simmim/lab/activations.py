@@ -55,6 +55,14 @@ class Plan:
     lrs: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
     seeds: int = 2
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: a number below 1, or a rate that is not above 0."""
+        for name in ("embed_dim", "image_size", "window_size", "batch_size", "steps", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.lrs) <= 0 or min(self.depths) < 1:
+            raise ValueError(f"lrs must be above 0 and depths at least 1, got {self.lrs} and {self.depths}")
+
 
 class Profile(NamedTuple):
     """Of one model: root mean square and variance of the main branch after every block."""
@@ -185,7 +193,8 @@ def format_table(plan: Plan, profiles: Sequence[Profile]) -> str:
                 ", ".join(f"{p.ratio:.3g}" for p in some),
                 ", ".join(f"{p.loss:.3f}" for p in some) if lr else "",
             ]
-            lines.append(f"{arm:28}{f'{lr:g}' if lr else 'init':>8}  {cells[0]:24}{cells[1]:24}{cells[2]}")
+            lines.append(f"{arm:28}{f'{lr:g}' if lr else 'ones *':>8}  {cells[0]:24}{cells[1]:24}{cells[2]}")
+    lines.append("* at random initialisation with all norm weights 1; training starts with those of res-post-norm at 0")
     return "\n".join(lines)
 
 

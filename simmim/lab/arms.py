@@ -47,12 +47,19 @@ def find_stages(recipe: Recipe) -> tuple[str, str]:
 
 
 def make_arm(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """The two stages of :func:`find_stages`, with some values replaced.
+    """The two stages of :func:`find_stages` and those that they start from, with some values replaced.
 
     Raises:
         ValueError: no such stages, or values that are refused.
     """
-    stages = {name: recipe.stages[name] for name in find_stages(recipe)}
+    if not recipe.data.holdout_images:
+        raise ValueError("arms are compared by images held out of pretraining: set data.holdout_images")
+    place, finetune = find_stages(recipe)
+    needed, names = {finetune}, list(recipe.stages)
+    while place in recipe.stages:
+        needed.add(place)
+        place = recipe.stages[place].init_from or names[names.index(place) - 1]
+    stages = {name: recipe.stages[name] for name in names if name in needed}
     return override(recipe.model_copy(update={"stages": stages}), overrides)
 
 
@@ -66,7 +73,7 @@ def run_arm(arm: Recipe, seed: int, folder: Path, precision: str | None) -> Outc
     Raises:
         ValueError: stages that cannot run, or too few images to hold any out.
     """
-    pretrain, finetune = arm.stages
+    pretrain, finetune = find_stages(arm)
     run(arm.model_copy(update={"name": folder.name, "seed": seed}), folder.parent, precision=precision)
     summaries = {
         name: json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))
@@ -82,9 +89,9 @@ def run_arm(arm: Recipe, seed: int, folder: Path, precision: str | None) -> Outc
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Where the mean lies with 95 % confidence, if the values are normal; None for less than three, since two may
-    agree by chance."""
-    if len(values) < 3:
+    """Where the mean lies with 95 % confidence, if the values are normal; None for less than three, or equal ones: so
+    few agree by chance, where accuracy is counted in images."""
+    if len(values) < 3 or stdev(values) == 0:
         return None
     half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * stdev(values) / sqrt(len(values))
     return mean(values) - half, mean(values) + half

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from simmim.lab.arms import Outcome, check_seeds, find_stages, make_arm, pearson, run_arm
 from simmim.lab.label_efficiency import percent
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.assembly import make_accelerator
+from simmim.stages.assembly import make_accelerator, make_sources, reserved_images
 
 MARKS = "osD^v"
 LINES = ("-", "--", ":", "-.")
@@ -61,15 +61,18 @@ def data_scaling(
         raise ValueError(f"shares lie above 0 and up to 1, lengths above 0; got {list(shares)} and {list(lengths)}")
     grid = [Cell(*cell) for cell in dict.fromkeys(product(shares, sizes, lengths))]
     folder = out / recipe.name / "data_scaling"
-    recipes = {cell: make_arm(recipe, overrides_of(recipe, cell)) for cell in grid}
+    numbers = {share: images_of(recipe, share) for share in shares}
+    if len(set(numbers.values())) < len(numbers):
+        raise ValueError(f"shares {list(numbers)} are {list(numbers.values())} images: give some that differ")
+    recipes = {cell: make_arm(recipe, overrides_of(recipe, cell, numbers[cell.share])) for cell in grid}
     outcomes: dict[Cell, list[Outcome]] = {cell: [] for cell in grid}
     for number, (seed, cell) in enumerate(product(seeds, grid), start=1):
         where = f"({number} of {len(seeds) * len(grid)})"
         say(f"share {cell.share:g}, {cell.size}, length {cell.length:g}, seed {seed} {where}")
-        place = folder / f"seed_{seed}" / f"share_{cell.share:g}_{cell.size.replace('=', '_')}_length_{cell.length:g}"
+        place = folder / f"share_{cell.share:g}_{cell.size.replace('=', '_')}_length_{cell.length:g}_seed_{seed}"
         outcomes[cell].append(run_arm(recipes[cell], seed, place, precision))
     if make_accelerator(precision).is_main_process:
-        table = format_table(outcomes, seeds)
+        table = format_table(outcomes, seeds, numbers)
         say(table)
         (folder / "data_scaling.txt").write_text(table + "\n", encoding="utf-8")
         cells = [{**cell._asdict(), "outcomes": [o._asdict() for o in each]} for cell, each in outcomes.items()]
@@ -80,12 +83,21 @@ def data_scaling(
     return outcomes
 
 
-def overrides_of(recipe: Recipe, cell: Cell) -> list[str]:
-    """Epochs become longer as their images become fewer."""
+def images_of(recipe: Recipe, share: float) -> int:
+    """How many images a share is for pretraining."""
+    name, _ = find_stages(recipe)
+    stage, data = recipe.stages[name], recipe.data.model_copy(update={"share": share})
+    assert isinstance(stage, Pretrain)
+    reserved = reserved_images(recipe, data.path)
+    return len(make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved)[0])
+
+
+def overrides_of(recipe: Recipe, cell: Cell, images: int) -> list[str]:
+    """Epochs become longer as their images become fewer: the length is in steps."""
     name, _ = find_stages(recipe)
     stage = recipe.stages[name]
     assert isinstance(stage, Pretrain)
-    factor, schedule = cell.length / cell.share, stage.schedule
+    factor, schedule = cell.length * images_of(recipe, recipe.data.share) / images, stage.schedule
     times = {
         "epochs": schedule.epochs * factor,
         "warmup_epochs": schedule.warmup_epochs * factor,
@@ -99,26 +111,33 @@ def overrides_of(recipe: Recipe, cell: Cell) -> list[str]:
 
 
 def correlations(outcomes: dict[Cell, list[Outcome]]) -> dict[str, Any]:
-    """Of held-out loss and accuracy over sizes, lengths and seeds; by share, and over all."""
+    """Of held-out loss and accuracy over sizes and lengths, each the mean of its seeds; by share, and over all.
+
+    Over all there is no interval: the same size and length with another share is hardly another point.
+    """
+    means = {cell: (mean(o.masked_l1 for o in each), mean(o.top1 for o in each)) for cell, each in outcomes.items()}
     found = {}
-    for share in (*dict.fromkeys(cell.share for cell in outcomes), None):
-        points = [o for cell, each in outcomes.items() if share in (cell.share, None) for o in each]
-        name = "all shares" if share is None else f"share {share:g}"
-        found[name] = pearson([o.masked_l1 for o in points], [o.top1 for o in points])
+    for share in dict.fromkeys(cell.share for cell in outcomes):
+        points = [point for cell, point in means.items() if cell.share == share]
+        found[f"share {share:g}"] = pearson(*zip(*points, strict=True))
+    together = pearson(*zip(*means.values(), strict=True))
+    found["all shares"] = together and (together[0], None)
     return found
 
 
-def format_table(outcomes: dict[Cell, list[Outcome]], seeds: Sequence[int]) -> str:
+def format_table(outcomes: dict[Cell, list[Outcome]], seeds: Sequence[int], numbers: dict[float, int]) -> str:
     """Rows are cells; then the correlations with their intervals."""
     width = max(len(cell.size) for cell in outcomes) + 2
     lines = [
         f"mean over seeds {', '.join(map(str, seeds))}: held-out masked L1 of pretraining, held-out top-1 after "
         "fine-tuning, %",
-        f"{'share':>7}  {'size':<{width}}{'length':>7}{'masked L1':>12}{'top-1':>14}",
+        f"{'share':>7}{'images':>10}  {'size':<{width}}{'length':>7}{'masked L1':>12}{'top-1':>14}",
     ]
     for cell, each in outcomes.items():
         loss, top1 = mean(o.masked_l1 for o in each), percent([o.top1 for o in each])
-        lines.append(f"{cell.share:>7g}  {cell.size:<{width}}{cell.length:>7g}{loss:>12.4f}{top1:>14}")
+        lines.append(
+            f"{cell.share:>7g}{numbers[cell.share]:>10,}  {cell.size:<{width}}{cell.length:>7g}{loss:>12.4f}{top1:>14}"
+        )
     lines.append("correlation (Pearson) of held-out loss and accuracy, 95 % interval")
     for name, found in correlations(outcomes).items():
         if found is None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from simmim.data import CenterCrop
 from simmim.data.sources import Subset
 from simmim.masking import MaskGenerator, expand_mask
-from simmim.objectives.reconstruct import normalize_locally
+from simmim.objectives.reconstruct import mean_of_squares, normalize_locally
 from simmim.objectives.trivial import average_distance, copy_nearest_visible, masked_l1, mean_of_visible
 from simmim.schema import Pretrain, Recipe
 from simmim.stages.assembly import make_sources, make_views
@@ -65,13 +65,13 @@ def loss_anchors(
     if stage is None:
         raise ValueError(f"{recipe.name} has no stage of pretraining: it has {', '.join(recipe.stages)}")
     wanted = [
-        (size, ratio, MaskGenerator(stage.image_size, size, ratio, seed=recipe.seed))
+        (size, ratio, MaskGenerator(stage.image_size, size, ratio, seed=recipe.seed, strategy=stage.mask.strategy))
         for size in mask_patch_sizes or [stage.mask.patch_size]
         for ratio in ratios or [stage.mask.ratio]
     ]
     batches = load_batches(recipe, stage, images)
     anchors = [
-        Anchor(size, ratio, *measure(batches, generator, stage.target.norm_window))
+        Anchor(size, ratio, *measure(batches, generator, stage.target.norm_window, stage.target.downsample))
         for size, ratio, generator in tqdm(wanted, unit="mask", disable=None)
     ]
     table = format_table(anchors, recipe, stage, sum(len(pixels) for pixels, _ in batches))
@@ -96,20 +96,23 @@ def load_batches(recipe: Recipe, stage: Pretrain, images: int) -> list[tuple[Ten
 
 
 def measure(
-    batches: Sequence[tuple[Tensor, Tensor]], generator: MaskGenerator, norm_window: int | None
+    batches: Sequence[tuple[Tensor, Tensor]], generator: MaskGenerator, norm_window: int | None, downsample: int = 1
 ) -> tuple[float, float, float, float, float | None]:
     """AvgDist, and the losses in the order of :class:`Anchor`; every image weighs the same."""
     sums, count = [0.0] * 5, 0
     for images, index in batches:
         mask = expand_mask(generator(torch.zeros_like(index), index), generator.mask_patch_size)[:, None]
         zeros = torch.zeros_like(images)
-        numbers = [
-            sum(average_distance(one[0]) for one in mask) / len(mask),
-            masked_l1(zeros, images, mask).item(),
-            masked_l1(mean_of_visible(images, mask), images, mask).item(),
-            masked_l1(copy_nearest_visible(images, mask), images, mask).item(),
-            masked_l1(zeros, normalize_locally(images, norm_window), mask).item() if norm_window else 0.0,
+        pairs = [
+            (zeros, images),
+            (mean_of_visible(images, mask), images),
+            (copy_nearest_visible(images, mask), images),
+            (zeros, normalize_locally(images, norm_window) if norm_window else images),
         ]
+        numbers = [sum(average_distance(one[0]) for one in mask) / len(mask)]
+        for pair in pairs:
+            predicted, target = (mean_of_squares(x, downsample) for x in pair)
+            numbers.append(masked_l1(predicted, target, mask).item())
         sums = [total + number * len(images) for total, number in zip(sums, numbers, strict=True)]
         count += len(images)
     distance, zero, mean, nearest, normalized = (total / count for total in sums)

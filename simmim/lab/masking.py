@@ -51,6 +51,10 @@ def masking(
     """
     if masks < 2:
         raise ValueError(f"--masks must be at least 2, for a standard error, got {masks}")
+    if min(cells) < 1 or not all(0 < ratio < 1 for ratio in ratios):
+        raise ValueError(
+            f"--cells are at least 1 px and --ratios between 0 and 1, got {list(cells)} and {list(ratios)}"
+        )
     rows = []
     kinds = [(strategy, cell, ratio) for strategy in strategies for cell in cells for ratio in ratios]
     for strategy, cell, ratio in tqdm(kinds, unit="mask", disable=None):
@@ -59,6 +63,10 @@ def masking(
             continue
         distances = distances_of(generator, masks)
         rows.append(Row(strategy, cell, ratio, mean(distances), stdev(distances) / masks**0.5))
+    if not rows:
+        raise ValueError(
+            f"no mask of {list(ratios)} of cells of {list(cells)} px hides a part: give other ratios or cells"
+        )
     table = format_table(rows, image_size, masks)
     say(table)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +124,7 @@ def format_table(rows: Sequence[Row], image_size: Pair, masks: int) -> str:
 
 
 def draw(rows: Sequence[Row], image_size: Pair, seed: int) -> Figure:
-    """The curves with the band, and one mask of each strategy and cell at 60 %."""
+    """The curves with the band, and one mask of each strategy and cell, as near to 60 % as there is."""
     kinds = list(dict.fromkeys((row.strategy, row.cell) for row in rows))
     figure = Figure(figsize=(13, 5), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.2, 1))
@@ -139,7 +147,8 @@ def draw(rows: Sequence[Row], image_size: Pair, seed: int) -> Figure:
     for place in axes.flat:
         place.axis("off")
     for place, (strategy, cell) in zip(axes.flat, kinds, strict=False):
-        ratio = max(row.ratio for row in rows if (row.strategy, row.cell) == (strategy, cell) and row.ratio <= 0.6)
+        ratios = [row.ratio for row in rows if (row.strategy, row.cell) == (strategy, cell)]
+        ratio = min(ratios, key=lambda ratio: abs(ratio - 0.6))
         generator = MaskGenerator(image_size, cell, ratio, seed=seed, strategy=strategy)
         mask = expand_mask(generator(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)), cell)[0]
         place.imshow(mask, cmap="Greys", vmin=-0.2, vmax=1.4)

@@ -77,7 +77,7 @@ def objectives(
     for number, seed in enumerate(seeds):
         for place, arm in enumerate(outcomes, start=number * len(outcomes) + 1):
             say(f"{arm}, seed {seed} ({place} of {len(seeds) * len(outcomes)})")
-            place_of_arm = folder / f"seed_{seed}" / arm.replace("=", "_")
+            place_of_arm = folder / f"{arm.replace('=', '_')}_seed_{seed}"
             outcomes[arm].append(run_arm(recipes[arm], seed, place_of_arm, precision))
     if make_accelerator(precision).is_main_process:
         table = format_table(outcomes, seeds)

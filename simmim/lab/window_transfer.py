@@ -60,6 +60,8 @@ class Plan:
         for name in ("seeds", "image_size", "window_size", "steps", "finetune_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.lr, self.finetune_lr) <= 0:
+            raise ValueError(f"rates must be above 0, got {self.lr} and {self.finetune_lr}")
         if self.image_size % 8 or self.window_size % 2:
             raise ValueError(
                 f"images are enlarged 1.5 times, so an image size that is a multiple of 8 and an even window are "

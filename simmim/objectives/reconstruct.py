@@ -78,8 +78,8 @@ class Reconstruct(nn.Module):
         self.encoder = encoder
         self.pixels, self.downsample, self.head_kind = pixels, downsample, head
         self.use_masks(masks)
-        if norm_target_window is not None and norm_target_window % 2 == 0:
-            raise ValueError(f"the window of a normalised target must be odd, got {norm_target_window}")
+        if norm_target_window is not None and (norm_target_window % 2 == 0 or norm_target_window < 3):
+            raise ValueError(f"the window of a normalised target must be odd, from 3, got {norm_target_window}")
         self.elementwise_loss = LOSSES[loss]
         self.norm_target_window = norm_target_window
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
@@ -176,7 +176,12 @@ class Reconstruct(nn.Module):
             columns += [("prediction", predicted), ("prediction, pasted", torch.where(mask, predicted, original))]
             largest = 1.0
         else:
-            target, predicted = (visualize.to_rgb(x / 4 + 0.5) for x in (result.target, result.prediction))
+            scaled = [x / 4 + 0.5 for x in (result.target, result.prediction)]
+            if bands == "pca":
+                colours_of_target = visualize.principal_colours(scaled[0])
+            else:
+                colours_of_target = partial(visualize.to_rgb, bands=bands)
+            target, predicted = map(colours_of_target, scaled)
             mean, deviation, centre = local_statistics(images, self.norm_target_window)
             restored = colours((result.prediction * deviation + mean + centre) * self.std + self.mean)
             columns += [
@@ -192,6 +197,7 @@ class Reconstruct(nn.Module):
         return {
             "mask_patch_size": self.masks.mask_patch_size,
             "mask_ratio": self.masks.mask_ratio,
+            "mask_strategy": self.masks.strategy,
             "norm_target_window": self.norm_target_window,
             "downsample": self.downsample,
             "head": self.head_kind,

@@ -78,7 +78,8 @@ def is_done(folder: Path, settings: dict[str, Any]) -> bool:
         expected = json.loads((export / CHECKSUMS).read_text(encoding="utf-8"))
         if any(checksum(export / name) != digest for name, digest in expected.items()):
             return False
-        return load_description(export).get("trained", {}).get("settings") == settings
+        trained = load_description(export).get("trained", {}).get("settings")
+        return trained is not None and not different_settings(trained, settings)
     except (OSError, ValueError):  # it will be made again from the last checkpoint
         return False
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 
+from simmim.checkpoint import different_settings
 from simmim.cli import main
 from simmim.data import Shapes
 from simmim.lab import arms, data_scaling, objectives
 from simmim.lab.arms import Outcome
 from simmim.recipe import load_recipe
 from simmim.reconstructions import load_reconstruct
-from simmim.schema import Data
+from simmim.schema import Data, Recipe
 from simmim.stages.assembly import make_sources
 from tests.simmim.test_label_efficiency import RECIPE
 
@@ -36,19 +37,19 @@ def test_objectives_end_to_end(recipe, tmp_path, capsys):
     content = json.loads((folder / "objectives.json").read_text())
     assert list(content["arms"]) == ["recipe", "head=inverse_swin", "downsample=4"]
     assert [len(each) for each in content["arms"].values()] == [3, 3, 3]
-    summary = json.loads((folder / "seed_1/downsample_4/finetune_32/summary.json").read_text())
+    summary = json.loads((folder / "downsample_4_seed_1/finetune_32/summary.json").read_text())
     assert content["arms"]["downsample=4"][1]["top1"] == summary["holdout_top1"]
     assert (folder / "objectives.txt").read_text().strip() in printed
     assert (folder / "objectives.png").stat().st_size > 5_000
-    assert not (folder / "seed_0/recipe/scratch_32").exists()  # what is not compared is not trained
+    assert not (folder / "recipe_seed_0/scratch_32").exists()  # what is not compared is not trained
     # What was trained is what was asked for, and comes back from its export.
-    drawn = load_reconstruct(folder / "seed_0/head_inverse_swin/pretrain/export")
+    drawn = load_reconstruct(folder / "head_inverse_swin_seed_0/pretrain/export")
     assert type(drawn.head).__name__ == "InverseSwin" and drawn.downsample == 1
-    assert load_reconstruct(folder / "seed_0/downsample_4/pretrain/export").downsample == 4
+    assert load_reconstruct(folder / "downsample_4_seed_0/pretrain/export").downsample == 4
     # Nothing is done again.
-    before = (folder / "seed_2/recipe/pretrain/metrics.jsonl").stat().st_mtime_ns
+    before = (folder / "recipe_seed_2/pretrain/metrics.jsonl").stat().st_mtime_ns
     assert main([*command, *short]) == 0
-    assert (folder / "seed_2/recipe/pretrain/metrics.jsonl").stat().st_mtime_ns == before
+    assert (folder / "recipe_seed_2/pretrain/metrics.jsonl").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_data_scaling_end_to_end(recipe, tmp_path, capsys):
     # The length is in steps, whatever the share.
     steps = {
         (share, length): json.loads(
-            (folder / f"seed_0/share_{share}_embed_dim_4_length_{length}/pretrain/metrics.jsonl")
+            (folder / f"share_{share}_embed_dim_4_length_{length}_seed_0/pretrain/metrics.jsonl")
             .read_text()
             .splitlines()[-1]
         )["step"]
@@ -155,10 +156,14 @@ def test_correlations_by_share():
         return data_scaling.Cell(share, "embed_dim=8", length), [Outcome(top1, loss, 1.0) for loss, top1 in pairs]
 
     found = data_scaling.correlations(
-        dict([cell(1.0, 1.0, (0.5, 0.5), (0.4, 0.6)), cell(1.0, 2.0, (0.3, 0.7)), cell(0.1, 1.0, (0.9, 0.2))])
+        dict([*(cell(1.0, k, (0.5 - k / 10, 0.5 + k / 10)) for k in (1.0, 2.0, 3.0)), cell(0.1, 1.0, (0.9, 0.2))])
     )
     assert found["share 1"] == (pytest.approx(-1.0), None) and found["share 0.1"] is None
-    assert found["all shares"][0] < -0.9
+    assert found["all shares"][0] < -0.9 and found["all shares"][1] is None
+    more_seeds = data_scaling.correlations(
+        dict([cell(1.0, length, (0.5, 0.5 + length / 10), (0.4, 0.6)) for length in (1.0, 2.0, 3.0)])
+    )
+    assert more_seeds["share 1"] is None  # three points, however many seeds; all of one loss
 
 
 def test_small_shares_lie_in_larger_ones(tmp_path):
@@ -171,3 +176,84 @@ def test_small_shares_lie_in_larger_ones(tmp_path):
     assert (len(tenth), len(half), len(whole)) == (5, 25, 50)
     assert set(tenth) < set(half) < set(whole)
     assert len(names(0.001)) == 1
+
+
+def test_equal_differences_claim_nothing():
+    assert arms.mean_interval([0.125] * 3) is None
+    assert arms.verdict(arms.mean_interval([0.125] * 3)) == "needs more seeds"
+
+
+def test_arms_keep_the_stages_that_they_start_from():
+    pretrain = RECIPE["stages"]["pretrain"]
+    again = {**pretrain, "kind": "pretrain", "init_from": "pretrain"}
+    finetune = {**RECIPE["stages"]["finetune_32"], "init_from": "again"}
+    stages = {"pretrain": pretrain, "again": again, "finetune": finetune, "other": {**finetune, "init_from": "scratch"}}
+    recipe = Recipe.model_validate({**RECIPE, "name": "two", "stages": stages})
+    assert list(arms.make_arm(recipe, []).stages) == ["pretrain", "again", "finetune"]
+    assert arms.find_stages(recipe) == ("again", "finetune")
+    without = recipe.model_copy(update={"data": recipe.data.model_copy(update={"holdout_images": 0})})
+    with pytest.raises(ValueError, match=r"set data\.holdout_images"):
+        arms.make_arm(without, [])
+
+
+def test_the_length_is_in_steps_of_the_recipe_as_it_is():
+    recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "share": 0.5}})
+    epochs = {}
+    for share in (0.1, 0.5, 1.0):
+        images = data_scaling.images_of(recipe, share)
+        cell = data_scaling.Cell(share, "embed_dim=8", 1.0)
+        (line,) = [line for line in data_scaling.overrides_of(recipe, cell, images) if ".epochs=" in line]
+        epochs[share] = images * float(line.split("=")[1])
+    assert list(epochs.values()) == pytest.approx([0.6 * 30] * 3)
+    with pytest.raises(ValueError, match="give some that differ"):
+        data_scaling.data_scaling(recipe, Path("nowhere"), shares=(0.001, 0.002))
+
+
+@pytest.mark.parametrize("change", ["target.downsample=4", "mask.strategy=square", "target.norm_window=5"])
+def test_anchors_are_of_the_target_and_masks_of_the_recipe(change, recipe, tmp_path):
+    assert main(["pretrain", str(recipe), f"stages.pretrain.{change}", "--out", str(tmp_path)]) == 0
+    assert main(["lab", "loss-anchors", str(recipe), f"stages.pretrain.{change}", "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "few/pretrain/summary.json").read_text())["holdout_masked_l1"]
+    (anchor,) = json.loads((tmp_path / "few/loss_anchors.json").read_text())
+    if "norm" in change:
+        assert anchor["zero_normalized"] == pytest.approx(summary["predict zero"], rel=1e-3)
+    else:
+        assert anchor["zero"] == pytest.approx(summary["predict zero"], rel=1e-3)
+        assert anchor["nearest_visible"] == pytest.approx(summary["copy the nearest visible pixel"], rel=1e-3)
+        assert load_reconstruct(tmp_path / "few/pretrain/export").masks.strategy == (
+            "square" if "square" in change else "random"
+        )
+
+
+def test_runs_from_before_a_setting_go_on():
+    now = {
+        "data": {"share": 1.0},
+        "stage": {"target": {"loss": "l1", "pixels": "masked", "downsample": 1, "head": "linear"}},
+    }
+    before = {"data": {}, "stage": {"target": {"loss": "l1"}}}
+    assert different_settings(before, now) == []
+    now["stage"]["target"]["head"] = "mlp"
+    assert different_settings(before, now) == ["stage.target.head: linear -> mlp"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["masking", "--ratios", "1.5", "--cells", "32"], "--ratios between 0 and 1"),
+        (["masking", "--cells", "0"], "--cells are at least 1 px"),
+        (["masking", "--cells", "192", "--ratios", "0.1"], "hides a part: give other ratios"),
+        (["masking", "--image-size", "192", "96", "3"], "one number or height and width"),
+        (["activations", "--steps", "0"], "steps must be at least 1"),
+        (["activations", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["activations", "--seeds", "0"], "seeds must be at least 1"),
+        (["window-transfer", "--lr", "-1"], "rates must be above 0"),
+    ],
+)
+def test_numbers_that_cannot_work_are_named(arguments, message, tmp_path, capsys):
+    assert main(["lab", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_masks_of_any_ratio_are_drawn(tmp_path):
+    assert main(["lab", "masking", "--ratios", "0.8", "--cells", "32", "--masks", "2", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "masking.png").exists()

@@ -91,7 +91,7 @@ def test_amplitudes_are_those_of_figure_2(tmp_path, capsys):
     options += ["--batch-size", "4", "--steps", "20", "--lrs", "0.016", "--seeds", "1", "--out", str(tmp_path)]
     assert main(["lab", "activations", *options]) == 0
     table = capsys.readouterr().out
-    assert "largest / smallest" in table and table.count("init") == 4
+    assert "largest / smallest" in table and table.count("ones *") == 4
     content = json.loads((tmp_path / "activations.json").read_text())
     profiles = {(p["arm"], p["lr"]): p["rms"] for p in content["profiles"]}
     assert all(len(rms) == 12 for rms in profiles.values())

@@ -120,7 +120,7 @@ def test_a_dumped_recipe_reads_the_same(write, tmp_path):
         ("{}", ["stages.pretrain.image_size=200"], r"does not divide the image size 200 x 200: take one of 4, 5, 8"),
         ("{}", ["stages.pretrain.image_size=97"], r"take one of 97|no cell"),
         ("{}", ["stages.pretrain.mask.patch_size=6"], r"must be a multiple of encoder.patch_size 4"),
-        ("{}", ["stages.pretrain.target.norm_window=46"], r"norm_window must be odd, got 46"),
+        ("{}", ["stages.pretrain.target.norm_window=46"], r"norm_window must be odd, from 3, got 46"),
         ("{}", ["stages.pretrain.schedule.warmup_epochs=200"], r"warmup_epochs 200 must be below epochs 100"),
         ("{}", ["stages.pretrain.schedule.name=multistep"], r"needs milestones_epochs"),
         ("{}", ["stages.pretrain.crop.scale=[1, 0.5]"], r"scale must go from low to high"),

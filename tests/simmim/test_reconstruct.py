@@ -175,6 +175,7 @@ def test_pictures_of_any_channel_count(channels, window, panels):
     [
         ({"mean": [0.5], "std": [0.5]}, "mean and std have 1 and 1 numbers for 3 channels"),
         ({"norm_target_window": 8}, "must be odd"),
+        ({"norm_target_window": 1}, "must be odd, from 3"),
         ({"downsample": 3}, "downsample 3 must divide mask_patch_size 32 and the stride 32 of the encoder: 32 is"),
     ],
 )

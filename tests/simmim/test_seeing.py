@@ -256,3 +256,14 @@ def test_the_keys_of_recipes_are_documented():
     for line in document().splitlines():
         if line.startswith("| `"):
             assert line.rsplit("|", 2)[1].strip(), f"no description: {line}"
+
+
+def test_bands_are_chosen_for_a_normalised_target_too():
+    model = make_objective(channels=5, window=9)
+    images, mask = torch.randn(1, 5, 32, 32), torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :2] = True
+    panels = {}
+    for bands in (None, (4, 3, 2), "pca"):
+        panels[str(bands)] = dict(model.views(images, mask, bands))["normalised target"]
+    one, other, principal = panels.values()
+    assert not torch.equal(one, other) and not torch.equal(other, principal)
