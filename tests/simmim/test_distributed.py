@@ -17,6 +17,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.torch import load_file
 
 from simmim.checkpoint import list_checkpoints, verify
+from simmim.footprint import Sizes, states_bytes
 from tests.simmim.test_training import TINY, comparable_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,8 @@ def assert_same(out: Path, expected: Path, tolerance: float) -> None:
 def test_two_processes_are_one(one, tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME)
     assert "2 process(es) x 1 x 4 on cpu (MULTI_CPU)" in printed and printed.count("held-out masked L1") == 1
+    for copy in held(tmp_path):
+        assert copy["sent"]["allreduce_"] / copy["weights"] == pytest.approx(10, rel=0.01)  # gradients, once a step
     assert_same(tmp_path, one, 1e-6)
 
 
@@ -116,10 +119,22 @@ def test_each_process_holds_half(one, sharded):
         assert sum(half[what] for half in halves) == pytest.approx(whole[what], rel=0.02)  # step counts are everywhere
         for half in halves:
             assert 0.45 * whole[what] < half[what] < 0.55 * whole[what]
+    parameters = whole["weights"] // 8  # float64, twice what is planned for fp32
+    planned = 2 * states_bytes(Sizes(parameters, parameters, 0), "3", 2)
+    for half in halves:
+        assert 2 * half["weights"] + half["moments"] == pytest.approx(planned, rel=0.1)  # gradients are as weights
     checkpoint = list_checkpoints(sharded / "tiny/pretrain/checkpoints")[-1]
     sizes = [file.stat().st_size for file in checkpoint.glob("*.safetensors")]
     assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
     assert verify(checkpoint)["processes"] == 2
+
+
+def test_shards_send_what_the_formulas_say(one, sharded):
+    """Ten steps: weights gathered twice, gradients scattered once; each measure or picture gathers once more."""
+    size = held(one)[0]["weights"]
+    for half in held(sharded):
+        assert half["sent"]["_reduce_scatter_base_"] / size == pytest.approx(10, rel=0.1)  # shards are padded
+        assert 20 - 2 < half["sent"]["_allgather_base_"] / size < 20 + 6
 
 
 @pytest.mark.parametrize("first", ["two shards", pytest.param("one process", marks=pytest.mark.faults)])

@@ -15,8 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simmim import cli
 from simmim.objectives.classify import Classify
@@ -62,16 +65,33 @@ def note_what_is_held() -> None:
     original = training.fit
 
     def fit(accelerator, model, optimizer, *arguments, **options):
-        original(accelerator, model, optimizer, *arguments, **options)
+        with SentBytes() as sent:
+            original(accelerator, model, optimizer, *arguments, **options)
         moments = [value for state in optimizer.state.values() for value in state.values()]
         held = {
             "weights": size(model.parameters()),
             "moments": size(moments),
             "kind": accelerator.distributed_type.value,
+            "sent": sent.bytes,
         }
         Path(f"held_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(held))
 
     training.fit = fit
+
+
+class SentBytes(TorchDispatchMode):
+    """Bytes of the whole tensors that collectives of several processes gather, scatter or reduce, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if operator.namespace == "c10d":
+            tensors = [leaf for leaf in tree_leaves(arguments[:2]) if isinstance(leaf, torch.Tensor)]
+            name = operator._schema.name.removeprefix("c10d::")
+            self.bytes[name] = self.bytes.get(name, 0) + max(map(lambda x: size([x]), tensors), default=0)
+        return operator(*arguments, **(options or {}))
 
 
 def size(tensors) -> int:
