@@ -134,7 +134,7 @@ def test_shards_send_what_the_formulas_say(one, sharded):
     size = held(one)[0]["weights"]
     for half in held(sharded):
         assert half["sent"]["_reduce_scatter_base_"] / size == pytest.approx(10, rel=0.1)  # shards are padded
-        assert 20 - 2 < half["sent"]["_allgather_base_"] / size < 20 + 6
+        assert 20 - 2 < half["sent"]["_allgather_base_"] / size < 20 + 8
 
 
 @pytest.mark.parametrize("first", ["two shards", pytest.param("one process", marks=pytest.mark.faults)])
@@ -211,7 +211,7 @@ def test_configurations_are_what_accelerate_reads(file):
     text = yaml.safe_load(file.read_text())
     if text["distributed_type"] == "FSDP":
         assert text["fsdp_config"]["fsdp_version"] == 2
-        assert text["fsdp_config"]["fsdp_reshard_after_forward"] is (file.stem == "zero3_8")
+        assert text["fsdp_config"]["fsdp_reshard_after_forward"] is (file.stem.startswith("zero3"))
         assert not text["fsdp_config"]["fsdp_activation_checkpointing"]
         assert not text["fsdp_config"]["fsdp_cpu_ram_efficient_loading"]
 
