@@ -168,9 +168,9 @@ def _time_and_disk(
 
 
 def readable(number: float) -> str:
-    """Three digits, without exponents: 0.0175, 11.8, 4,640."""
+    """Three digits, without exponents: 0.0175, 26.0, 4,640."""
     if number < 1000:
-        return f"{number:.3g}"
+        return f"{number:#.3g}".rstrip(".")
     return f"{float(f'{number:.3g}'):,.0f}"
 
 

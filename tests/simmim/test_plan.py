@@ -216,8 +216,8 @@ def test_chunks_of_a_stage_follow_recipe_and_memory(monkeypatch):
 
 
 def test_numbers_for_people():
-    assert [readable(x) for x in (0.01751, 11.76, 371.0, 4639.3)] == ["0.0175", "11.8", "371", "4,640"]
-    assert [duration(x) for x in (3.5, 90, 7200, 86400 * 3)] == ["3.5 s", "1.5 min", "2 h", "3 days"]
+    assert [readable(x) for x in (0.01751, 25.96, 371.0, 4639.3)] == ["0.0175", "26.0", "371", "4,640"]
+    assert [duration(x) for x in (3.5, 90, 7200, 86400 * 3)] == ["3.50 s", "1.50 min", "2.00 h", "3.00 days"]
     assert [parse_bytes(x) for x in ("80G", "80GB", "1.5t", "12")] == [80e9, 80e9, 1.5e12, 12]
 
 
