@@ -61,13 +61,16 @@ class Flops(NamedTuple):
     """The same of a training step, with what checkpointing computes again."""
 
 
-def states_bytes(parameters: Sizes, zero: str, ranks: int) -> float:
-    """Bytes of weights, gradients and moments of one rank: 16 a parameter, divided among ranks as ZeRO says.
+def states_bytes(parameters: Sizes, zero: str, ranks: int, average: bool = False) -> float:
+    """Bytes of weights, gradients and moments of one rank: 16 a parameter, divided among ranks as ZeRO says; 4 more
+    where an average of the weights is kept.
 
     FSDP2 holds whole weights through a step for ZeRO-2, and for ZeRO-3 those of two blocks and the gradients of one.
     """
     size = parameters.all
     moments = MOMENTS * size / (1 if zero == "none" else ranks)
+    if average:
+        moments += NUMBER * size / (ranks if zero in "23" else 1)
     gradients = NUMBER * size / (ranks if zero in "23" else 1)
     if zero == "3":
         return moments + gradients + NUMBER * (size / ranks + 3 * parameters.largest_block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -18,6 +17,7 @@ from simmim.stages.assembly import chunks_of, derive_accumulation, geometry
 from simmim.stages.pretraining import make_objective
 from swin import SwinConfig, SwinEncoder, load_description
 from swin.checkpointing import CHECKPOINTINGS, Checkpointing
+from swin.transfer import changed
 from swin.weights import DESCRIPTION
 from swin.windows import fit_windows
 
@@ -104,24 +104,28 @@ def memory_problems(
     plan: StagePlan, objective: Reconstruct | Classify, stage: Pretrain | Finetune, machine: Machine, zero: str
 ) -> list[str]:
     """Empty, or what does not fit and what would."""
-    free = machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, zero, machine.ranks)
+    free = machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, zero, machine.ranks, has_average(stage))
     own = plan.footprints[stage.memory.checkpointing]
     needed = own.of(stage.micro_batch_size)
     if needed <= free:
         return []
     fixes = []
-    if largest := fitting_batch(plan, objective, stage, machine, free):
-        fixes.append(f"a micro_batch_size of {largest}")
+    share = stage.batch_size // machine.ranks
+    pairs = isinstance(stage, Finetune) and bool(stage.augment.mixup or stage.augment.cutmix)
+    largest = fitting_batch(plan, objective, stage, machine, free)
+    if choices := [size for size in range(1, largest + 1) if share % size == 0 and not (pairs and size % 2)]:
+        fixes.append(f"stages.{plan.name}.micro_batch_size={choices[-1]}")
     saving = [kind for kind in CHECKPOINTINGS if plan.footprints[kind].of(stage.micro_batch_size) <= free]
     if saving:
-        fixes.append(f"memory.checkpointing={saving[0]}")
-    for other in ZEROS[ZEROS.index(zero) + 1 :]:
-        if needed <= machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, other, machine.ranks):
+        fixes.append(f"stages.{plan.name}.memory.checkpointing={saving[0]}")
+    average = has_average(stage)
+    for other in [kind for kind in ZEROS[ZEROS.index(zero) + 1 :] if kind != "1"]:
+        if needed <= machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, other, machine.ranks, average):
             fixes.append(f"ZeRO-{other}")
             break
     if not fixes:
         fixes.append("more or larger GPUs, ZeRO-3 with full checkpointing, or a smaller encoder")
-    states = states_bytes(plan.sizes, zero, machine.ranks)
+    states = states_bytes(plan.sizes, zero, machine.ranks, has_average(stage))
     return [
         f"{plan.name}: a rank needs {gigabytes(states)} for weights, gradients and moments and {gigabytes(needed)} for "
         f"the activations of {stage.micro_batch_size} images, but {gigabytes(machine.memory)} less 5 % is all it has: "
@@ -143,6 +147,11 @@ def fitting_batch(
         needed = footprint(objective, kind, chunks, precision=machine.precision, device=machine.device)
         largest = min(largest, needed.largest_batch(free))
     return largest
+
+
+def has_average(stage: Pretrain | Finetune) -> bool:
+    """Whether a stage keeps an average of its weights."""
+    return isinstance(stage, Finetune) and stage.ema_decay is not None
 
 
 def gigabytes(size: float) -> str:
@@ -196,9 +205,12 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     elif stage.image_size is not None and stage.window_size is not None:
         return encoder_config(recipe.encoder, stage)
     else:
-        raise ValueError(f"{name} starts from {start}, which is not there: give its image_size and window_size")
+        raise ValueError(
+            f"{name} starts from {start}, which is no export and says nothing of its size: "
+            "give its image_size and window_size"
+        )
     size, window = geometry(stage, old)
-    return replace(old, image_size=size, window_size=window, drop_path=stage.drop_path)
+    return changed(old, {"image_size": size, "window_size": window, "drop_path": stage.drop_path}, None)
 
 
 def make_planned(recipe: Recipe, name: str, classes: int) -> Reconstruct | Classify:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -44,12 +46,15 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def parse_bytes(text: str) -> float:
-    """``80G`` -> 80e9."""
-    unit = UNITS.get(text.upper().removesuffix("B")[-1:], 1.0)
-    size = float(text.upper().rstrip("BKMGT")) * unit
-    if size <= 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return size
+    """``80G`` -> 80e9.
+
+    Raises:
+        argparse.ArgumentTypeError: not a number above 0 with K, M, G or T.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*)([KMGT])B?", text.upper())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 80G, got {text!r}")
+    return float(found[1]) * UNITS[found[2]]
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -63,6 +68,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     for name, value in (("gpus", arguments.gpus), ("images", arguments.images), ("classes", arguments.classes)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if arguments.tflops is not None and not 0 < arguments.tflops < math.inf:
+        raise ValueError(f"--tflops must be above 0, got {arguments.tflops}")
     machine = _machine(arguments)
     zero = arguments.zero or ("3" if machine.ranks > 1 else "none")
     problems = []
@@ -132,6 +139,7 @@ def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, image
 
 def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero: str) -> list[str]:
     from simmim.footprint import FREE_SHARE, states_bytes
+    from simmim.plan import has_average
 
     lines = [
         f"  memory      GB of each of {machine.ranks} with {machine.memory / 1e9:.0f} GB, {machine.precision}, "
@@ -139,7 +147,7 @@ def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero:
         f"    {'':<10}{'states':>8}" + "".join(f"{f'checkpointing {kind}':>26}" for kind in plan.footprints),
     ]
     for kind, name in ZERO_NAMES.items():
-        states = states_bytes(plan.sizes, kind, machine.ranks)
+        states = states_bytes(plan.sizes, kind, machine.ranks, has_average(stage))
         free = machine.memory * (1 - FREE_SHARE) - states
         cells = [
             f"{(states + own.of(stage.micro_batch_size)) / 1e9:.1f} ({own.largest_batch(free)})"
@@ -158,7 +166,11 @@ def _time_and_disk(
     number = images or (round(recipe.data.num_images * recipe.data.share) if builtin else 1_000_000)
     seconds = number * 2 * plan.flops.training / (machine.flops * machine.ranks)
     how = "measured products, which training does not reach" if machine.measured else "given"
-    written = 12 * plan.sizes.all * (stage.log.keep_checkpoints + 1) + 4 * plan.sizes.all
+    from simmim.plan import has_average
+
+    written = (16 if has_average(stage) else 12) * plan.sizes.all * (
+        stage.log.keep_checkpoints + 1
+    ) + 4 * plan.sizes.all
     return [
         f"  time        {duration(seconds)} an epoch of {number:,} images, {duration(seconds * stage.schedule.epochs)} "
         f"for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",

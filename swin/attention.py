@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swin.config import Pair
 from swin.position_bias import ContinuousBias, PositionBias
-from swin.sequential import at_least_fp32, attend_in_chunks, no_autocast
+from swin.sequential import at_least_fp32, attend_in_chunks, cut, masked_logits, no_autocast
 
 MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 
@@ -72,6 +72,18 @@ class WindowAttention(nn.Module):
         if mask is None:
             return logits
         return logits.masked_fill(~mask.repeat(len(x) // len(mask), 1, 1)[:, None], -math.inf)
+
+    def largest_logit(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+        """The maximum of :meth:`logits`, of as many at once as :meth:`forward` would compute."""
+        q, k, _ = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        largest = []
+        with no_autocast(x.device.type):
+            bias, factor = self.position_bias(window), self.factor()
+            for windows, heads in cut(len(q), self.num_heads, self.chunks):
+                left, right = (at_least_fp32(part[windows, heads]) for part in (q, k))
+                left, right = self.scale(left, right, factor[heads])
+                largest.append(masked_logits(left, right, bias[heads], mask, windows).max())
+        return torch.stack(largest).max()
 
     def attention(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
         """What every token of a window attends to: ``(b n, m, t, t)``, rows that sum to one; to be looked at."""
@@ -164,7 +176,7 @@ def watch_attention(model: nn.Module) -> Iterator[dict[str, float]]:
     @torch.no_grad()
     def look(attention: nn.Module, arguments: tuple) -> None:
         assert isinstance(attention, WindowAttention)
-        largest.append(attention.logits(*arguments).max())
+        largest.append(attention.largest_logit(*arguments))
         heads.append(attention.heads_at_clamp())
 
     hooks = [

@@ -87,7 +87,7 @@ class SwinEncoder(nn.Module):
         if checkpointing not in CHECKPOINTINGS:
             raise ValueError(f"unknown checkpointing {checkpointing!r}: expected one of {', '.join(CHECKPOINTINGS)}")
         chunks = [attention_chunks] * len(self.layers) if isinstance(attention_chunks, int) else list(attention_chunks)
-        if len(chunks) != len(self.layers) or min(chunks) < 1:
+        if len(chunks) != len(self.layers) or not all(type(number) is int and number > 0 for number in chunks):
             raise ValueError(
                 f"attention_chunks {chunks}: expected a positive number for each of {len(self.layers)} stages"
             )

@@ -114,10 +114,14 @@ class _Sequential(torch.autograd.Function):
         return None, dq, dk, dv, dfactor, dbias, None, None
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
-    logits = q @ k.transpose(-2, -1)
-    logits += bias
+def masked_logits(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
+    """Of some windows; q and k are scaled; -inf where attention is not allowed."""
+    logits = q @ k.transpose(-2, -1) + bias  # the product itself may be kept by checkpointing, and must stay as it is
     if mask is not None:
         of_windows = torch.arange(windows.start, windows.stop, device=mask.device) % len(mask)
         logits.masked_fill_(~mask[of_windows][:, None], float("-inf"))
-    return logits.softmax(dim=-1)
+    return logits
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
+    return masked_logits(q, k, bias, mask, windows).softmax(dim=-1)

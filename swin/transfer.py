@@ -41,7 +41,7 @@ def transfer(
         ValueError: a setting that contradicts the weights, or that cannot be built.
     """
     old = encoder.config
-    new = _changed(old, settings, inflate)
+    new = changed(old, settings, inflate)
     state = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
     history = list(encoder.history)
     if new.in_chans != old.in_chans:
@@ -94,7 +94,8 @@ def inflate_channels(weight: Tensor, channels: int, how: Inflation) -> Tensor:
     return (wide * (old / channels)).contiguous()
 
 
-def _changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | None) -> SwinConfig:
+def changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | None) -> SwinConfig:
+    """The configuration of :func:`transfer`, which raises the same."""
     known = {field.name for field in fields(SwinConfig)}
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"unknown encoder settings {unknown}: expected some of {', '.join(sorted(known))}")
@@ -118,8 +119,8 @@ def _changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | Non
         )
     if "window_size" in settings:
         check_window(wanted)
-    changed = ("image_size", "window_size", "position_bias")
-    moved = any(getattr(wanted, name) != getattr(old, name) for name in changed)
+    moving = ("image_size", "window_size", "position_bias")
+    moved = any(getattr(wanted, name) != getattr(old, name) for name in moving)
     return replace(wanted, reference_windows=None) if moved and wanted.position_bias == "table" else wanted
 
 

@@ -268,7 +268,7 @@ def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) 
     objective.encoder.save_memory(checkpointing=stage.memory.checkpointing, attention_chunks=chunks)
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     zero = "none" if plugin is None else "3" if plugin.reshard_after_forward else "2"
-    states = states_bytes(sizes(objective), zero, ranks)
+    states = states_bytes(sizes(objective), zero, ranks, bool(job.ema_decay))
     if states > budget:
         raise ValueError(
             f"weights, gradients and moments take {states / 1e9:.1f} GB on each of {ranks} process(es), which have "
@@ -282,7 +282,7 @@ def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) 
         return []
     return [
         f"{stage.micro_batch_size} images need {needed.of(stage.micro_batch_size) / 1e9:.1f} GB beside "
-        f"{states / 1e9:.1f} GB of weights, gradients and moments; {needed.largest_batch(free)} would fit. "
+        f"{states / 1e9:.1f} GB of weights, gradients and moments; {needed.largest_batch(free)} at most would fit. "
         "`simmim plan` shows what else would"
     ]
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim.memory import TrackedMemory, choose_chunks
 from swin import SwinEncoder, make_config, make_encoder
-from swin.attention import ATTENTIONS
+from swin.attention import ATTENTIONS, watch_attention
 from swin.checkpointing import CHECKPOINTINGS
 from swin.encoder import make_blocks
 from swin.position_bias import make_position_bias
@@ -194,3 +194,38 @@ def test_chunks_by_the_memory_there_is():
 def test_what_cannot_save_memory_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_small().save_memory(**settings)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+def test_windows_of_fewer_tokens_than_a_head_is_wide(checkpointing):
+    """There selective checkpointing keeps the logits, which nothing may change afterwards."""
+    torch.manual_seed(0)
+    encoder = make_encoder(
+        "swinv2_tiny", embed_dim=32, depths=(2, 2), num_heads=(1, 2), image_size=60, window_size=5
+    ).double()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(2, 3, 60, 60, dtype=torch.float64)
+
+    def gradients() -> list[Tensor]:
+        encoder.zero_grad()
+        (encoder(images) ** 2).mean().backward()
+        return [parameter.grad.clone() for parameter in encoder.parameters()]
+
+    expected = gradients()
+    encoder.save_memory(checkpointing=checkpointing, attention_chunks=4)
+    for found, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_watching_attention_stays_in_chunks():
+    encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=96, window_size=24)
+    images = torch.randn(1, 3, 96, 96)
+    numbers = []
+    for chunks in (1, 7):
+        encoder.save_memory(attention_chunks=chunks)
+        with TrackedMemory() as memory, torch.no_grad(), watch_attention(encoder) as watched:
+            encoder(images)
+        numbers.append((watched["max_attention_logit"], memory.peak))
+    assert numbers[0][0] == pytest.approx(numbers[1][0]) and numbers[1][1] < 0.7 * numbers[0][1]
