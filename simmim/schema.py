@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from simmim.masking import MaskGenerator
 from swin import SIZES, SwinConfig, make_config
+from swin.checkpointing import Checkpointing
 from swin.config import Attention, Norm, PositionBias, as_pair
 
 Size = Annotated[tuple[int, int], BeforeValidator(lambda value: as_pair(value, "this"))]
@@ -161,7 +162,7 @@ class Schedule(Settings):
 class Memory(Settings):
     """The same numbers in less memory and more time (Swin V2, section 3.5); may change while a stage goes on."""
 
-    checkpointing: Literal["none", "selective", "full"] = Field(
+    checkpointing: Checkpointing = Field(
         "none", description="blocks keep everything; their matrix products; or only what goes in"
     )
     attention_chunks: Chunks = Field(
@@ -319,27 +320,27 @@ class Recipe(Settings):
             count = len(getattr(self.data, name))
             if count != channels:
                 raise ValueError(f"data.{name} has {count} numbers, but encoder.in_chans is {channels}")
-        before = ""
         for name, stage in self.stages.items():
-            chunks, depth = stage.memory.attention_chunks, len(encoder_config(self.encoder, stage).depths)
-            if isinstance(chunks, list) and len(chunks) != depth:
+            chunks, config = stage.memory.attention_chunks, encoder_config(self.encoder, stage)
+            if isinstance(chunks, list) and len(chunks) != len(config.depths):
                 raise ValueError(
-                    f"stages.{name}.memory.attention_chunks has {len(chunks)} numbers for an encoder of {depth} stages"
+                    f"stages.{name}.memory.attention_chunks has {len(chunks)} numbers for an encoder of "
+                    f"{len(config.depths)} stages"
                 )
             if isinstance(stage, Pretrain):
-                token = encoder_config(self.encoder, stage).patch_size
+                token = config.patch_size
                 if stage.mask.patch_size % token:
                     raise ValueError(
                         f"stages.{name}.mask.patch_size {stage.mask.patch_size} must be a "
                         f"multiple of encoder.patch_size {token}"
                     )
-                largest = gcd(encoder_config(self.encoder, stage).stride, stage.mask.patch_size)
+                largest = gcd(config.stride, stage.mask.patch_size)
                 if largest % stage.target.downsample:
                     raise ValueError(
                         f"stages.{name}.target.downsample {stage.target.downsample} must divide mask.patch_size and "
                         f"the stride of the encoder: take a divisor of {largest}"
                     )
-            elif not (stage.init_from or before):
+            elif not self.start_of(name):
                 raise ValueError(
                     f"stages.{name} starts from nothing: put a stage before it, or name init_from: "
                     "an export folder, a file of weights, or scratch"
@@ -350,8 +351,13 @@ class Recipe(Settings):
                 raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
             if isinstance(stage, Finetune) and stage.augment.rand_augment and channels != 3:
                 raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
-            before = name
         return self
+
+    def start_of(self, name: str) -> str:
+        """What a stage starts from: its ``init_from``, else the stage before it; empty where there is neither."""
+        names = list(self.stages)
+        before = ["", *names][names.index(name)]
+        return self.stages[name].init_from or before
 
 
 def encoder_config(encoder: Encoder, stage: Pretrain | Finetune) -> SwinConfig:

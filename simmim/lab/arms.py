@@ -37,13 +37,19 @@ def find_stages(recipe: Recipe) -> tuple[str, str]:
     Raises:
         ValueError: there are none.
     """
-    before = ""
     for name, stage in recipe.stages.items():
-        start = stage.init_from or before
+        start = recipe.start_of(name)
         if isinstance(stage, Finetune) and isinstance(recipe.stages.get(start), Pretrain):
             return start, name
-        before = name
     raise ValueError(f"{recipe.name} has no stage with labels that starts from a stage of pretraining: add one")
+
+
+def pretraining_of(recipe: Recipe) -> tuple[str, Pretrain]:
+    """The first of :func:`find_stages`, with its name."""
+    name, _ = find_stages(recipe)
+    stage = recipe.stages[name]
+    assert isinstance(stage, Pretrain)
+    return name, stage
 
 
 def make_arm(recipe: Recipe, overrides: list[str]) -> Recipe:
@@ -55,11 +61,11 @@ def make_arm(recipe: Recipe, overrides: list[str]) -> Recipe:
     if not recipe.data.holdout_images:
         raise ValueError("arms are compared by images held out of pretraining: set data.holdout_images")
     place, finetune = find_stages(recipe)
-    needed, names = {finetune}, list(recipe.stages)
+    needed = {finetune}
     while place in recipe.stages:
         needed.add(place)
-        place = recipe.stages[place].init_from or names[names.index(place) - 1]
-    stages = {name: recipe.stages[name] for name in names if name in needed}
+        place = recipe.start_of(place)
+    stages = {name: stage for name, stage in recipe.stages.items() if name in needed}
     return override(recipe.model_copy(update={"stages": stages}), overrides)
 
 
@@ -75,17 +81,13 @@ def run_arm(arm: Recipe, seed: int, folder: Path, precision: str | None) -> Outc
     """
     pretrain, finetune = find_stages(arm)
     run(arm.model_copy(update={"name": folder.name, "seed": seed}), folder.parent, precision=precision)
-    summaries = {
-        name: json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))
-        for name in arm.stages
-        if (folder / name / "summary.json").exists()
-    }
-    if pretrain not in summaries:
+    first, second = (folder / name / "summary.json" for name in (pretrain, finetune))
+    if not first.exists():
         raise ValueError("no image was held out of pretraining: raise data.holdout_images, or give more images")
+    masked_l1 = json.loads(first.read_text(encoding="utf-8"))["holdout_masked_l1"]["model"]
+    top1 = json.loads(second.read_text(encoding="utf-8"))["holdout_top1"]
     rates = [line["images_per_s"] for line in read_lines(folder / pretrain / "metrics.jsonl") if "images_per_s" in line]
-    return Outcome(
-        summaries[finetune]["holdout_top1"], summaries[pretrain]["holdout_masked_l1"]["model"], median(rates)
-    )
+    return Outcome(top1, masked_l1, median(rates))
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:

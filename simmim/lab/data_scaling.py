@@ -6,7 +6,6 @@ tells how well an encoder will be fine-tuned.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from simmim.lab.arms import Outcome, check_seeds, find_stages, make_arm, pearson, run_arm
-from simmim.lab.label_efficiency import percent
-from simmim.schema import Pretrain, Recipe
-from simmim.stages.assembly import make_accelerator, make_sources, reserved_images
+from simmim.lab.arms import Outcome, check_seeds, make_arm, pearson, pretraining_of, run_arm
+from simmim.lab.results import percent, write_results
+from simmim.schema import Recipe
+from simmim.stages.assembly import images_of_share, make_accelerator, make_sources, reserved_images
 
 MARKS = "osD^v"
 LINES = ("-", "--", ":", "-.")
@@ -61,10 +60,10 @@ def data_scaling(
         raise ValueError(f"shares lie above 0 and up to 1, lengths above 0; got {list(shares)} and {list(lengths)}")
     grid = [Cell(*cell) for cell in dict.fromkeys(product(shares, sizes, lengths))]
     folder = out / recipe.name / "data_scaling"
-    numbers = {share: images_of(recipe, share) for share in shares}
+    whole, numbers = images_of(recipe, shares)
     if len(set(numbers.values())) < len(numbers):
         raise ValueError(f"shares {list(numbers)} are {list(numbers.values())} images: give some that differ")
-    recipes = {cell: make_arm(recipe, overrides_of(recipe, cell, numbers[cell.share])) for cell in grid}
+    recipes = {cell: make_arm(recipe, overrides_of(recipe, cell, whole / numbers[cell.share])) for cell in grid}
     outcomes: dict[Cell, list[Outcome]] = {cell: [] for cell in grid}
     for number, (seed, cell) in enumerate(product(seeds, grid), start=1):
         where = f"({number} of {len(seeds) * len(grid)})"
@@ -72,32 +71,26 @@ def data_scaling(
         place = folder / f"share_{cell.share:g}_{cell.size.replace('=', '_')}_length_{cell.length:g}_seed_{seed}"
         outcomes[cell].append(run_arm(recipes[cell], seed, place, precision))
     if make_accelerator(precision).is_main_process:
-        table = format_table(outcomes, seeds, numbers)
-        say(table)
-        (folder / "data_scaling.txt").write_text(table + "\n", encoding="utf-8")
         cells = [{**cell._asdict(), "outcomes": [o._asdict() for o in each]} for cell, each in outcomes.items()]
         content = {"seeds": list(seeds), "cells": cells}
-        (folder / "data_scaling.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        draw(outcomes, folder / "data_scaling.png")
-        say(f"table    {folder / 'data_scaling.txt'}\npicture  {folder / 'data_scaling.png'}")
+        table = format_table(outcomes, seeds, numbers)
+        write_results(folder, "data_scaling", table, content, draw(outcomes), say)
     return outcomes
 
 
-def images_of(recipe: Recipe, share: float) -> int:
-    """How many images a share is for pretraining."""
-    name, _ = find_stages(recipe)
-    stage, data = recipe.stages[name], recipe.data.model_copy(update={"share": share})
-    assert isinstance(stage, Pretrain)
-    reserved = reserved_images(recipe, data.path)
-    return len(make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved)[0])
+def images_of(recipe: Recipe, shares: Sequence[float]) -> tuple[int, dict[float, int]]:
+    """How many images pretraining has as the recipe is, and with each share; they are looked for once."""
+    _, stage = pretraining_of(recipe)
+    data = recipe.data.model_copy(update={"share": 1.0})
+    training, _ = make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved_images(recipe, data.path))
+    numbers = {share: images_of_share(share, len(training)) for share in (recipe.data.share, *shares)}
+    return numbers[recipe.data.share], {share: numbers[share] for share in shares}
 
 
-def overrides_of(recipe: Recipe, cell: Cell, images: int) -> list[str]:
-    """Epochs become longer as their images become fewer: the length is in steps."""
-    name, _ = find_stages(recipe)
-    stage = recipe.stages[name]
-    assert isinstance(stage, Pretrain)
-    factor, schedule = cell.length * images_of(recipe, recipe.data.share) / images, stage.schedule
+def overrides_of(recipe: Recipe, cell: Cell, fewer: float) -> list[str]:
+    """Epochs become longer as their images become fewer, by so many times: the length is in steps."""
+    name, stage = pretraining_of(recipe)
+    factor, schedule = cell.length * fewer, stage.schedule
     times = {
         "epochs": schedule.epochs * factor,
         "warmup_epochs": schedule.warmup_epochs * factor,
@@ -149,7 +142,7 @@ def format_table(outcomes: dict[Cell, list[Outcome]], seeds: Sequence[int], numb
     return "\n".join(lines)
 
 
-def draw(outcomes: dict[Cell, list[Outcome]], path: Path) -> None:
+def draw(outcomes: dict[Cell, list[Outcome]]) -> Figure:
     """Loss and accuracy over the length, and one over the other; colours are shares, lines and marks are sizes."""
     shares = list(dict.fromkeys(cell.share for cell in outcomes))
     sizes = list(dict.fromkeys(cell.size for cell in outcomes))
@@ -179,4 +172,4 @@ def draw(outcomes: dict[Cell, list[Outcome]], path: Path) -> None:
     both.text(0.97, 0.97, "\n".join(texts), transform=both.transAxes, ha="right", va="top")
     for axis in (losses, accuracies, both):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure

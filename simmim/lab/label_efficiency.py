@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from simmim.classifier import load_classifier
+from simmim.lab.arms import check_seeds
 from simmim.lab.page import draw_page
+from simmim.lab.results import percent
 from simmim.schema import Finetune, Pretrain, Recipe
 from simmim.stages import run, run_stage
 from simmim.stages.assembly import geometry, make_accelerator
@@ -66,8 +67,7 @@ def label_efficiency(
     Raises:
         ValueError: a recipe without anything to compare, a seed given twice, or a stage that cannot run.
     """
-    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds must be different and not negative, got {', '.join(map(str, seeds))}")
+    check_seeds(seeds)
     pairs = find_pairs(recipe)
     folder = out / recipe.name
     for name, stage in recipe.stages.items():
@@ -107,12 +107,10 @@ def find_pairs(recipe: Recipe) -> list[Pair]:
         if isinstance(stage, Finetune) and stage.init_from == "scratch"
     }
     pairs = []
-    before = ""
     for name, stage in recipe.stages.items():
-        start = recipe.stages.get(stage.init_from or before)
+        start = recipe.stages.get(recipe.start_of(name))
         if isinstance(stage, Finetune) and isinstance(start, Pretrain) and _budget(recipe, stage) in controls:
             pairs.append(Pair(name, controls[_budget(recipe, stage)]))
-        before = name
     if not pairs:
         raise ValueError(
             f"{recipe.name} has nothing to compare: give it a stage that starts from the pretrained encoder and one "
@@ -128,14 +126,13 @@ def _budget(recipe: Recipe, stage: Finetune) -> tuple[Any, ...]:
 
 def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
     """The stages with labels alone, under another seed; they start from the encoders pretrained by ``recipe``."""
-    stages, before = {}, ""
+    stages = {}
     for name, stage in recipe.stages.items():
-        start = stage.init_from or before
+        start = recipe.start_of(name)
         if isinstance(stage, Finetune):
             if isinstance(recipe.stages.get(start), Pretrain):
                 start = str(out / recipe.name / start / "export")
             stages[name] = stage.model_copy(update={"init_from": start})
-        before = name
     return recipe.model_copy(update={"name": f"seed_{seed}", "seed": seed, "stages": stages})
 
 
@@ -177,9 +174,3 @@ def format_table(pairs: Sequence[Pair], findings: Findings, seeds: Sequence[int]
         lines.append(name)
         lines += [f"  {percent(values):>14}  {what}" for what, values in ways.items()]
     return "\n".join(lines)
-
-
-def percent(values: Sequence[float]) -> str:
-    """``81.3 ± 0.4``"""
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{spread}"

@@ -6,7 +6,6 @@ compared with the recipe as it is. A difference is claimed only where its interv
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from math import gcd
 from pathlib import Path
@@ -14,9 +13,9 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from simmim.lab.arms import Outcome, check_seeds, find_stages, make_arm, mean_interval, run_arm, verdict
-from simmim.lab.label_efficiency import percent
-from simmim.schema import Pretrain, Recipe, encoder_config
+from simmim.lab.arms import Outcome, check_seeds, make_arm, mean_interval, pretraining_of, run_arm, verdict
+from simmim.lab.results import percent, write_results
+from simmim.schema import Recipe, encoder_config
 from simmim.stages.assembly import make_accelerator
 
 BASELINE = "recipe"
@@ -25,9 +24,7 @@ COLOURS = {"higher": "tab:green", "lower": "tab:red"}
 
 def default_arms(recipe: Recipe) -> list[str]:
     """The values that the paper compares and the recipe does not have; resolutions of the target by halves."""
-    name, _ = find_stages(recipe)
-    stage = recipe.stages[name]
-    assert isinstance(stage, Pretrain)
+    _, stage = pretraining_of(recipe)
     arms = {
         "loss": ["l1", "l2", "smooth_l1"],
         "pixels": ["masked", "all"],
@@ -68,7 +65,7 @@ def objectives(
         ValueError: a recipe without the stages, values that are refused, or seeds that are.
     """
     check_seeds(seeds)
-    name, _ = find_stages(recipe)
+    name, _ = pretraining_of(recipe)
     folder = out / recipe.name / "objectives"
     recipes = {BASELINE: make_arm(recipe, [])}
     for arm in default_arms(recipe) if arms is None else arms:
@@ -80,13 +77,8 @@ def objectives(
             place_of_arm = folder / f"{arm.replace('=', '_')}_seed_{seed}"
             outcomes[arm].append(run_arm(recipes[arm], seed, place_of_arm, precision))
     if make_accelerator(precision).is_main_process:
-        table = format_table(outcomes, seeds)
-        say(table)
-        (folder / "objectives.txt").write_text(table + "\n", encoding="utf-8")
         content = {"seeds": list(seeds), "arms": {arm: [o._asdict() for o in each] for arm, each in outcomes.items()}}
-        (folder / "objectives.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        draw(outcomes, folder / "objectives.png")
-        say(f"table    {folder / 'objectives.txt'}\npicture  {folder / 'objectives.png'}")
+        write_results(folder, "objectives", format_table(outcomes, seeds), content, draw(outcomes), say)
     return outcomes
 
 
@@ -119,7 +111,7 @@ def format_table(outcomes: dict[str, list[Outcome]], seeds: Sequence[int]) -> st
     return "\n".join(lines)
 
 
-def draw(outcomes: dict[str, list[Outcome]], path: Path) -> None:
+def draw(outcomes: dict[str, list[Outcome]]) -> Figure:
     """Differences to the recipe: a dot each seed, a bar for the interval; grey where it holds zero."""
     arms = [arm for arm in outcomes if arm != BASELINE]
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(arms)), layout="constrained")
@@ -139,4 +131,4 @@ def draw(outcomes: dict[str, list[Outcome]], path: Path) -> None:
     base = mean(o.top1 for o in outcomes[BASELINE])
     axis.set_xlabel(f"held-out top-1 after fine-tuning, points above the recipe ({100 * base:.1f} %)")
     axis.set_title("dots: seeds; bars: 95 % interval of the mean, grey where it holds zero")
-    figure.savefig(path, dpi=120)
+    return figure

@@ -7,11 +7,10 @@ of fine-tuning.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +22,7 @@ from simmim.data import CenterCrop, Decoder, RandomCrop, Shapes, evaluation_batc
 from simmim.data.loader import Batches
 from simmim.data.sources import Labelled
 from simmim.engine import evaluate, fit
+from simmim.lab.results import percent, write_results
 from simmim.objectives.classify import Classify
 from simmim.optim import make_lr, make_optimizer
 from simmim.runlog import RunLog
@@ -95,16 +95,12 @@ def window_transfer(plan: Plan, out: Path, say: Callable[[str], None] = print) -
                 cells.setdefault(cell, []).append(accuracy)
                 tuned = "fine-tuned" if cell[2] else "as it is"
                 say(f"  window x {cell[1]:g} {tuned}: {accuracy:.1%}")
-    table = format_table(plan, cells)
-    say(table)
-    (out / "table.txt").write_text(table + "\n", encoding="utf-8")
     content = [
         {"arm": arm, "factor": factor, "fine_tuned": tuned, "top1": values}
         for (arm, factor, tuned), values in cells.items()
     ]
-    (out / "table.json").write_text(json.dumps({"plan": asdict(plan), "cells": content}, indent=2) + "\n")
-    draw(plan, cells, out / "table.png")
-    say(f"table    {out / 'table.txt'}\npicture  {out / 'table.png'}")
+    results = {"plan": asdict(plan), "cells": content}
+    write_results(out, "table", format_table(plan, cells), results, draw(plan, cells), say)
     return cells
 
 
@@ -223,19 +219,14 @@ def format_table(plan: Plan, cells: dict[Cell, list[float]]) -> str:
     lines = [f"{'top-1 %, as it is / fine-tuned':<32}" + "".join(f"{head:>26}" for head in heads)]
     for arm, name in ARMS.items():
         texts = [
-            " / ".join(_percent(cells[arm, factor, tuned]) for tuned in (False, True) if (arm, factor, tuned) in cells)
+            " / ".join(percent(cells[arm, factor, tuned]) for tuned in (False, True) if (arm, factor, tuned) in cells)
             for factor in FACTORS
         ]
         lines.append(f"{name:<32}" + "".join(f"{text:>26}" for text in texts))
     return "\n".join(lines)
 
 
-def _percent(values: list[float]) -> str:
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{spread}"
-
-
-def draw(plan: Plan, cells: dict[Cell, list[float]], path: Path) -> None:
+def draw(plan: Plan, cells: dict[Cell, list[float]]) -> Figure:
     """Accuracy over the window, one line per arm, a dot per seed; left as it is, right fine-tuned."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -251,4 +242,4 @@ def draw(plan: Plan, cells: dict[Cell, list[float]], path: Path) -> None:
         axis.set_xlabel(f"window (tokens) and image; trained at {plan.window_size} and {plan.image_size} px")
     axes[0].set_ylabel("held-out top-1, %")
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    return figure

@@ -116,12 +116,17 @@ def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tu
     """The share of the training images that is asked for, and held-out ones, as :func:`training_images`."""
     training, holdout = _all_sources(data, size, channels, reserved)
     if data.share < 1:
-        count = max(1, round(data.share * len(training)))
+        count = images_of_share(data.share, len(training))
         # One order for all seeds and shares; of a stream the first, so that they lie together.
         in_blocks = training.blocks is not None
         order = torch.arange(len(training)) if in_blocks else permutation(0, 0, len(training))
         training = Subset(training, order[:count].sort().values)
     return training, holdout
+
+
+def images_of_share(share: float, images: int) -> int:
+    """How many of the training images ``data.share`` leaves."""
+    return max(1, round(share * images))
 
 
 def _all_sources(data: Data, size: Pair, channels: int, reserved: int) -> tuple[Source, Source | None]:
@@ -216,7 +221,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
         ValueError: the stage before has not been run, or weights that are not what the recipe says.
     """
     stage = recipe.stages[name]
-    init = stage.init_from or list(recipe.stages)[list(recipe.stages).index(name) - 1]
+    init = recipe.start_of(name)
     if init == "scratch":
         return Start(SwinEncoder(encoder_config(recipe.encoder, stage)), None, "scratch")
     path = Path(init).expanduser()

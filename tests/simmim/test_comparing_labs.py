@@ -200,9 +200,10 @@ def test_the_length_is_in_steps_of_the_recipe_as_it_is():
     recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "share": 0.5}})
     epochs = {}
     for share in (0.1, 0.5, 1.0):
-        images = data_scaling.images_of(recipe, share)
+        whole, numbers = data_scaling.images_of(recipe, [share])
+        images = numbers[share]
         cell = data_scaling.Cell(share, "embed_dim=8", 1.0)
-        (line,) = [line for line in data_scaling.overrides_of(recipe, cell, images) if ".epochs=" in line]
+        (line,) = [line for line in data_scaling.overrides_of(recipe, cell, whole / images) if ".epochs=" in line]
         epochs[share] = images * float(line.split("=")[1])
     assert list(epochs.values()) == pytest.approx([0.6 * 30] * 3)
     with pytest.raises(ValueError, match="give some that differ"):
