@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim import __version__
-from simmim.arguments import add_command, add_run_options
+from simmim.arguments import add_command, add_recipe, add_run_options
 from simmim.data_commands import add_data
 from simmim.lab_commands import add_lab
 from simmim.look_commands import add_look
@@ -226,13 +226,13 @@ def _parser() -> argparse.ArgumentParser:
         examples=PRETRAIN_EXAMPLES,
         help="pretrain an encoder on images without labels",
     )
-    pretrain.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_recipe(pretrain)
     add_run_options(pretrain)
     _add_stage(pretrain)
     pretrain.set_defaults(run=_run, kinds=("pretrain",))
 
     every = commands.add_parser("run", help="walk all stages of a recipe; what is done is not done again")
-    every.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_recipe(every)
     add_run_options(every)
     _add_stage(every)
     every.set_defaults(run=_run, kinds=None)
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         examples=FINETUNE_EXAMPLES,
         help="train a classifier: a stage of a recipe, or any encoder on any labelled folder",
     )
-    finetune.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    add_recipe(finetune, optional=True)
     add_run_options(finetune)
     _add_stage(finetune)
     finetune.add_argument("--encoder", type=Path, help="instead of a recipe: an export, or the file of another project")

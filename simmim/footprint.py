@@ -78,6 +78,16 @@ def states_bytes(parameters: Sizes, zero: str, ranks: int, average: bool = False
     return moments + gradients + NUMBER * whole
 
 
+def free_bytes(memory: float, states: float) -> float:
+    """What is left for activations."""
+    return memory * (1 - FREE_SHARE) - states
+
+
+def gigabytes(size: float) -> str:
+    """``12.3 GB``, of 10^9 bytes."""
+    return f"{size / 1e9:.1f} GB"
+
+
 def sizes(objective: Objective) -> Sizes:
     """How many parameters, exactly."""
     blocks = [module for module in objective.encoder.modules() if isinstance(module, SwinBlock)]

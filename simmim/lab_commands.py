@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from simmim.arguments import add_command, add_run_options
+from simmim.arguments import add_command, add_recipe, add_run_options
 
 LAB_EXAMPLES = """examples:
   simmim lab label-efficiency recipes/demo.yaml
@@ -36,7 +37,7 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         examples=LAB_EXAMPLES,
         help="does pretraining help where labels are few? The stages of a recipe against scratch, over seeds",
     )
-    efficiency.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_recipe(efficiency)
     add_run_options(efficiency)
     efficiency.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     efficiency.set_defaults(run=_label_efficiency)
@@ -46,8 +47,7 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
         examples=LAB_EXAMPLES,
         help="how low is a masked loss that needs no learning? Trivial predictors on the images of a recipe",
     )
-    anchors.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    anchors.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    add_recipe(anchors)
     anchors.add_argument("--mask-patch-sizes", type=int, nargs="+", metavar="PX", help="default: that of the recipe")
     anchors.add_argument("--ratios", type=float, nargs="+", metavar="R", help="default: that of the recipe")
     anchors.add_argument("--images", type=int, default=120, metavar="N", help="at most so many (default: 120)")
@@ -87,7 +87,7 @@ def _add_objectives(experiments: argparse._SubParsersAction) -> None:
         examples=LAB_EXAMPLES,
         help="which parts of SimMIM matter? Losses, pixels, heads, target resolutions: pretrained and fine-tuned",
     )
-    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_recipe(command)
     add_run_options(command)
     command.add_argument(
         "--arms", nargs="+", metavar="KEY=VALUE", help="values of target to try (default: those that the paper tries)"
@@ -103,7 +103,7 @@ def _add_data_scaling(experiments: argparse._SubParsersAction) -> None:
         examples=LAB_EXAMPLES,
         help="does pretraining need many images? Share of the images x size x length, loss against accuracy",
     )
-    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    add_recipe(command)
     add_run_options(command)
     command.add_argument("--shares", type=float, nargs="+", metavar="S", help="of the images (default: 0.02 0.1 1)")
     command.add_argument(
@@ -157,8 +157,7 @@ def _add_activations(experiments: argparse._SubParsersAction) -> None:
 def _window_transfer(arguments: argparse.Namespace) -> int:
     from simmim.lab.window_transfer import Plan, window_transfer
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(Plan)}
-    window_transfer(Plan(**{name: value for name, value in given.items() if value is not None}), arguments.out)
+    window_transfer(Plan(**_given(arguments, [field.name for field in fields(Plan)])), arguments.out)
     return 0
 
 
@@ -185,8 +184,7 @@ def _data_scaling(arguments: argparse.Namespace) -> int:
     from simmim.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    given = {name: getattr(arguments, name) for name in ("shares", "sizes", "lengths", "seeds")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(arguments, ("shares", "sizes", "lengths", "seeds"))
     data_scaling(recipe, arguments.out, **given, precision=arguments.precision)
     return 0
 
@@ -207,20 +205,21 @@ def _masking(arguments: argparse.Namespace) -> int:
     if len(arguments.image_size) > 2:
         raise ValueError(f"--image-size is one number or height and width, got {arguments.image_size}")
     height, width = (arguments.image_size * 2)[:2]
-    given = {name: getattr(arguments, name) for name in ("cells", "ratios", "strategies", "masks")}
-    masking(
-        arguments.out,
-        image_size=(height, width),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = _given(arguments, ("cells", "ratios", "strategies", "masks"))
+    masking(arguments.out, image_size=(height, width), **given)
     return 0
 
 
 def _activations(arguments: argparse.Namespace) -> int:
     from simmim.lab.activations import Plan, activations
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(Plan)}
-    plan: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    plan = _given(arguments, [field.name for field in fields(Plan)])
     plan |= {name: tuple(plan[name]) for name in ("depths", "lrs") if name in plan}
     activations(Plan(**plan), arguments.out)
     return 0
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that were given; the others keep the defaults of what they are for."""
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
-from simmim.footprint import FREE_SHARE, ZEROS, Flops, Footprint, Sizes, flops, footprint, sizes, states_bytes
+from simmim.footprint import (
+    ZEROS,
+    Flops,
+    Footprint,
+    Sizes,
+    flops,
+    footprint,
+    free_bytes,
+    gigabytes,
+    sizes,
+    states_bytes,
+)
 from simmim.masking import MaskGenerator
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
@@ -16,7 +27,7 @@ from simmim.schema import Finetune, Pretrain, Recipe, encoder_config
 from simmim.stages.assembly import chunks_of, derive_accumulation, geometry
 from simmim.stages.pretraining import make_objective
 from swin import SwinConfig, SwinEncoder, load_description
-from swin.checkpointing import CHECKPOINTINGS, Checkpointing
+from swin.checkpointing import CHECKPOINTINGS
 from swin.transfer import changed
 from swin.weights import DESCRIPTION
 from swin.windows import fit_windows
@@ -63,8 +74,14 @@ class StagePlan(NamedTuple):
     chunks: list[int]
     footprints: dict[str, Footprint]
     """By checkpointing."""
+    average: bool
+    """Whether an average of the weights is kept."""
     problems: list[str]
     """Why it cannot work, each with what to do."""
+
+    def states(self, zero: str, machine: Machine) -> float:
+        """Bytes of each rank that do not depend on the images."""
+        return states_bytes(self.sizes, zero, machine.ranks, self.average)
 
 
 def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: int) -> StagePlan:
@@ -73,12 +90,12 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
     Raises:
         ValueError: a stage that cannot be built.
     """
-    stage, config = recipe.stages[name], config_of(recipe, name)
-    objective = make_planned(recipe, name, classes)
+    stage, objective = recipe.stages[name], make_planned(recipe, name, classes)
+    config = objective.encoder.config
     chunks = chunks_of(stage, config, int(machine.memory))
     footprints: dict[str, Footprint] = {
         kind: footprint(objective, kind, chunks, precision=machine.precision, device=machine.device)
-        for kind in get_args(Checkpointing)
+        for kind in CHECKPOINTINGS
     }
     plan = StagePlan(
         name,
@@ -90,6 +107,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         official_flops(config),
         chunks,
         footprints,
+        isinstance(stage, Finetune) and stage.ema_decay is not None,
         [],
     )
     try:
@@ -104,7 +122,8 @@ def memory_problems(
     plan: StagePlan, objective: Reconstruct | Classify, stage: Pretrain | Finetune, machine: Machine, zero: str
 ) -> list[str]:
     """Empty, or what does not fit and what would."""
-    free = machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, zero, machine.ranks, has_average(stage))
+    states = plan.states(zero, machine)
+    free = free_bytes(machine.memory, states)
     own = plan.footprints[stage.memory.checkpointing]
     needed = own.of(stage.micro_batch_size)
     if needed <= free:
@@ -115,17 +134,14 @@ def memory_problems(
     largest = fitting_batch(plan, objective, stage, machine, free)
     if choices := [size for size in range(1, largest + 1) if share % size == 0 and not (pairs and size % 2)]:
         fixes.append(f"stages.{plan.name}.micro_batch_size={choices[-1]}")
-    saving = [kind for kind in CHECKPOINTINGS if plan.footprints[kind].of(stage.micro_batch_size) <= free]
+    saving = [kind for kind, other in plan.footprints.items() if other.of(stage.micro_batch_size) <= free]
     if saving:
         fixes.append(f"stages.{plan.name}.memory.checkpointing={saving[0]}")
-    average = has_average(stage)
-    for other in [kind for kind in ZEROS[ZEROS.index(zero) + 1 :] if kind != "1"]:
-        if needed <= machine.memory * (1 - FREE_SHARE) - states_bytes(plan.sizes, other, machine.ranks, average):
-            fixes.append(f"ZeRO-{other}")
-            break
+    sharing = [kind for kind in ZEROS[ZEROS.index(zero) + 1 :] if kind != "1"]  # no launch offers ZeRO-1
+    if enough := [kind for kind in sharing if needed <= free_bytes(machine.memory, plan.states(kind, machine))]:
+        fixes.append(f"ZeRO-{enough[0]}")
     if not fixes:
         fixes.append("more or larger GPUs, ZeRO-3 with full checkpointing, or a smaller encoder")
-    states = states_bytes(plan.sizes, zero, machine.ranks, has_average(stage))
     return [
         f"{plan.name}: a rank needs {gigabytes(states)} for weights, gradients and moments and {gigabytes(needed)} for "
         f"the activations of {stage.micro_batch_size} images, but {gigabytes(machine.memory)} less 5 % is all it has: "
@@ -147,16 +163,6 @@ def fitting_batch(
         needed = footprint(objective, kind, chunks, precision=machine.precision, device=machine.device)
         largest = min(largest, needed.largest_batch(free))
     return largest
-
-
-def has_average(stage: Pretrain | Finetune) -> bool:
-    """Whether a stage keeps an average of its weights."""
-    return isinstance(stage, Finetune) and stage.ema_decay is not None
-
-
-def gigabytes(size: float) -> str:
-    """``12.3 GB``, of 10^9 bytes."""
-    return f"{size / 1e9:.1f} GB"
 
 
 def grids_of(config: SwinConfig) -> list[Grid]:
@@ -193,9 +199,7 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     Raises:
         ValueError: sizes that do not fit each other, or a stage of unknown size.
     """
-    stage = recipe.stages[name]
-    names = list(recipe.stages)
-    start = stage.init_from or names[names.index(name) - 1]
+    stage, start = recipe.stages[name], recipe.start_of(name)
     if start == "scratch":
         return encoder_config(recipe.encoder, stage)
     if start in recipe.stages:

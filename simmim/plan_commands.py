@@ -8,7 +8,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from simmim.arguments import add_command
+from simmim.arguments import add_command, add_recipe
 
 if TYPE_CHECKING:
     from simmim.plan import Machine, StagePlan
@@ -30,12 +30,11 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     plan = add_command(
         commands, "plan", examples=EXAMPLES, help="parameters, FLOPs, memory and time of a recipe, before it is run"
     )
-    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    add_recipe(plan)
     plan.add_argument("--stage", metavar="NAME", help="one stage alone")
     plan.add_argument("--gpus", type=int, metavar="N", help="default: one of this machine")
     plan.add_argument("--memory", type=parse_bytes, metavar="80G", help="of each (default: of this machine)")
-    plan.add_argument("--zero", choices=("none", "1", "2", "3"), help="default: 3 for several GPUs, none for one")
+    plan.add_argument("--zero", choices=tuple(ZERO_NAMES), help="default: 3 for several GPUs, none for one")
     plan.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 for GPUs, fp32 for processors")
     plan.add_argument("--images", type=int, metavar="N", help="of an epoch (default: a million)")
     plan.add_argument(
@@ -138,8 +137,7 @@ def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, image
 
 
 def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero: str) -> list[str]:
-    from simmim.footprint import FREE_SHARE, states_bytes
-    from simmim.plan import has_average
+    from simmim.footprint import free_bytes
 
     lines = [
         f"  memory      GB of each of {machine.ranks} with {machine.memory / 1e9:.0f} GB, {machine.precision}, "
@@ -147,8 +145,8 @@ def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero:
         f"    {'':<10}{'states':>8}" + "".join(f"{f'checkpointing {kind}':>26}" for kind in plan.footprints),
     ]
     for kind, name in ZERO_NAMES.items():
-        states = states_bytes(plan.sizes, kind, machine.ranks, has_average(stage))
-        free = machine.memory * (1 - FREE_SHARE) - states
+        states = plan.states(kind, machine)
+        free = free_bytes(machine.memory, states)
         cells = [
             f"{(states + own.of(stage.micro_batch_size)) / 1e9:.1f} ({own.largest_batch(free)})"
             for own in plan.footprints.values()
@@ -162,20 +160,18 @@ def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero:
 def _time_and_disk(
     plan: StagePlan, stage: Pretrain | Finetune, recipe: Recipe, machine: Machine, images: int | None
 ) -> list[str]:
+    from simmim.footprint import gigabytes
+
     builtin = recipe.data.path == "builtin:shapes"
     number = images or (round(recipe.data.num_images * recipe.data.share) if builtin else 1_000_000)
     seconds = number * 2 * plan.flops.training / (machine.flops * machine.ranks)
     how = "measured products, which training does not reach" if machine.measured else "given"
-    from simmim.plan import has_average
-
-    written = (16 if has_average(stage) else 12) * plan.sizes.all * (
-        stage.log.keep_checkpoints + 1
-    ) + 4 * plan.sizes.all
+    checkpoint = (16 if plan.average else 12) * plan.sizes.all
+    written = checkpoint * (stage.log.keep_checkpoints + 1) + 4 * plan.sizes.all
     return [
         f"  time        {duration(seconds)} an epoch of {number:,} images, {duration(seconds * stage.schedule.epochs)} "
         f"for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
-        f"  disk        {written / 1e9:.1f} GB: {stage.log.keep_checkpoints} checkpoints, one being written, "
-        "the export",
+        f"  disk        {gigabytes(written)}: {stage.log.keep_checkpoints} checkpoints, one being written, the export",
     ]
 
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swin.config import Pair
+from swin.linear import Linear
 from swin.position_bias import ContinuousBias, PositionBias
 from swin.sequential import at_least_fp32, attend_in_chunks, cut, masked_logits, no_autocast
 
@@ -36,8 +37,8 @@ class WindowAttention(nn.Module):
         # Official weights call the network of a continuous bias `cpb_mlp`.
         self._bias_name = "cpb_mlp" if isinstance(position_bias, ContinuousBias) else "relative_position_bias"
         self.add_module(self._bias_name, position_bias)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     @property
     def position_bias(self) -> PositionBias:
@@ -54,7 +55,7 @@ class WindowAttention(nn.Module):
         Returns:
             ``(b n, t, c)``
         """
-        q, k, v = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        q, k, v = self.split(x)
         with no_autocast(x.device.type):
             bias = self.position_bias(window)
             if self.chunks > 1:
@@ -66,16 +67,14 @@ class WindowAttention(nn.Module):
 
     def logits(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
         """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
-        q, k, _ = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        q, k, _ = self.split(x)
         with no_autocast(x.device.type):
-            logits = self.similarity(at_least_fp32(q), at_least_fp32(k)) + self.position_bias(window)
-        if mask is None:
-            return logits
-        return logits.masked_fill(~mask.repeat(len(x) // len(mask), 1, 1)[:, None], -math.inf)
+            q, k = self.scale(at_least_fp32(q), at_least_fp32(k), self.factor())
+            return masked_logits(q, k, self.position_bias(window), mask, slice(0, len(x)))
 
     def largest_logit(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
         """The maximum of :meth:`logits`, of as many at once as :meth:`forward` would compute."""
-        q, k, _ = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        q, k, _ = self.split(x)
         largest = []
         with no_autocast(x.device.type):
             bias, factor = self.position_bias(window), self.factor()
@@ -96,6 +95,11 @@ class WindowAttention(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Tokens ``(b n, t, c)`` -> queries, keys and values side by side ``(b n, t, 3 c)``."""
         return self.qkv(x)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(b n, t, c)`` -> queries, keys and values of every head, ``(b n, m, t, d)`` each."""
+        q, k, v = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        return q, k, v
 
     def similarity(self, q: Tensor, k: Tensor) -> Tensor:
         """Queries and keys ``(b n, m, t, d)`` -> logits ``(b n, m, t, t)``."""
@@ -139,9 +143,15 @@ class CosineAttention(WindowAttention):
 
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias) -> None:
         super().__init__(dim, num_heads, position_bias, qkv_bias=False)
-        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.q_bias = nn.Parameter(torch.empty(dim))
+        self.v_bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.logit_scale, math.log(10))
+        nn.init.zeros_(self.q_bias)
+        nn.init.zeros_(self.v_bias)
 
     def project(self, x: Tensor) -> Tensor:
         return F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swin.attention import WindowAttention
 from swin.config import Pair
+from swin.linear import Linear
 from swin.windows import attention_mask, fit_windows, merge, partition
 
 
@@ -39,9 +40,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -69,7 +70,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class PreNormPatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
@@ -106,6 +107,8 @@ class SwinBlock(nn.Module):
     stable (Swin V2, section 3.6).
     """
 
+    branch_norm: type[nn.LayerNorm] = nn.LayerNorm
+
     def __init__(
         self,
         dim: int,
@@ -121,9 +124,9 @@ class SwinBlock(nn.Module):
         self.window_size = window_size
         self.shifted = shifted
         self.attn = attn
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = self.branch_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = self.branch_norm(dim)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
@@ -135,12 +138,22 @@ class SwinBlock(nn.Module):
         return merge(self.attn(partition(x, windows), windows.window, mask), windows, grid)
 
 
+class ClosedNorm(nn.LayerNorm):
+    """A norm that starts at weight 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class ResPostNormBlock(SwinBlock):
     """``x + LN(attention(x))``, then ``x + LN(mlp(x))`` (Swin V2, figure 1).
 
     Both branch norms start at weight 0: the block is the identity at first and every branch grows
     from nothing (official initialisation).
     """
+
+    branch_norm = ClosedNorm
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, h, w, c)``"""

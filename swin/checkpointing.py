@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Checkpointing = Literal["none", "selective", "full"]
-CHECKPOINTINGS: tuple[str, ...] = get_args(Checkpointing)
+CHECKPOINTINGS: tuple[Checkpointing, ...] = get_args(Checkpointing)
 
 # Products that are kept where the result is at most so many times as wide as the axis that is summed over: not the
 # logits, which are wide and cheap, nor the hidden layer of a position bias, which comes from two coordinates.

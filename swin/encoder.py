@@ -23,7 +23,7 @@ from swin.blocks import (
 )
 from swin.checkpointing import CHECKPOINTINGS, Checkpointing, run_saving
 from swin.config import SwinConfig, make_config
-from swin.position_bias import BiasTable, make_position_bias
+from swin.position_bias import make_position_bias
 
 # The block and the merging of each `norm`.
 _PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging | PreNormPatchMerging]]] = {
@@ -69,7 +69,6 @@ class SwinEncoder(nn.Module):
             _make_stage(config, index, rates[sum(config.depths[:index]) :]) for index in range(len(config.depths))
         )
         self.norm = nn.LayerNorm(config.num_features)
-        init_weights(self)
 
     def save_memory(
         self, *, checkpointing: Checkpointing = "none", attention_chunks: int | Sequence[int] = 1
@@ -149,25 +148,6 @@ class SwinEncoder(nn.Module):
         All vectors (norms and biases), the temperatures and the position biases.
         """
         return no_decay_parameters(self)
-
-
-@torch.no_grad()
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal (std 0.02) for linear weights and bias tables, zero biases; the branch norms
-    of a residual-post-norm block start at weight 0.
-
-    The patch embedding keeps the default of a convolution, as in the official code.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, BiasTable):
-            nn.init.trunc_normal_(part.table, std=0.02)
-        elif isinstance(part, ResPostNormBlock):
-            nn.init.zeros_(part.norm1.weight)
-            nn.init.zeros_(part.norm2.weight)
 
 
 def no_decay_parameters(module: nn.Module) -> set[nn.Parameter]:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swin.config import Pair, effective_window
+from swin.linear import Linear
 from swin.windows import kept, relative_index
 
 TableResampling = Literal["bicubic", "geometric"]
@@ -100,9 +101,7 @@ class ContinuousBias(PositionBias, nn.Sequential):
     """
 
     def __init__(self, axis: Axis, num_heads: int, reference_window: Pair, hidden: int = 512) -> None:
-        nn.Sequential.__init__(
-            self, nn.Linear(2, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_heads, bias=False)
-        )
+        nn.Sequential.__init__(self, Linear(2, hidden), nn.ReLU(inplace=True), Linear(hidden, num_heads, bias=False))
         self.axis = axis
         self.reference_window = reference_window
 
@@ -123,7 +122,11 @@ class BiasTable(PositionBias):
         super().__init__()
         self.reference_window = reference_window
         height, width = reference_window
-        self.table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), num_heads))
+        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.table, std=0.02)
 
     def make_table(self, window: Pair) -> Tensor:
         (height, width), (wh, ww) = self.reference_window, effective_window(self.reference_window, window)

@@ -22,6 +22,7 @@ def transfer(
     *,
     inflate: Inflation | None = None,
     table_resampling: TableResampling = "bicubic",
+    share: bool = False,
     **settings: Any,
 ) -> SwinEncoder:
     """An encoder with the weights of another, rebuilt for other ``settings``.
@@ -36,13 +37,14 @@ def transfer(
             Any other field of the configuration may be named only to confirm what is stored.
         inflate: how the patch embedding gets another number of channels, see :func:`inflate_channels`.
         table_resampling: ``bicubic`` or ``geometric``, see :func:`swin.position_bias.resample_table`.
+        share: weights that stay as they are are the same memory, for whoever has no more use for ``encoder``.
 
     Raises:
         ValueError: a setting that contradicts the weights, or that cannot be built.
     """
     old = encoder.config
     new = changed(old, settings, inflate)
-    state = {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}
+    state = {name: tensor if share else tensor.clone() for name, tensor in encoder.state_dict().items()}
     history = list(encoder.history)
     if new.in_chans != old.in_chans:
         assert inflate is not None

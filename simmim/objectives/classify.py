@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from simmim import visualize
 from swin import SwinEncoder
+from swin.linear import Linear
 
 
 class Classify(nn.Module):
@@ -59,9 +60,7 @@ class Classify(nn.Module):
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=len(self.classes))
         self.erasing = erasing
-        self.head = nn.Linear(encoder.config.num_features, len(self.classes))
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = Linear(encoder.config.num_features, len(self.classes))
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 

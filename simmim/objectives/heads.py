@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from swin.blocks import SwinBlock
 from swin.config import SwinConfig
 from swin.encoder import make_blocks
+from swin.linear import Linear
 
 BLOCKS = 2  # of an inverse Swin at every scale: one with windows as they are, one shifted
 
@@ -28,10 +29,10 @@ def make_head(kind: str, config: SwinConfig) -> nn.Module:
     """
     pixels = config.stride**2 * config.in_chans
     if kind == "linear":
-        return nn.Linear(config.num_features, pixels)
+        return Linear(config.num_features, pixels)
     if kind == "mlp":
-        hidden = nn.Linear(config.num_features, config.num_features)
-        return nn.Sequential(hidden, nn.GELU(), nn.Linear(config.num_features, pixels))
+        hidden = Linear(config.num_features, config.num_features)
+        return nn.Sequential(hidden, nn.GELU(), Linear(config.num_features, pixels))
     return InverseSwin(config)
 
 
@@ -47,7 +48,7 @@ class InverseSwin(nn.Module):
         self.scales = nn.ModuleList()
         for index in reversed(range(scales)):
             dim = config.embed_dim * 2**index
-            split = nn.Linear(dim, config.patch_size**2 * config.in_chans if index == 0 else 2 * dim)
+            split = Linear(dim, config.patch_size**2 * config.in_chans if index == 0 else 2 * dim)
             self.scales.append(nn.ModuleList([*make_blocks(config, index, [0.0] * BLOCKS), split]))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class InverseSwin(nn.Module):
         height, width = features.shape[1:3]
         x = features
         for number, scale in enumerate(self.scales, start=1):
-            *blocks, split = cast(Iterable[SwinBlock | nn.Linear], scale)
+            *blocks, split = cast(Iterable[SwinBlock | Linear], scale)
             for block in blocks:
                 x = block(x)
             x = split(x)

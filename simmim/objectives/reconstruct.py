@@ -20,7 +20,7 @@ from simmim import visualize
 from simmim.masking import MaskGenerator, expand_mask
 from simmim.objectives.heads import make_head
 from swin import SwinEncoder
-from swin.encoder import init_weights, no_decay_parameters
+from swin.encoder import no_decay_parameters
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -85,7 +85,6 @@ class Reconstruct(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
         self.head = make_head(head, config)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        init_weights(self.head)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -208,6 +207,7 @@ class Reconstruct(nn.Module):
         return no_decay_parameters(self) | {self.mask_token}
 
     def encode(self, images: Tensor, cell_mask: Tensor) -> Tensor:
+        """Features ``(b, h, w, num_features)`` of normalised images, the tokens under the mask replaced."""
         tokens = self.encoder.embed(images)
         token_mask = expand_mask(cell_mask, self.masks.mask_patch_size // self.encoder.config.patch_size)
         tokens = torch.where(token_mask[..., None], self.mask_token.to(tokens.dtype), tokens)

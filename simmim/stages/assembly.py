@@ -215,7 +215,7 @@ def schedule_of(stage: Pretrain | Finetune, num_images: int, total_steps: int) -
 def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     """The encoder that a stage starts from, at its own image and window size.
 
-    Fresh weights come from torch's generator: seed it before.
+    From scratch its parameters are on the meta device: :func:`simmim.stages.sharding.draw_weights`.
 
     Raises:
         ValueError: the stage before has not been run, or weights that are not what the recipe says.
@@ -223,7 +223,8 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     stage = recipe.stages[name]
     init = recipe.start_of(name)
     if init == "scratch":
-        return Start(SwinEncoder(encoder_config(recipe.encoder, stage)), None, "scratch")
+        with torch.device("meta"):
+            return Start(SwinEncoder(encoder_config(recipe.encoder, stage)), None, "scratch")
     path = Path(init).expanduser()
     if init in recipe.stages:
         path = out / recipe.name / init / "export"
@@ -239,7 +240,9 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
                 f"says {getattr(wanted, field)}: correct encoder in the recipe"
             )
     size, window = geometry(stage, encoder.config)
-    return Start(transfer(encoder, image_size=size, window_size=window, drop_path=stage.drop_path), path, digest)
+    # The weights stay in the file, which every process maps, until they are moved or changed.
+    encoder = transfer(encoder, share=True, image_size=size, window_size=window, drop_path=stage.drop_path)
+    return Start(encoder, path, digest)
 
 
 def geometry(stage: Pretrain | Finetune, old: SwinConfig) -> tuple[Pair, Pair]:

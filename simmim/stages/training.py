@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch import Tensor
 
 from simmim.checkpoint import Checkpoints, load_checkpoint
 from simmim.classifier import save_classifier
 from simmim.data import CenterCrop, RandomCrop, Source, training_batches
 from simmim.data.loader import Batch, Batches
 from simmim.engine import fit
-from simmim.footprint import FREE_SHARE, footprint, sizes, states_bytes
+from simmim.footprint import footprint, free_bytes, gigabytes, sizes, states_bytes
 from simmim.memory import device_bytes
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
 from simmim.reconstructions import save_decoder
 from simmim.runlog import RunLog, locked
-from simmim.schema import Finetune, Pretrain, Recipe
+from simmim.schema import Finetune, Optimizer, Pretrain, Recipe
 from simmim.stages.assembly import (
     chunks_of,
     derive_accumulation,
@@ -37,8 +32,8 @@ from simmim.stages.assembly import (
     schedule_of,
 )
 from simmim.stages.folder import common_starting_point, export, is_done, open_folder, part_of, publish
+from simmim.stages.sharding import distribute, whole_weights
 from simmim.stopping import StopRequest
-from swin.blocks import SwinBlock
 
 PREVIEW_IMAGES = 8
 
@@ -159,13 +154,6 @@ def train(
     objective, size = job.objective, job.transform.size
     accumulation = derive_accumulation(stage.batch_size, stage.micro_batch_size, accelerator.num_processes)
     total_steps = num_steps(recipe, name, len(job.training))
-    optimizer = make_optimizer(
-        objective,
-        objective.no_decay_parameters(),
-        layer_decay=job.layer_decay,
-        depths=objective.depth_of_parameters() if isinstance(objective, Classify) else None,
-        **stage.optimizer.model_dump(include={"weight_decay", "betas", "eps"}),
-    )
     checkpoint, start_step, passed_over, changed = common_starting_point(
         folder, job.settings, accelerator, allow_changes
     )
@@ -189,9 +177,9 @@ def train(
     for warning in save_memory(job, stage, accelerator):
         log.event(start_step, "memory", warning)
         log.say(f"warning: {warning}")
-    objective.to(accelerator.device)
-    average = ModelEmaV3(objective, decay=job.ema_decay) if job.ema_decay else None
-    model, optimizer = distribute(objective, optimizer, average, accelerator)
+    model, optimizer, average = distribute(
+        objective, lambda: optimizer_of(job, stage.optimizer), job.ema_decay, accelerator
+    )
     if checkpoint is not None:
         load_checkpoint(checkpoint, objective, optimizer, average and average.module)
 
@@ -253,6 +241,17 @@ def train(
     return Trained(judged.eval(), whole_weights(judged, accelerator), views, preview, log)
 
 
+def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:
+    """Of the parameters of the objective as they are now."""
+    return make_optimizer(
+        job.objective,
+        job.objective.no_decay_parameters(),
+        layer_decay=job.layer_decay,
+        depths=job.objective.depth_of_parameters() if isinstance(job.objective, Classify) else None,
+        **settings.model_dump(include={"weight_decay", "betas", "eps"}),
+    )
+
+
 def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) -> list[str]:
     """Do what the recipe says of memory, and compare what the stage needs with what there is.
 
@@ -264,57 +263,27 @@ def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) 
     """
     objective, device, ranks = job.objective, accelerator.device, accelerator.num_processes
     budget = device_bytes(device) // (1 if device.type == "cuda" else ranks)
-    chunks = chunks_of(stage, replace(objective.encoder.config, image_size=job.transform.size), budget)
+    chunks = chunks_of(stage, objective.encoder.config, budget)
     objective.encoder.save_memory(checkpointing=stage.memory.checkpointing, attention_chunks=chunks)
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     zero = "none" if plugin is None else "3" if plugin.reshard_after_forward else "2"
     states = states_bytes(sizes(objective), zero, ranks, bool(job.ema_decay))
     if states > budget:
         raise ValueError(
-            f"weights, gradients and moments take {states / 1e9:.1f} GB on each of {ranks} process(es), which have "
-            f"{budget / 1e9:.1f} GB: use recipes/accelerate/zero3_8.yaml and more GPUs, or a smaller encoder"
+            f"weights, gradients and moments take {gigabytes(states)} on each of {ranks} process(es), which have "
+            f"{gigabytes(budget)}: use recipes/accelerate/zero3_8.yaml and more GPUs, or a smaller encoder"
         )
     if device.type != "cuda":
         return []
     needed = footprint(objective, stage.memory.checkpointing, chunks, precision=accelerator.mixed_precision)
-    free = budget * (1 - FREE_SHARE) - states
+    free = free_bytes(budget, states)
     if needed.of(stage.micro_batch_size) <= free:
         return []
     return [
-        f"{stage.micro_batch_size} images need {needed.of(stage.micro_batch_size) / 1e9:.1f} GB beside "
-        f"{states / 1e9:.1f} GB of weights, gradients and moments; {needed.largest_batch(free)} at most would fit. "
+        f"{stage.micro_batch_size} images need {gigabytes(needed.of(stage.micro_batch_size))} beside "
+        f"{gigabytes(states)} of weights, gradients and moments; {needed.largest_batch(free)} at most would fit. "
         "`simmim plan` shows what else would"
     ]
-
-
-def distribute(
-    objective: Reconstruct | Classify,
-    optimizer: torch.optim.Optimizer,
-    average: ModelEmaV3 | None,
-    accelerator: Accelerator,
-) -> Any:
-    """The model and optimizer that the processes share: copies of the weights, or under FSDP2 a part of each."""
-    # What accelerate wraps by itself when nothing else is configured.
-    blocks = {type(module).__name__ for module in objective.modules() if isinstance(module, SwinBlock)}
-    for module in (objective, average and average.module):
-        if module is not None:
-            module._no_split_modules = sorted(blocks)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    if accelerator.is_fsdp2:
-        shared = [objective] if average is None else [objective, fsdp2_prepare_model(accelerator, average.module)]
-        for module in shared:
-            for method in ("measure", "picture", "reconstruct"):
-                if hasattr(module, method):
-                    register_fsdp_forward_method(module, method)
-    return model, optimizer
-
-
-def whole_weights(objective: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The weights of an objective; gathered on the first process where each holds a part."""
-    if not accelerator.is_fsdp2:
-        return objective.state_dict()
-    whole = get_model_state_dict(objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return cast(dict[str, Tensor], whole)
 
 
 def make_preview(job: Job, view: CenterCrop) -> Batch:

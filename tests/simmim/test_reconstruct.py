@@ -11,7 +11,6 @@ from simmim.objectives.heads import make_head
 from simmim.objectives.reconstruct import Reconstruct, normalize_locally
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
 from swin import make_config, make_encoder
-from swin.encoder import init_weights
 
 
 def make_model(size=(64, 64), cell=16, channels=3, **settings) -> Reconstruct:
@@ -83,7 +82,7 @@ def test_an_inverse_swin_splits_tokens_in_their_places():
         "swinv2_tiny", embed_dim=8, depths=(2, 2, 2), num_heads=(1, 2, 4), patch_size=2, image_size=48, window_size=3
     )
     head = make_head("inverse_swin", config)
-    init_weights(head)  # blocks add nothing yet: what is left is splitting
+    # Fresh blocks add nothing yet: what is left is splitting.
     x = features = torch.randn(2, 5, 6, 32)
     for scale in head.scales:
         x = F.pixel_shuffle(scale[-1](x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
