@@ -23,7 +23,7 @@ from simmim.recipe import load_recipe
 from simmim.schema import Pretrain
 from simmim.stages import finetuning, pretraining
 from simmim.stages.assembly import make_accelerator
-from simmim.stages.sharding import draw_weights
+from simmim.stages.sharding import give_memory
 from simmim.stages.training import Job
 
 SHOWN = 5
@@ -65,7 +65,7 @@ def replay(report: Path) -> Replay:
     name = stage_folder.name
     room = pretraining if isinstance(recipe.stages[name], Pretrain) else finetuning
     job = room.make_job(recipe, stage_folder.parents[1], name, accelerator.mixed_precision)
-    draw_weights(job.objective)  # to have something to load into
+    give_memory(job.objective, torch.device("cpu"))
     load_weights(weights, job.objective)
     job.objective.to(accelerator.device).train()
     return _again(about, job, recipe.data.read_timeout_s, accelerator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -32,9 +33,9 @@ def distribute(
     """
     sharded = accelerator.is_fsdp2
     if not sharded:
-        draw_weights(objective)
+        draw_weights(give_memory(objective, torch.device("cpu")))  # where all draw the same
         objective.to(accelerator.device)
-    average = ModelEmaV3(objective, decay=ema_decay) if ema_decay else None
+    average = average_of(objective, ema_decay) if ema_decay else None
     # What accelerate wraps by itself when nothing else is configured.
     blocks = sorted({type(module).__name__ for module in objective.modules() if isinstance(module, SwinBlock)})
     for module in filter(None, (objective, average and average.module)):
@@ -44,15 +45,11 @@ def distribute(
     # accelerate shards no model without an optimizer, and finds the parameters of that one by addresses, which those
     # on the meta device share: it gets one to throw away, and the real one when there are parameters.
     model, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters()))
+    draw_weights(give_memory(objective, accelerator.device))
     if average is not None:
         fsdp2_prepare_model(accelerator, average.module)
-        copied = [name for name, parameter in average.module.named_parameters() if is_open(parameter)]
-    draw_weights(objective)
-    if average is not None:
-        for name in copied:
-            owner, _, last = name.rpartition(".")
-            own = objective.get_parameter(name).detach().clone()
-            setattr(average.module.get_submodule(owner), last, nn.Parameter(own, requires_grad=False))
+        give_memory(average.module, accelerator.device)
+        average.set(objective)
     for module in filter(None, (objective, average and average.module)):
         for method in ("measure", "picture", "reconstruct"):
             if hasattr(module, method):
@@ -60,29 +57,48 @@ def distribute(
     return model, accelerator.prepare_optimizer(make_optimizer()), average
 
 
-def is_open(parameter: nn.Parameter) -> bool:
-    """Whether it has a shape, and no numbers yet."""
-    return parameter.device.type == "meta"
+def average_of(objective: Reconstruct | Classify, decay: float) -> ModelEmaV3:
+    """The average of the weights, which begins with a copy of them."""
+    average = ModelEmaV3(objective.head, decay=decay)  # which must not be on the meta device
+    average.module = deepcopy(objective).eval()
+    return average
+
+
+Open = dict[nn.Module, list[str]]
+"""Parameters that have a shape, and no numbers yet: their names, by the module that they belong to."""
+
+
+def open_parameters(model: nn.Module) -> Open:
+    """Those on the meta device."""
+    own = {module: dict(module.named_parameters(recurse=False)) for module in model.modules()}
+    found = {module: [name for name, p in those.items() if p.device.type == "meta"] for module, those in own.items()}
+    return {module: names for module, names in found.items() if names}
+
+
+def give_memory(model: nn.Module, device: torch.device) -> Open:
+    """Memory, on ``device``, for parameters that had none; which these are."""
+    found = open_parameters(model)
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.device.type == "meta" else x)
+    return found
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module) -> None:
-    """Numbers for the parameters that have none, from torch's generator, one module at a time.
+def draw_weights(found: Open) -> None:
+    """Numbers from torch's generator, one module at a time.
 
     Of a module that is shared out every process draws the whole, the same as one alone would, and keeps its part.
     """
-    for module in model.modules():
-        open_ones = {name: p for name, p in module.named_parameters(recurse=False) if is_open(p)}
-        if not open_ones:
-            continue
-        for name, parameter in open_ones.items():
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+    for module, names in found.items():
+        kept = {name: module.get_parameter(name) for name in names}
+        shards = {name: own for name, own in kept.items() if isinstance(own, DTensor)}
+        for name, own in shards.items():
+            setattr(module, name, nn.Parameter(torch.empty(own.shape, dtype=own.dtype)))
         module.reset_parameters()  # type: ignore[operator]
-        for name, parameter in open_ones.items():
-            if isinstance(parameter, DTensor):
-                whole = module.get_parameter(name).detach()
-                own = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                setattr(module, name, nn.Parameter(own))
+        for name, own in shards.items():
+            whole = module.get_parameter(name).detach()
+            part = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+            own.to_local().copy_(part.to_local())
+            setattr(module, name, kept[name])
 
 
 def whole_weights(objective: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:

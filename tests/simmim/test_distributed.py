@@ -236,6 +236,12 @@ def test_three_billion_in_small(saver, tmp_path):
     run(2, tmp_path / "two", *PRETRAIN, *TWIN, plain[0], *saving, options=("--sharded", "--double"))
     assert_same(tmp_path / "two", tmp_path / "one", 1e-6)
     assert any(name.endswith("blocks.5.norm3.weight") for name in exported(tmp_path / "two"))
+    # No process ever held the weights of the other one, nor while they were drawn.
+    (whole,), halves = held(tmp_path / "one"), held(tmp_path / "two")
+    sizes = [weight.nbytes for weight in exported(tmp_path / "one").values()]
+    assert whole["building"] >= sum(sizes)
+    for half in halves:
+        assert half["building"] < half["weights"] + 4 * max(sizes) < 0.65 * sum(sizes)
     # Stochastic depth drops the same when a block is computed again.
     deep = ["stages.pretrain.drop_path=0.4"]
     for name, memory in (("kept", []), ("again", saving)):

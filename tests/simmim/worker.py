@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmim import cli
+from simmim.memory import TrackedMemory
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
-from simmim.stages import assembly, training
+from simmim.stages import assembly, pretraining, training
 
 OPTIONS = ("sharded", "double", "stop", "fail", "kill")
 PLUGIN = {
@@ -60,9 +61,29 @@ def in_double_precision() -> None:
         objective.__init__ = init
 
 
+class Building(TrackedMemory):
+    """The most bytes that a process held at once until its model was ready; sees into tensors that are shared out."""
+
+    def _see(self, tensor, given) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)
+        if tensor.device.type != "meta":
+            super()._see(tensor, given)
+
+
 def note_what_is_held() -> None:
-    """Bytes of weights and moments in this process."""
-    original = training.fit
+    """Bytes of weights and moments in this process, and the most of weights before its first step."""
+    original, make_start, distribute = training.fit, pretraining.make_start, training.distribute
+    building = Building()
+
+    def start(*arguments):
+        with building:
+            return make_start(*arguments)
+
+    def shared_out(*arguments):
+        with building:
+            return distribute(*arguments)
+
+    pretraining.make_start, training.distribute = start, shared_out
 
     def fit(accelerator, model, optimizer, *arguments, **options):
         with SentBytes() as sent:
@@ -73,6 +94,7 @@ def note_what_is_held() -> None:
             "moments": size(moments),
             "kind": accelerator.distributed_type.value,
             "sent": sent.bytes,
+            "building": building.peak,
         }
         Path(f"held_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(held))
 
