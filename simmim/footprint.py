@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.memory import TrackedMemory
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
+from swin.attention import WindowAttention
 from swin.blocks import SwinBlock
 from swin.checkpointing import Checkpointing
 
@@ -144,6 +145,8 @@ def _without_numbers(planned: Objective, device: str) -> Iterator[Objective]:
         for module in objective.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+            elif isinstance(module, WindowAttention):
+                module.in_cache = False
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield objective.to_empty(device="cpu")
 

@@ -51,6 +51,7 @@ def make_optimizer(
         lr=0.0,
         betas=betas,
         eps=eps,
+        fused=True,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swin.config import Pair
 from swin.linear import Linear
 from swin.position_bias import ContinuousBias, PositionBias
-from swin.sequential import at_least_fp32, attend_in_chunks, cut, masked_logits, no_autocast
+from swin.sequential import at_least_fp32, attend, chunks_in_cache, cut, masked_logits, no_autocast, scale, split_heads
 
 MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 
@@ -30,6 +30,9 @@ class WindowAttention(nn.Module):
     """
 
     chunks = 1
+    in_cache = True
+    """On a processor, chunks that its cache can hold, which are the quickest."""
+    cosine = False
 
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias, *, qkv_bias: bool) -> None:
         super().__init__()
@@ -55,21 +58,37 @@ class WindowAttention(nn.Module):
         Returns:
             ``(b n, t, c)``
         """
+        with no_autocast(x.device.type):
+            bias, factor = self.position_bias(window), self.factor()
+        if torch.compiler.is_compiling():  # what is traced is handed on, or compilers cut it as they like
+            return self.proj(self.at_once(x, factor, bias, mask))
+        qkv, chunks = self.project(x), self._chunks(len(x), bias)
+        return self.proj(attend(qkv, factor, bias, mask, cosine=self.cosine, chunks=chunks))
+
+    def _chunks(self, windows: int, bias: Tensor) -> int:
+        if self.in_cache and bias.device.type == "cpu":
+            return max(self.chunks, chunks_in_cache(windows, bias))
+        return self.chunks
+
+    def at_once(self, x: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """The same by plain operations: what :func:`swin.sequential.attend` is held against."""
         q, k, v = self.split(x)
         with no_autocast(x.device.type):
-            bias = self.position_bias(window)
-            if self.chunks > 1:
-                x = attend_in_chunks(self.scale, q, k, v, self.factor(), bias, mask, self.chunks)
-            else:
-                # Without a name the logits live no longer than they are needed.
-                x = _softmax(self.similarity(at_least_fp32(q), at_least_fp32(k)), bias, mask).to(v.dtype) @ v
-        return self.proj(rearrange(x, "bn m t d -> bn t (m d)"))
+            if mask is not None:
+                bias = bias.masked_fill(~mask[:, None], -math.inf)  # (n, m, t, t), shared by the batch
+            q, k = at_least_fp32(q), at_least_fp32(k)
+            if self.cosine:
+                q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            logits = (q * factor) @ k.transpose(-2, -1)
+            logits = logits.unflatten(0, (-1, len(bias) if mask is not None else 1)) + bias
+            weights = logits.softmax(dim=-1).flatten(0, 1)
+            return rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
 
     def logits(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
         """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
         q, k, _ = self.split(x)
         with no_autocast(x.device.type):
-            q, k = self.scale(at_least_fp32(q), at_least_fp32(k), self.factor())
+            q, k = self.scale(q, k, self.factor())
             return masked_logits(q, k, self.position_bias(window), mask, slice(0, len(x)))
 
     def largest_logit(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
@@ -78,9 +97,8 @@ class WindowAttention(nn.Module):
         largest = []
         with no_autocast(x.device.type):
             bias, factor = self.position_bias(window), self.factor()
-            for windows, heads in cut(len(q), self.num_heads, self.chunks):
-                left, right = (at_least_fp32(part[windows, heads]) for part in (q, k))
-                left, right = self.scale(left, right, factor[heads])
+            for windows, heads in cut(len(q), self.num_heads, self._chunks(len(q), bias)):
+                left, right = self.scale(q[windows, heads], k[windows, heads], factor[heads])
                 largest.append(masked_logits(left, right, bias[heads], mask, windows).max())
         return torch.stack(largest).max()
 
@@ -98,25 +116,16 @@ class WindowAttention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``(b n, t, c)`` -> queries, keys and values of every head, ``(b n, m, t, d)`` each."""
-        q, k, v = rearrange(self.project(x), "bn t (three m d) -> three bn m t d", three=3, m=self.num_heads)
+        q, k, v = split_heads(self.project(x), 3, self.num_heads)
         return q, k, v
 
-    def similarity(self, q: Tensor, k: Tensor) -> Tensor:
-        """Queries and keys ``(b n, m, t, d)`` -> logits ``(b n, m, t, t)``."""
-        q, k = self.scale(q, k, self.factor())
-        return q @ k.transpose(-2, -1)
-
     def factor(self) -> Tensor:
-        """What each head multiplies its logits by: ``(m, 1, 1)``."""
+        """What each head multiplies its similarities by: ``(m, 1, 1)``."""
         raise NotImplementedError
 
-    @staticmethod
-    def scale(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys ``(b n, m, t, d)`` such that their products are the logits.
-
-        Scaling them touches t x d numbers, scaling the logits would touch t x t.
-        """
-        return q * factor, k
+    def scale(self, q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``(b n, m, t, d)`` such that their products are the logits."""
+        return scale(q, factor, self.cosine).x, scale(k, 1.0, self.cosine).x
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """Parameters with more than one axis that are no weights of a linear map over channels."""
@@ -141,6 +150,8 @@ class CosineAttention(WindowAttention):
     underflow and logits of up to 100 lose their differences.
     """
 
+    cosine = True
+
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias) -> None:
         super().__init__(dim, num_heads, position_bias, qkv_bias=False)
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
@@ -158,10 +169,6 @@ class CosineAttention(WindowAttention):
 
     def factor(self) -> Tensor:
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-
-    @staticmethod
-    def scale(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
 
     def heads_at_clamp(self) -> int:
         return int((self.logit_scale >= MAX_LOGIT_SCALE).sum())
@@ -199,13 +206,3 @@ def watch_attention(model: nn.Module) -> Iterator[dict[str, float]]:
             hook.remove()
     if largest:
         numbers |= {"max_attention_logit": float(torch.stack(largest).max()), "heads_at_clamp": float(sum(heads))}
-
-
-def _softmax(logits: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention weights ``(b n, m, t, t)`` that sum to one over the last axis."""
-    if mask is None:
-        return (logits + bias).softmax(dim=-1)
-    n = mask.shape[0]
-    bias = bias.masked_fill(~mask[:, None], -math.inf)  # (n, m, t, t), shared by the batch
-    logits = rearrange(logits, "(b n) m t s -> b n m t s", n=n) + bias
-    return rearrange(logits.softmax(dim=-1), "b n m t s -> (b n) m t s")

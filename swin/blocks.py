@@ -5,9 +5,13 @@ Letters: b batch, h w token grid, c channels.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from swin.attention import WindowAttention
 from swin.config import Pair
@@ -36,7 +40,7 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them, which is computed again for the gradient."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -45,7 +49,29 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        x = self.fc1(x)
+        if torch.compiler.is_compiling():
+            return self.fc2(self.act(x))
+        out: Tensor = _GeluLinear.apply(x, self.fc2.weight, self.fc2.bias)
+        return out
+
+
+class _GeluLinear(torch.autograd.Function):
+    """``linear(gelu(x))`` that keeps x alone: a quarter less of all that a block keeps."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        context.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, weight = context.saved_tensors
+        of_rows = gradient.flatten(0, -2)
+        dweight = of_rows.T @ F.gelu(x).flatten(0, -2).to(gradient.dtype)
+        dx = torch.ops.aten.gelu_backward((gradient @ weight.to(gradient.dtype)).to(x.dtype), x)
+        return dx, dweight.to(weight.dtype), of_rows.sum(dim=0).to(weight.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -1,17 +1,18 @@
 """Attention chunk by chunk: the same numbers as at once, with the logits of one chunk in memory at a time.
 
 An image of 1536 px has 2.4 billion logits in every block of the first stage of 3b with windows of 32 tokens, so Swin V2
-computes its attention sequentially there (arXiv 2111.09883, section 3.5). Nothing but what goes in is kept for the
-gradient: the weights of a chunk are computed again from its queries and keys.
+computes its attention sequentially there (arXiv 2111.09883, section 3.5). On a processor chunks that stay in its cache
+are the quickest too. Nothing but what goes in and comes out is kept for the gradient: the weights of a chunk are
+computed again from its queries and keys.
 
-Letters: b batch, n windows, t tokens per window, m heads, d head width.
+Letters: b batch, n windows, t tokens per window, c channels, m heads, d head width, g windows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,26 +20,27 @@ from torch.autograd.function import once_differentiable
 
 Chunk = tuple[slice, slice]
 """Windows and heads."""
-Scale = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Queries, keys and a factor of each head -> queries and keys whose products are the logits."""
+CACHE = 2**20
+"""Bytes of logits, which are gone through several times."""
+SMALLEST_NORM = 1e-12  # of torch.nn.functional.normalize
 
 
-def attend_in_chunks(
-    scale: Scale, q: Tensor, k: Tensor, v: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, chunks: int
-) -> Tensor:
-    """``softmax(q k^T + bias) v`` with q and k scaled, without ever holding all logits.
+def attend(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, *, cosine: bool, chunks: int = 1) -> Tensor:
+    """``softmax(factor similarity(q, k) + bias) v``; logits and softmax in at least fp32.
 
     Args:
-        q, k, v: ``(b n, m, t, d)``
-        factor: ``(m, 1, 1)``
+        qkv: queries, keys and values side by side, ``(b n, t, 3 c)``.
+        factor: what each head multiplies its similarities by, ``(m, 1, 1)``.
         bias: ``(m, t, t)``
         mask: bool ``(n, t, t)``, True where attention is allowed; None allows everything.
-        chunks: of the windows; of the heads too where there are fewer windows than chunks.
+        cosine: similarity is the cosine (Swin V2), not the product (V1).
+        chunks: at least so many; of the windows, and of the heads where there are fewer windows than chunks.
 
     Returns:
-        ``(b n, m, t, d)``
+        ``(b n, t, c)``, heads side by side.
     """
-    attended: Tensor = _Sequential.apply(scale, q, k, v, factor, bias, mask, chunks)
+    with no_autocast(qkv.device.type):
+        attended: Tensor = _Sequential.apply(qkv, factor, bias, mask, cosine, chunks)
     return attended
 
 
@@ -52,6 +54,11 @@ def cut(windows: int, heads: int, chunks: int) -> Iterator[Chunk]:
             yield some_windows, slice(j * heads // of_heads, (j + 1) * heads // of_heads)
 
 
+def chunks_in_cache(windows: int, bias: Tensor) -> int:
+    """So many that a processor's cache holds the logits of one of them, where windows and heads are enough."""
+    return -(-windows * bias.numel() * max(bias.element_size(), 4) // CACHE)
+
+
 def no_autocast(device_type: str) -> AbstractContextManager:
     """The meta device, where shapes are planned, has no autocast to switch off."""
     available = torch.amp.is_autocast_available(device_type)
@@ -63,65 +70,90 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """``(b n, t, parts m d)`` -> ``(parts, b n, m, t, d)``, a view; three parts are queries, keys and values."""
+    windows, tokens, width = x.shape
+    return x.view(windows, tokens, parts, heads, width // parts // heads).permute(2, 0, 3, 1, 4)
+
+
+class Scaled(NamedTuple):
+    """Queries or keys ``(g, m, t, d)``, contiguous, whose products are the logits."""
+
+    x: Tensor
+    by: Tensor
+    """What they were multiplied by, ``(g, m, t, 1)`` or ``(m, 1, 1)``."""
+
+
+def scale(x: Tensor, factor: Tensor | float, cosine: bool) -> Scaled:
+    """Scaling them touches t x d numbers; scaling the logits would touch t x t."""
+    x = at_least_fp32(x).contiguous()
+    by = x.norm(dim=-1, keepdim=True).clamp(min=SMALLEST_NORM).reciprocal() if cosine else x.new_ones(())
+    by = by * factor
+    return Scaled(x * by, by)
+
+
+def masked_logits(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
+    """``(g, m, t, t)`` of some windows; q and k are scaled; -inf where attention is not allowed."""
+    if mask is None:
+        logits = bias.expand(len(q), -1, -1, -1).clone(memory_format=torch.contiguous_format)
+    else:
+        of_windows = torch.arange(windows.start, windows.stop, device=mask.device) % len(mask)
+        logits = bias.masked_fill(~mask[of_windows][:, None], float("-inf"))
+    return add_products(logits, q, k)
+
+
+def add_products(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``x + left right^T`` in the place of x, ``(g, m, t, t)``."""
+    flat = x.flatten(0, 1)
+    torch.baddbmm(flat, left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2), out=flat)
+    return x
+
+
 class _Sequential(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any,
-        scale: Scale,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        factor: Tensor,
-        bias: Tensor,
-        mask: Tensor | None,
-        chunks: int,
+        context: Any, qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosine: bool, chunks: int
     ) -> Tensor:
-        context.save_for_backward(q, k, v, factor, bias, mask)
-        context.scale, context.chunks = scale, chunks
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for chunk in cut(q.shape[0], q.shape[1], chunks):
-            heads = chunk[1]
-            scaled = scale(at_least_fp32(q[chunk]), at_least_fp32(k[chunk]), factor[heads])
-            out[chunk] = _weights(*scaled, bias[heads], mask, chunk[0]).to(v.dtype) @ v[chunk]
+        q, k, v = split_heads(qkv, 3, len(bias))
+        out = qkv.new_empty(len(qkv), qkv.shape[1], qkv.shape[2] // 3)
+        by_head = split_heads(out, 1, len(bias))[0]
+        for windows, heads in cut(len(qkv), len(bias), chunks):
+            chunk = windows, heads
+            left, right = scale(q[chunk], factor[heads], cosine).x, scale(k[chunk], 1.0, cosine).x
+            weights = masked_logits(left, right, bias[heads], mask, windows).softmax(dim=-1)
+            by_head[chunk] = weights.to(v.dtype) @ v[chunk]
+        context.save_for_backward(qkv, factor, bias, mask, out)
+        context.cosine, context.chunks = cosine, chunks
         return out
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, factor, bias, mask = context.saved_tensors
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        dfactor, dbias = torch.zeros_like(factor), torch.zeros_like(bias)
-        with no_autocast(q.device.type):
-            for chunk in cut(q.shape[0], q.shape[1], context.chunks):
-                windows, heads = chunk
-                inputs = [at_least_fp32(q[chunk]), at_least_fp32(k[chunk]), factor[heads]]
-                inputs = [x.detach().requires_grad_() for x in inputs]
-                with torch.enable_grad():
-                    scaled = context.scale(*inputs)
-                left, right = (x.detach() for x in scaled)
-                weights = _weights(left, right, bias[heads], mask, windows)
-                dv[chunk] = weights.to(v.dtype).transpose(-2, -1) @ gradient[chunk]
-                # Of the softmax: weights * (incoming - its mean by the weights of the row), in place.
-                dlogits = (gradient[chunk] @ v[chunk].transpose(-2, -1)).to(weights.dtype).mul_(weights)
-                dlogits.addcmul_(weights, dlogits.sum(dim=-1, keepdim=True), value=-1)
-                del weights
+        qkv, factor, bias, mask, out = context.saved_tensors
+        dqkv, dfactor, dbias = torch.empty_like(qkv), torch.zeros_like(factor), torch.zeros_like(bias)
+        (q, k, v), (dq, dk, dv) = split_heads(qkv, 3, len(bias)), split_heads(dqkv, 3, len(bias))
+        out, gradient = split_heads(out, 1, len(bias))[0], split_heads(gradient.contiguous(), 1, len(bias))[0]
+        with no_autocast(qkv.device.type):
+            for windows, heads in cut(len(qkv), len(bias), context.chunks):
+                chunk = windows, heads
+                left, right = scale(q[chunk], factor[heads], context.cosine), scale(k[chunk], 1.0, context.cosine)
+                incoming = gradient[chunk].contiguous()
+                weights = masked_logits(left.x, right.x, bias[heads], mask, windows).softmax(dim=-1)
+                dv[chunk] = weights.to(v.dtype).transpose(-2, -1) @ incoming
+                # Of the softmax: weights (incoming - its mean by the weights of the row, which the output has).
+                mean = (at_least_fp32(incoming) * out[chunk]).sum(dim=-1, keepdim=True)
+                if v.dtype == weights.dtype:
+                    dlogits = add_products((-mean).expand_as(weights).contiguous(), incoming, v[chunk].contiguous())
+                else:
+                    dlogits = (incoming @ v[chunk].transpose(-2, -1)).to(weights.dtype).sub_(mean)
+                dlogits.mul_(weights)
                 dbias[heads] += dlogits.sum(dim=0)
-                outer = [dlogits @ right, dlogits.transpose(-2, -1) @ left]
-                del dlogits
-                of_q, of_k, of_factor = torch.autograd.grad(scaled, inputs, outer, allow_unused=True)
-                dq[chunk], dk[chunk] = of_q, of_k
-                dfactor[heads] += of_factor
-        return None, dq, dk, dv, dfactor, dbias, None, None
-
-
-def masked_logits(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
-    """Of some windows; q and k are scaled; -inf where attention is not allowed."""
-    logits = q @ k.transpose(-2, -1) + bias  # the product itself may be kept by checkpointing, and must stay as it is
-    if mask is not None:
-        of_windows = torch.arange(windows.start, windows.stop, device=mask.device) % len(mask)
-        logits.masked_fill_(~mask[of_windows][:, None], float("-inf"))
-    return logits
-
-
-def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
-    return masked_logits(q, k, bias, mask, windows).softmax(dim=-1)
+                dleft, dright = dlogits @ right.x, dlogits.transpose(-2, -1) @ left.x
+                along = (left.x * dleft).sum(dim=-1, keepdim=True)
+                dfactor[heads] += along.sum(dim=(0, 2))[:, None] / factor[heads]
+                if context.cosine:  # lengths do not count
+                    dleft.addcmul_(left.x, along / factor[heads].square(), value=-1)
+                    dright.addcmul_(right.x, (right.x * dright).sum(dim=-1, keepdim=True), value=-1)
+                torch.mul(dleft, left.by, out=dleft)
+                dq[chunk], dk[chunk] = dleft, dright.mul_(right.by)
+        return dqkv, dfactor, dbias, None, None, None

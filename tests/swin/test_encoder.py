@@ -10,6 +10,7 @@ from swin import attention
 from swin.attention import CosineAttention, DotAttention
 from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock
 from swin.position_bias import make_position_bias
+from swin.sequential import split_heads
 
 V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
 ARMS = [
@@ -106,11 +107,17 @@ def test_images_of_a_batch_do_not_see_each_other(arm):
     torch.testing.assert_close(encoder(images[order]), encoder(images)[order], rtol=1e-12, atol=1e-12)
 
 
+def products(attention, q, k) -> torch.Tensor:
+    """Logits without a bias."""
+    q, k = attention.scale(q, k, attention.factor())
+    return q @ k.transpose(-2, -1)
+
+
 def test_logits_ignore_the_length_of_queries_and_keys():
     attention = cosine_attention((4, 4)).double()
     wake(attention)
     q, k = torch.randn(2, 3, 2, 16, 8, dtype=torch.float64).unbind()
-    torch.testing.assert_close(attention.similarity(7 * q, 0.1 * k), attention.similarity(q, k))
+    torch.testing.assert_close(products(attention, 7 * q, 0.1 * k), products(attention, q, k))
 
 
 def test_temperature_never_falls_below_a_hundredth():
@@ -118,22 +125,28 @@ def test_temperature_never_falls_below_a_hundredth():
     q, k = torch.randn(2, 1, 2, 4, 8, dtype=torch.float64).unbind()
     with torch.no_grad():
         attention.logit_scale.fill_(torch.tensor(100.0).log())
-        expected = attention.similarity(q, k)
+        expected = products(attention, q, k)
         attention.logit_scale.fill_(50.0)
-        torch.testing.assert_close(attention.similarity(q, k), expected)
+        torch.testing.assert_close(products(attention, q, k), expected)
 
 
 def test_attention_weights_are_computed_in_fp32_under_autocast():
     attention = cosine_attention((4, 4))
     wake(attention)
     seen = []
-    normalize, softmax = torch.nn.functional.normalize, torch.Tensor.softmax
+    softmax = torch.Tensor.softmax
     x = torch.randn(3, 16, 16)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(torch.nn.functional, "normalize", lambda t, **k: seen.append(t.dtype) or normalize(t, **k))
-        patch.setattr(torch.Tensor, "softmax", lambda t, **k: seen.append(t.dtype) or softmax(t, **k))
+        patch.setattr(torch.Tensor, "softmax", lambda t, **k: seen.append(t) or softmax(t, **k))
         result = attention(x, (4, 4), None)
-    assert seen == [torch.float32] * 3
+        qkv = attention.project(x)
+    assert qkv.dtype == torch.bfloat16
+    assert [logits.dtype for logits in seen] == [torch.float32]
+    # Rounded is what goes into the logits, not they.
+    q, k, _ = split_heads(qkv.detach(), 3, attention.num_heads).double()
+    cosine = torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).transpose(-2, -1)
+    exact = cosine * attention.factor().detach() + attention.position_bias((4, 4)).detach()
+    torch.testing.assert_close(seen[0].double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.float(), attention(x, (4, 4), None), rtol=0.05, atol=0.05)
 
 
@@ -291,17 +304,13 @@ def test_attention_can_be_watched(name):
     images = torch.randn(2, 3, 40, 40)
     seen = []
 
-    def spy(logits, bias, mask):
-        if mask is None:
-            seen.append((logits + bias).max().item())
-        else:
-            allowed = mask.repeat(len(logits) // len(mask), 1, 1)[:, None]
-            seen.append((logits + bias).masked_fill(~allowed, -float("inf")).max().item())
-        return softmax(logits, bias, mask)
+    def spy(logits, **options):
+        seen.append(logits.max().item())
+        return softmax(logits, **options)
 
-    softmax = attention._softmax
+    softmax = torch.Tensor.softmax
     with pytest.MonkeyPatch.context() as patch, attention.watch_attention(encoder) as numbers:
-        patch.setattr(attention, "_softmax", spy)
+        patch.setattr(torch.Tensor, "softmax", spy)
         watched = encoder(images)
     assert len(seen) == 4 and numbers["max_attention_logit"] == pytest.approx(max(seen), rel=1e-6)
     assert numbers["heads_at_clamp"] == 0

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim.memory import TrackedMemory, choose_chunks
 from swin import SwinEncoder, make_config, make_encoder
-from swin.attention import ATTENTIONS, watch_attention
+from swin.attention import ATTENTIONS, WindowAttention, watch_attention
 from swin.checkpointing import CHECKPOINTINGS
 from swin.encoder import make_blocks
 from swin.position_bias import make_position_bias
-from swin.sequential import attend_in_chunks, cut
+from swin.sequential import CACHE, attend, chunks_in_cache, cut
 from swin.windows import attention_mask, fit_windows, merge, partition
 
 # window, grid, shifted: plain, shifted, padded, both, global, one window on one axis
@@ -38,34 +38,67 @@ def test_chunks_give_the_numbers_of_the_whole(window, grid, shifted, kind):
     mask = attention_mask(grid, windows, torch.device("cpu"))
     images = torch.randn(2, *grid, 8, dtype=torch.float64)
 
-    def run(chunks: int) -> list[Tensor]:
-        attention.chunks = chunks
+    def at_once(x: Tensor) -> Tensor:
+        bias, factor = attention.position_bias(windows.window), attention.factor()
+        return attention.proj(attention.at_once(x, factor, bias, mask))
+
+    def run(chunks: int | None) -> list[Tensor]:
+        attention.chunks = chunks or 1
         attention.zero_grad()
         x = images.clone().requires_grad_()
-        out = merge(attention(partition(x, windows), windows.window, mask), windows, grid)
+        tokens = partition(x, windows)
+        out = merge(attention(tokens, windows.window, mask) if chunks else at_once(tokens), windows, grid)
         (out * out.sin()).sum().backward()
         return [out.detach(), x.grad, *(parameter.grad for parameter in attention.parameters())]
 
-    expected = [tensor.clone() for tensor in run(1)]
-    for chunks in (2, 3, 4, 7, 16, 1000):
+    expected = [tensor.clone() for tensor in run(None)]
+    for chunks in (1, 2, 3, 4, 7, 16, 1000):
         for found, wanted in zip(run(chunks), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 8])
-def test_gradients_of_chunks_by_differences(chunks):
+@pytest.mark.parametrize("cosine", [True, False])
+def test_gradients_of_chunks_by_differences(chunks, cosine):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(4, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    factor = torch.rand(2, 1, 1, dtype=torch.float64).requires_grad_()
+    qkv = torch.randn(4, 3, 3 * 8, dtype=torch.float64, requires_grad=True)
+    factor = torch.rand(2, 1, 1, dtype=torch.float64).add(0.5).requires_grad_()
     bias = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 3, 3) < 0.6
     mask |= torch.eye(3, dtype=torch.bool)
-    scale = ATTENTIONS["cosine"].scale
 
-    def attend(*inputs: Tensor) -> Tensor:
-        return attend_in_chunks(scale, *inputs, mask, chunks)
+    def run(*inputs: Tensor) -> Tensor:
+        return attend(*inputs, mask, cosine=cosine, chunks=chunks)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v, factor, bias))
+    assert torch.autograd.gradcheck(run, (qkv, factor, bias))
+
+
+def test_queries_of_length_zero_have_the_gradient_of_normalize():
+    torch.manual_seed(0)
+    attention = ATTENTIONS["cosine"](8, 2, make_position_bias("log_cpb", 2, (2, 2))).double()
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    x[0, 1] = 0
+    gradients = []
+    for run in (attention.at_once, None):
+        tokens = x.clone().requires_grad_()
+        bias, factor = attention.position_bias((2, 2)), attention.factor()
+        out = attention.proj(run(tokens, factor, bias, None)) if run else attention(tokens, (2, 2), None)
+        gradients.append(torch.autograd.grad((out * out.sin()).sum(), tokens)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
+
+
+def test_chunks_that_a_cache_can_hold():
+    bias = torch.zeros(3, 144, 144)
+    assert chunks_in_cache(8, bias) == 1 and chunks_in_cache(64, bias) * CACHE >= 64 * bias.nbytes
+    encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2,), num_heads=(2,), image_size=192, window_size=24)
+    peaks = []
+    for in_cache in (True, False):
+        for block in encoder.layers[0].blocks:
+            block.attn.in_cache = in_cache
+        with TrackedMemory() as memory:
+            encoder(torch.zeros(2, 3, 192, 192)).sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[0] < 0.5 * peaks[1]
 
 
 @pytest.mark.parametrize(("windows", "heads", "chunks"), [(8, 4, 1), (8, 4, 3), (8, 4, 16), (1, 4, 3), (2, 3, 100)])
@@ -99,7 +132,7 @@ def test_memory_of_a_large_window_falls():
         planned = copy.deepcopy(block)
         with FakeTensorMode(allow_non_fake_inputs=True):
             planned.to_empty(device="cpu")
-            planned.attn.chunks = chunks
+            planned.attn.chunks, planned.attn.in_cache = chunks, False
             x = torch.empty(1, 192, 192, 128, requires_grad=True)
             with TrackedMemory() as memory:
                 with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -221,10 +254,12 @@ def test_windows_of_fewer_tokens_than_a_head_is_wide(checkpointing):
 
 def test_watching_attention_stays_in_chunks():
     encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=96, window_size=24)
-    images = torch.randn(1, 3, 96, 96)
+    images = torch.randn(4, 3, 96, 96)
     numbers = []
     for chunks in (1, 7):
         encoder.save_memory(attention_chunks=chunks)
+        for attention in (module for module in encoder.modules() if isinstance(module, WindowAttention)):
+            attention.in_cache = False
         with TrackedMemory() as memory, torch.no_grad(), watch_attention(encoder) as watched:
             encoder(images)
         numbers.append((watched["max_attention_logit"], memory.peak))
