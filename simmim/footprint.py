@@ -85,8 +85,8 @@ def free_bytes(memory: float, states: float) -> float:
 
 
 def gigabytes(size: float) -> str:
-    """``12.3 GB``, of 10^9 bytes."""
-    return f"{size / 1e9:.1f} GB"
+    """``12.3 GB``, of 10^9 bytes; ``12.3 MB`` where that says more."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def sizes(objective: Objective) -> Sizes:

@@ -24,12 +24,12 @@ from simmim.masking import MaskGenerator
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.schema import Finetune, Pretrain, Recipe, encoder_config
-from simmim.stages.assembly import chunks_of, derive_accumulation, geometry
+from simmim.stages.assembly import check_start, chunks_of, derive_accumulation, geometry, micro_batch_sizes
 from simmim.stages.pretraining import make_objective
-from swin import SwinConfig, SwinEncoder, load_description
+from swin import SwinConfig, SwinEncoder
 from swin.checkpointing import CHECKPOINTINGS
 from swin.transfer import changed
-from swin.weights import DESCRIPTION
+from swin.weights import DESCRIPTION, load_config
 from swin.windows import fit_windows
 
 
@@ -111,7 +111,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         [],
     )
     try:
-        derive_accumulation(stage.batch_size, stage.micro_batch_size, machine.ranks)
+        derive_accumulation(stage, machine.ranks)
     except ValueError as error:
         plan.problems.append(f"{name}: {error}")
     plan.problems.extend(memory_problems(plan, objective, stage, machine, zero))
@@ -129,10 +129,8 @@ def memory_problems(
     if needed <= free:
         return []
     fixes = []
-    share = stage.batch_size // machine.ranks
-    pairs = isinstance(stage, Finetune) and bool(stage.augment.mixup or stage.augment.cutmix)
     largest = fitting_batch(plan, objective, stage, machine, free)
-    if choices := [size for size in range(1, largest + 1) if share % size == 0 and not (pairs and size % 2)]:
+    if choices := [size for size in micro_batch_sizes(stage, machine.ranks) if size <= largest]:
         fixes.append(f"stages.{plan.name}.micro_batch_size={choices[-1]}")
     saving = [kind for kind, other in plan.footprints.items() if other.of(stage.micro_batch_size) <= free]
     if saving:
@@ -205,7 +203,10 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     if start in recipe.stages:
         old = config_of(recipe, start)
     elif (Path(start).expanduser() / DESCRIPTION).exists():
-        old = SwinConfig.from_dict(load_description(Path(start).expanduser())["encoder"])
+        old = load_config(Path(start).expanduser())
+        check_start(recipe, name, Path(start), old)
+    elif not Path(start).expanduser().exists():
+        raise ValueError(f"{name} starts from {start}, which is not there: set stages.{name}.init_from")
     elif stage.image_size is not None and stage.window_size is not None:
         return encoder_config(recipe.encoder, stage)
     else:

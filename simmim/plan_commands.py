@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import time
 from typing import TYPE_CHECKING
@@ -67,8 +66,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     for name, value in (("gpus", arguments.gpus), ("images", arguments.images), ("classes", arguments.classes)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if arguments.tflops is not None and not 0 < arguments.tflops < math.inf:
-        raise ValueError(f"--tflops must be above 0, got {arguments.tflops}")
+    if arguments.tflops is not None and not 1e-3 <= arguments.tflops <= 1e6:
+        raise ValueError(f"--tflops must lie between 0.001 and a million, got {arguments.tflops}")
     machine = _machine(arguments)
     zero = arguments.zero or ("3" if machine.ranks > 1 else "none")
     problems = []

@@ -67,7 +67,7 @@ def infer_config(state: State, geometry: Geometry) -> SwinConfig:
         raise ValueError(
             "neither the tensors nor the file name tell the image and window size of the training, on which the "
             "position bias depends: give both (image_size=256, window_size=16; on the command line --image-size 256 "
-            "--window-size 16)"
+            "--window-size 16; for a recipe make an export first, with `simmim convert`)"
         )
     return SwinConfig(**settings, **geometry._asdict())
 

@@ -140,14 +140,9 @@ class _Sequential(torch.autograd.Function):
                 incoming = gradient[chunk].contiguous()
                 weights = masked_logits(left.x, right.x, bias[heads], mask, windows).softmax(dim=-1)
                 dv[chunk] = weights.to(v.dtype).transpose(-2, -1) @ incoming
-                # Of the softmax: weights (incoming - its mean by the weights of the row, which the output has).
-                mean = (at_least_fp32(incoming) * out[chunk]).sum(dim=-1, keepdim=True)
-                if v.dtype == weights.dtype:
-                    dlogits = add_products((-mean).expand_as(weights).contiguous(), incoming, v[chunk].contiguous())
-                else:
-                    dlogits = (incoming @ v[chunk].transpose(-2, -1)).to(weights.dtype).sub_(mean)
-                dlogits.mul_(weights)
-                dbias[heads] += dlogits.sum(dim=0)
+                dweights = (incoming @ v[chunk].transpose(-2, -1)).to(weights.dtype)
+                dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+                dbias[heads] += dlogits.sum(dim=0) if len(dlogits) > 1 else dlogits[0]
                 dleft, dright = dlogits @ right.x, dlogits.transpose(-2, -1) @ left.x
                 along = (left.x * dleft).sum(dim=-1, keepdim=True)
                 dfactor[heads] += along.sum(dim=(0, 2))[:, None] / factor[heads]

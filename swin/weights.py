@@ -56,6 +56,18 @@ def load_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def load_config(folder: Path) -> SwinConfig:
+    """The configuration of an exported encoder, from its ``encoder.json``.
+
+    Raises:
+        ValueError: as of :func:`load_description`, or a file that describes no encoder.
+    """
+    try:
+        return SwinConfig.from_dict(load_description(folder)["encoder"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{Path(folder) / DESCRIPTION} does not describe an encoder ({error})") from None
+
+
 def load_encoder(
     folder: Path | str,
     *,
@@ -74,11 +86,7 @@ def load_encoder(
             that contradicts them.
     """
     folder = Path(folder)
-    description = load_description(folder)
-    try:
-        config = SwinConfig.from_dict(description["encoder"])
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / DESCRIPTION} does not describe an encoder ({error})") from None
+    config, description = load_config(folder), load_description(folder)
     try:
         encoder = assemble(config, load_file(folder / WEIGHTS))
     except (FileNotFoundError, SafetensorError) as error:

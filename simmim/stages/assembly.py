@@ -184,22 +184,36 @@ def make_views(
     )
 
 
-def derive_accumulation(batch_size: int, micro_batch_size: int, num_processes: int) -> int:
+def derive_accumulation(stage: Pretrain | Finetune, num_processes: int) -> int:
     """Micro-steps per optimizer step.
 
     Raises:
         ValueError: the batch cannot be divided; names the micro-batches that would.
     """
+    batch_size, micro_batch_size = stage.batch_size, stage.micro_batch_size
     if batch_size % (micro_batch_size * num_processes) == 0:
         return batch_size // (micro_batch_size * num_processes)
     if batch_size % num_processes:
         raise ValueError(f"batch_size {batch_size} does not divide among {num_processes} processes: change it")
-    share = batch_size // num_processes
-    choices = [size for size in range(1, share + 1) if share % size == 0]
+    choices = micro_batch_sizes(stage, num_processes)
+    if not choices:
+        raise ValueError(
+            f"batch_size {batch_size} leaves {batch_size // num_processes} images to each of {num_processes} "
+            "process(es), which mixup and cutmix cannot pair: change it"
+        )
     raise ValueError(
         f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {num_processes} "
         f"process(es): take a micro_batch_size of {', '.join(map(str, choices))}"
     )
+
+
+def micro_batch_sizes(stage: Pretrain | Finetune, num_processes: int) -> list[int]:
+    """Those that the batch can be divided into, in ascending order; even ones where images are mixed in pairs."""
+    if stage.batch_size % num_processes:
+        return []
+    pairs = isinstance(stage, Finetune) and bool(stage.augment.mixup or stage.augment.cutmix)
+    share = stage.batch_size // num_processes
+    return [size for size in range(1, share + 1) if share % size == 0 and not (pairs and size % 2)]
 
 
 def schedule_of(stage: Pretrain | Finetune, num_images: int, total_steps: int) -> LearningRate:
@@ -232,17 +246,22 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
             raise ValueError(f"{name} starts from {init}, which has not been run: `simmim run` walks all stages")
     encoder = load_encoder(path) if (path / DESCRIPTION).exists() else import_encoder(path)[0]
     digest = fingerprint(encoder)
-    wanted = encoder_config(recipe.encoder, stage)
-    for field in FIXED:
-        if getattr(encoder.config, field) != getattr(wanted, field):
-            raise ValueError(
-                f"{name} starts from {path}, whose {field} is {getattr(encoder.config, field)}, but the recipe "
-                f"says {getattr(wanted, field)}: correct encoder in the recipe"
-            )
+    check_start(recipe, name, path, encoder.config)
     size, window = geometry(stage, encoder.config)
     # The weights stay in the file, which every process maps, until they are moved or changed.
     encoder = transfer(encoder, share=True, image_size=size, window_size=window, drop_path=stage.drop_path)
     return Start(encoder, path, digest)
+
+
+def check_start(recipe: Recipe, name: str, path: Path, found: SwinConfig) -> None:
+    """Raises ValueError: an encoder to start from that is not the one of the recipe."""
+    wanted = encoder_config(recipe.encoder, recipe.stages[name])
+    for field in FIXED:
+        if getattr(found, field) != getattr(wanted, field):
+            raise ValueError(
+                f"{name} starts from {path}, whose {field} is {getattr(found, field)}, but the recipe "
+                f"says {getattr(wanted, field)}: correct encoder in the recipe"
+            )
 
 
 def geometry(stage: Pretrain | Finetune, old: SwinConfig) -> tuple[Pair, Pair]:

@@ -35,7 +35,7 @@ def distribute(
     if not sharded:
         draw_weights(give_memory(objective, torch.device("cpu")))  # where all draw the same
         objective.to(accelerator.device)
-    average = average_of(objective, ema_decay) if ema_decay else None
+    average = average_of(objective, ema_decay, shapes_only=sharded) if ema_decay else None
     # What accelerate wraps by itself when nothing else is configured.
     blocks = sorted({type(module).__name__ for module in objective.modules() if isinstance(module, SwinBlock)})
     for module in filter(None, (objective, average and average.module)):
@@ -57,10 +57,13 @@ def distribute(
     return model, accelerator.prepare_optimizer(make_optimizer()), average
 
 
-def average_of(objective: Reconstruct | Classify, decay: float) -> ModelEmaV3:
-    """The average of the weights, which begins with a copy of them."""
+def average_of(objective: Reconstruct | Classify, decay: float, *, shapes_only: bool) -> ModelEmaV3:
+    """The average of the weights, which begins with a copy of them, or of their shapes on the meta device."""
     average = ModelEmaV3(objective.head, decay=decay)  # which must not be on the meta device
-    average.module = deepcopy(objective).eval()
+    copied: dict[int, Any] = {}
+    if shapes_only:
+        copied = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in objective.parameters()}
+    average.module = deepcopy(objective, copied).eval()
     return average
 
 

@@ -152,7 +152,7 @@ def train(
     """
     stage = recipe.stages[name]
     objective, size = job.objective, job.transform.size
-    accumulation = derive_accumulation(stage.batch_size, stage.micro_batch_size, accelerator.num_processes)
+    accumulation = derive_accumulation(stage, accelerator.num_processes)
     total_steps = num_steps(recipe, name, len(job.training))
     checkpoint, start_step, passed_over, changed = common_starting_point(
         folder, job.settings, accelerator, allow_changes

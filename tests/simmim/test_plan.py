@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from simmim import memory
 from simmim.cli import main
@@ -15,7 +16,7 @@ from simmim.plan_commands import duration, parse_bytes, readable
 from simmim.recipe import load_recipe
 from simmim.stages import training
 from simmim.stages.pretraining import make_objective
-from swin import SwinEncoder, make_config, transfer
+from swin import SwinEncoder, make_config, make_encoder, save_encoder, transfer
 
 # Backbone, and with mask token and linear head: exact.
 PARAMETERS = {
@@ -81,14 +82,18 @@ def test_planned_bytes_are_those_of_a_step(size, window, batch_size, checkpointi
     assert planned.of(batch_size) == pytest.approx(found, rel=0.1)
 
 
-def test_checkpointing_saves_what_the_papers_say():
-    """V2-B at 192 px: at least 60 % with checkpointing, 40 % with the selective kind, of what is kept for a step."""
-    planned = make_planned(load_recipe("simmim_swinv2_b"), "pretrain", 1)
-    per_image = {
+def test_checkpointing_saves_what_the_papers_say(monkeypatch):
+    """V2-B at 192 px: at least 60 % with checkpointing, 40 % with the selective kind and without any, of what plain
+    operations keep for a step."""
+    planned = make_planned(load_recipe("simmim_swinv2_b", ["encoder.depths=[2,2,2,2]"]), "pretrain", 1)
+    kept = {
         kind: footprint(planned, kind, 1, precision="fp32", device="cpu").per_image
         for kind in ("none", "selective", "full")
     }
-    assert per_image["full"] < 0.4 * per_image["none"] and per_image["selective"] < 0.6 * per_image["none"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plain = footprint(planned, "none", 1, precision="fp32", device="cpu").per_image
+    assert kept["none"] < 0.6 * plain and kept["selective"] < 0.6 * plain and kept["full"] < 0.4 * plain
+    assert kept["full"] < 0.5 * kept["none"] and kept["selective"] < kept["none"]
 
 
 def test_arithmetic_of_zero():
@@ -135,14 +140,15 @@ def test_a_plan_on_the_screen(capsys):
 
 def test_what_does_not_fit_says_what_would(capsys):
     command = ["plan", "simmim_swinv2_l", "--stage", "pretrain", "--tflops", "100"]
-    command += ["encoder.depths=[2,2,2,2]", "stages.pretrain.micro_batch_size=512"]
-    assert main([*command, "--memory", "24G"]) == 1
+    command += ["encoder.depths=[1,1,1,1]", "stages.pretrain.micro_batch_size=512"]
+    command += ["stages.pretrain.memory.attention_chunks=1"]
+    assert main([*command, "--memory", "14G"]) == 1
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("cannot work: pretrain: a rank needs 1.4 GB for weights, gradients and moments and ")
+    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and moments and ")
     fixes = printed.split("take ")[1].split(", or ")
     assert fixes[0] == "stages.pretrain.micro_batch_size=256" and fixes[1].endswith("memory.checkpointing=full")
     for fix in fixes:
-        assert main([*command, "--memory", "24G", fix]) == 0  # what is suggested works
+        assert main([*command, "--memory", "14G", fix]) == 0  # what is suggested works
     assert main([*command, "--memory", "1G"]) == 1
     assert "more or larger GPUs" in capsys.readouterr().out.splitlines()[-1]
     assert main(["plan", "demo", "--gpus", "3", "--memory", "8G", "--stage", "pretrain", "--tflops", "1"]) == 1
@@ -174,7 +180,7 @@ BAD = [
     ("stages.finetune_32.image_size=-1", "positive integers"),
     ("stages.finetune_32.window_size=40", "larger than the 16 x 16 tokens"),
     ("stages.finetune_32.init_from=transfer_48", "comes later"),
-    ("stages.finetune_32.init_from=nowhere", "give its image_size and window_size"),
+    ("stages.finetune_32.init_from=nowhere", "which is not there"),
     ("stages.scratch_32.image_size=null", "give its image_size"),
     ("encoder.num_heads=[3,2]", "heads do not divide"),
     ("encoder.depths=[2]", "must name the same stages"),
@@ -189,20 +195,40 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[change for change, _ in BAD])
 def test_bad_configurations_have_one_message(change, message, capsys):
-    further = []
-    if change.endswith("nowhere"):
-        further = ["stages.finetune_32.window_size=null", "stages.transfer_48.init_from=scratch"]
-    assert main(["plan", "demo", change, *further, "--tflops", "1", "--stage", "finetune_32"]) == 2
+    assert main(["plan", "demo", change, "--tflops", "1", "--stage", "finetune_32"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert message in "\n".join(said)
     problems = [line for line in said if change.split("=")[0].split(".")[-1] in line or message in line]
     assert len(problems) <= 2
 
 
+def test_what_a_stage_starts_from_is_looked_at(tmp_path, capsys):
+    other = make_encoder("swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4)
+    save_encoder(other, tmp_path / "export", about={})
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/encoder.json").write_text('{"format": 1}')
+    (tmp_path / "weights.pth").write_bytes(b"")
+    for name, message in (
+        ("export", "whose embed_dim is 8, but the recipe says 32"),
+        ("damaged", "does not describe an encoder"),
+        ("weights.pth", "says nothing of its size: give its image_size and window_size"),
+    ):
+        start = [f"stages.scratch_32.init_from={tmp_path / name}", "stages.scratch_32.window_size=null"]
+        assert main(["plan", "demo", *start, "--tflops", "1", "--stage", "scratch_32"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_shared_gets_no_micro_batch(capsys):
+    command = ["plan", "demo", "--stage", "pretrain", "--gpus", "3", "--memory", "30M", "--tflops", "1"]
+    assert main([*command, "stages.pretrain.batch_size=64", "stages.pretrain.micro_batch_size=64"]) == 1
+    printed = capsys.readouterr().out
+    assert "batch_size 64 does not divide among 3" in printed and "micro_batch_size=" not in printed
+
+
 def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "device_bytes", lambda _: 1_000_000)
     assert main(["pretrain", "demo", "--out", str(tmp_path)]) == 2
-    assert "weights, gradients and moments take 0.0 GB on each of 1 process(es)" in capsys.readouterr().err
+    assert "weights, gradients and moments take 2.8 MB on each of 1 process(es)" in capsys.readouterr().err
     assert not list(tmp_path.rglob("checkpoints"))
 
 
@@ -237,8 +263,8 @@ def test_the_benchmark_measures_every_saver():
         (["--memory", "x"], "expected a size such as 80G"),
         (["--memory", "inf"], "expected a size such as 80G"),
         (["--memory", "0G"], "expected a size such as 80G"),
-        (["--tflops", "0"], "--tflops must be above 0"),
-        (["--tflops=-5"], "--tflops must be above 0"),
+        (["--tflops", "0"], "--tflops must lie between"),
+        (["--tflops=-5"], "--tflops must lie between"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--stage", "nowhere"], "has no stage 'nowhere'"),
     ],

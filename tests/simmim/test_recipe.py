@@ -34,7 +34,7 @@ def test_every_stage_of_every_shipped_recipe_can_be_built(path):
             config = SwinEncoder(encoder_config(recipe.encoder, stage)).config
         assert check_window(config) is None
         for processes in (1, 8) if stage.batch_size > 512 else (1,):
-            assert derive_accumulation(stage.batch_size, stage.micro_batch_size, processes) >= 1
+            assert derive_accumulation(stage, processes) >= 1
 
 
 CHAINS = {

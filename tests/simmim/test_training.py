@@ -24,7 +24,7 @@ from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_lr, make_optimizer
 from simmim.recipe import load_recipe
 from simmim.runlog import RunLog
-from simmim.schema import encoder_config
+from simmim.schema import Augment, Finetune, Pretrain, encoder_config
 from simmim.stages import assembly
 from simmim.stages.pretraining import make_objective
 from simmim.stopping import StopRequest
@@ -222,12 +222,23 @@ def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
     assert set(summary["holdout_masked_l1"]) == {"predict zero", "model"}
 
 
+def accumulation(batch_size: int, micro_batch_size: int, processes: int, **settings) -> int:
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, **settings}
+    kind = Finetune if settings else Pretrain
+    return assembly.derive_accumulation(kind.model_construct(**sizes), processes)
+
+
 def test_accumulation_must_divide():
-    assert assembly.derive_accumulation(2048, 128, 4) == 4
+    assert accumulation(2048, 128, 4) == 4
     with pytest.raises(ValueError, match="take a micro_batch_size of 1, 2, 3, 4, 6, 12"):
-        assembly.derive_accumulation(24, 5, 2)
+        accumulation(24, 5, 2)
     with pytest.raises(ValueError, match="does not divide among 7 processes"):
-        assembly.derive_accumulation(24, 2, 7)
+        accumulation(24, 2, 7)
+    mixed = {"augment": Augment(mixup=0.8)}
+    with pytest.raises(ValueError, match=r"take a micro_batch_size of 2, 4, 6, 12$"):
+        accumulation(24, 8, 2, **mixed)
+    with pytest.raises(ValueError, match="leaves 3 images to each of 8"):
+        accumulation(24, 2, 8, **mixed)
 
 
 def test_learning_rates():
