@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-faults lint types check clean
+.PHONY: setup demo test test-faults bench lint types check clean
 
 setup: $(READY)
 
@@ -22,6 +22,9 @@ test: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -q -m faults
+
+bench: $(READY)
+	$(BIN)/python tools/benchmark.py step
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Measure: `python tools/benchmark.py data FOLDER_OF_PHOTOS`, `python tools/benchmark.py memory`."""
+"""Measure: `python tools/benchmark.py step`, `memory`, `data FOLDER_OF_PHOTOS`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simmim.lab.data_speed import data_speed
 from simmim.lab.memory_costs import memory_costs
+from simmim.lab.step_speed import step_speed
 
 
 def as_size(text: str) -> tuple[int, int]:
@@ -41,5 +42,31 @@ if __name__ == "__main__":
             rounds=given.rounds,
         )
     )
+    step = what.add_parser("step", help="training steps beside timm, transformers and any module: time and bytes kept")
+    step.add_argument("--encoders", nargs="+", default=["swinv2_tiny"], metavar="NAME")
+    step.add_argument("--sizes", nargs="+", type=as_size, default=[(192, 12)], metavar="PX/WINDOW")
+    step.add_argument("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
+    step.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    step.add_argument(
+        "--rivals", nargs="*", default=["timm", "transformers"], metavar="NAME", help="also FILE.py:FUNCTION"
+    )
+    step.add_argument("--compiled", action="store_true", help="all of them through torch.compile as well")
+    step.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
+    step.add_argument("--out", type=Path, metavar="FILE", help="the numbers as JSON")
+    step.set_defaults(
+        run=lambda given: step_speed(
+            given.encoders,
+            given.sizes,
+            batch_size=given.batch_size,
+            precisions=given.precisions,
+            rivals=given.rivals,
+            compiled=given.compiled,
+            rounds=given.rounds,
+            out=given.out,
+        )
+    )
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")

@@ -149,7 +149,7 @@ def test_what_does_not_fit_says_what_would(capsys):
     assert fixes[0] == "stages.pretrain.micro_batch_size=256" and fixes[1].endswith("memory.checkpointing=full")
     for fix in fixes:
         assert main([*command, "--memory", "14G", fix]) == 0  # what is suggested works
-    assert main([*command, "--memory", "1G"]) == 1
+    assert main([*command, "--memory", "500M"]) == 1
     assert "more or larger GPUs" in capsys.readouterr().out.splitlines()[-1]
     assert main(["plan", "demo", "--gpus", "3", "--memory", "8G", "--stage", "pretrain", "--tflops", "1"]) == 1
     assert "batch_size 16 does not divide among 3 processes" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""Steps that are measured side by side are the same step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from simmim.lab.rivals import make_rival
+from simmim.lab.step_speed import awake, kept_bytes, make_step, make_steps, step_speed
+from simmim.masking import MaskGenerator, expand_mask
+from simmim.objectives.reconstruct import Reconstruct
+from swin import make_encoder
+
+OTHER = """
+import torch
+from torch import nn
+
+class Other(nn.Module):
+    is_complete = True
+    def __init__(self, config, state):
+        super().__init__()
+        self.weight = nn.Parameter(state["norm.weight"].clone())
+        self.width = config["embed_dim"]
+    def forward(self, images, token_mask):
+        return self.weight.sum() * 0 + self.width + images.mean() * 0
+
+def make(config, state):
+    return Other(config, state)
+"""
+
+
+def make_small() -> Reconstruct:
+    torch.manual_seed(0)
+    encoder = make_encoder("swinv2_tiny", embed_dim=24, depths=(2, 2), num_heads=(2, 4), image_size=64, window_size=4)
+    return awake(Reconstruct(encoder, MaskGenerator((64, 64), 16, 0.6), mean=[0.5] * 3, std=[0.2] * 3))
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_rivals_have_our_loss_and_gradients(name):
+    objective = make_small().double()
+    rival = make_rival(name, objective).double().train()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    cells = objective.masks(torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    tokens = expand_mask(cells, objective.masks.mask_patch_size // objective.encoder.config.patch_size)
+    ours, theirs = objective.loss(images, cells), rival(images, tokens)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # theirs adds 1e-5 to the number of masked pixels
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(
+        objective.mask_token.grad, _mask_token(rival).grad.view(1, 1, 1, -1), rtol=1e-6, atol=1e-9
+    )
+    torch.testing.assert_close(objective.head.bias.grad, rival.head.bias.grad, rtol=1e-6, atol=1e-9)
+
+
+def _mask_token(rival):
+    own = getattr(getattr(rival.encoder, "embeddings", None), "mask_token", None)
+    return rival.mask_token if own is None else own
+
+
+def test_everybody_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("simmim.lab.step_speed.make_objective", lambda *_: make_small())
+    (tmp_path / "other.py").write_text(OTHER)
+    said: list[str] = []
+    found = step_speed(
+        ["swinv2_tiny"],
+        [(64, 4)],
+        batch_size=2,
+        precisions=["fp32", "bf16"],
+        rivals=["timm", f"{tmp_path / 'other.py'}:make"],
+        compiled=False,
+        rounds=1,
+        out=tmp_path / "speed.json",
+        say=said.append,
+    )
+    names = ["simmim", "timm", "other"]
+    assert [(speed.precision, speed.name) for speed in found] == [(p, n) for p in ("fp32", "bf16") for n in names]
+    ours, theirs, other = found[:3]
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-4) and other.loss == 24 and ours.ratio == 1
+    assert 0 < ours.saved_bytes < 0.7 * theirs.saved_bytes and ours.share_of_limit > 0
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["name"] for row in written] == names * 2 and len(said) == 10
+    for name, message in (("nobody", "unknown rival 'nobody'"), (f"{tmp_path / 'other.py'}:made", "has no made")):
+        with pytest.raises(ValueError, match=message):
+            make_rival(name, make_small())
+
+
+def test_kept_bytes_are_those_of_the_backward_pass():
+    weight = torch.nn.Parameter(torch.zeros(1000, 10))
+    step = make_step(
+        lambda images, _: (images @ weight.T).exp().sum(),
+        torch.optim.SGD([weight]),
+        torch.zeros(7, 10),
+        torch.zeros(1),
+        "fp32",
+    )
+    assert kept_bytes(step, torch.device("cpu")) == 4 * (70 + 7000)  # what is multiplied, and exp
+
+
+def test_a_compiled_step_is_the_same_step(monkeypatch):
+    """One graph, forward and backward; its losses are those of the step that is not compiled."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compiler(module, fullgraph=True, backend="aot_eager"))
+    objective = make_small()
+    steps = make_steps(objective, [], True, 2, "fp32", torch.device("cpu"))
+    assert list(steps) == ["simmim", "simmim, compiled"]
+    losses = [[float(step()) for _ in range(2)] for step in steps.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
