@@ -40,6 +40,7 @@ def attend(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, *, co
         ``(b n, t, c)``, heads side by side.
     """
     with no_autocast(qkv.device.type):
+        factor, bias = at_least_fp32(factor), at_least_fp32(bias)  # of a model that is in half precision as a whole
         attended: Tensor = _Sequential.apply(qkv, factor, bias, mask, cosine, chunks)
     return attended
 
@@ -94,6 +95,7 @@ def scale(x: Tensor, factor: Tensor | float, cosine: bool) -> Scaled:
 
 def masked_logits(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windows: slice) -> Tensor:
     """``(g, m, t, t)`` of some windows; q and k are scaled; -inf where attention is not allowed."""
+    bias = at_least_fp32(bias)
     if mask is None:
         logits = bias.expand(len(q), -1, -1, -1).clone(memory_format=torch.contiguous_format)
     else:

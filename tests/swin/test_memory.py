@@ -122,6 +122,23 @@ def test_half_precision_stays_in_chunks_what_it_is():
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
+def test_a_model_in_half_precision_as_a_whole(name):
+    torch.manual_seed(0)
+    encoder = make_encoder(name, embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=48, window_size=4)
+    images = torch.randn(2, 3, 48, 48)
+    expected = encoder(images).detach()
+    encoder.bfloat16()
+    features = encoder(images.bfloat16())
+    features.sum().backward()
+    assert features.dtype == torch.bfloat16
+    torch.testing.assert_close(features.float(), expected, rtol=0.05, atol=0.05)
+    with watch_attention(encoder) as watched:
+        encoder(images.bfloat16())
+    assert watched["max_attention_logit"] > 0
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
 def test_memory_of_a_large_window_falls():
     """A block of V2-B at 768 px with windows of 24 tokens, in bf16: at least four times, by chunks alone."""
     config = make_config("swinv2_base", image_size=768, window_size=24)
