@@ -100,13 +100,8 @@ def _write_official(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
     return difference
 
 
-def _write_timm(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
-    import timm
-
-    config = encoder.config
-    is_v1 = _need(encoder, "timm", V1, V2) == V1
-    out.mkdir()
-    save_file(_cpu(from_native(encoder.state_dict(), "timm")), out / "model.safetensors")
+def timm_arguments(config: SwinConfig) -> dict[str, Any]:
+    """Of timm's Swin V1 or V2."""
     arguments: dict[str, Any] = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -118,13 +113,23 @@ def _write_timm(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
         "mlp_ratio": config.mlp_ratio,
         "drop_path_rate": config.drop_path,
     }
-    if not is_v1:
+    if config.attention == "cosine":
         arguments["pretrained_window_sizes"] = config.reference_windows
+    return arguments
+
+
+def _write_timm(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
+    import timm
+
+    config = encoder.config
+    is_v1 = _need(encoder, "timm", V1, V2) == V1
+    out.mkdir()
+    save_file(_cpu(from_native(encoder.state_dict(), "timm")), out / "model.safetensors")
     description = {
         "architecture": "swin_base_patch4_window7_224" if is_v1 else "swinv2_base_window12_192",
         "num_classes": 0,
         "num_features": config.num_features,
-        "model_args": arguments,
+        "model_args": timm_arguments(config),
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [config.in_chans, *config.image_size],
@@ -142,6 +147,25 @@ def _write_timm(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
     return difference
 
 
+def transformers_arguments(config: SwinConfig) -> dict[str, Any]:
+    """Of the configuration of transformers' Swin V1 or V2, which knows square windows only."""
+    arguments: dict[str, Any] = {
+        "image_size": config.image_size[0] if config.image_size[0] == config.image_size[1] else config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_chans,
+        "embed_dim": config.embed_dim,
+        "depths": list(config.depths),
+        "num_heads": list(config.num_heads),
+        "window_size": config.window_size[0],
+        "mlp_ratio": config.mlp_ratio,
+        "drop_path_rate": config.drop_path,
+    }
+    if config.attention == "cosine":
+        assert config.reference_windows is not None
+        arguments["pretrained_window_sizes"] = [side for side, _ in config.reference_windows]
+    return arguments
+
+
 def _write_transformers(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
     transformers = _library("transformers", "transformers")
     config = encoder.config
@@ -157,22 +181,7 @@ def _write_transformers(encoder: SwinEncoder, out: Path, pixels: Pixels) -> floa
             f"choose a window of at most {min(config.reference_windows)[0]}, or an image of at least "
             f"{config.window_size[0] * config.stride} px"
         )
-    arguments: dict[str, Any] = {
-        "image_size": config.image_size[0] if config.image_size[0] == config.image_size[1] else config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.in_chans,
-        "embed_dim": config.embed_dim,
-        "depths": list(config.depths),
-        "num_heads": list(config.num_heads),
-        "window_size": config.window_size[0],
-        "mlp_ratio": config.mlp_ratio,
-        "drop_path_rate": config.drop_path,
-    }
-    if is_v1:
-        description = transformers.SwinConfig(**arguments)
-    else:
-        windows = [side for side, _ in config.reference_windows]
-        description = transformers.Swinv2Config(pretrained_window_sizes=windows, **arguments)
+    description = (transformers.SwinConfig if is_v1 else transformers.Swinv2Config)(**transformers_arguments(config))
     description.architectures = ["SwinModel" if is_v1 else "Swinv2Model"]
     out.mkdir()
     description.save_pretrained(out)

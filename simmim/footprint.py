@@ -140,7 +140,7 @@ def measure_step(objective: Objective, batch_size: int, precision: str) -> int:
 def _without_numbers(planned: Objective, device: str) -> Iterator[Objective]:
     """A copy with fake tensors of the processor; with the casts of a GPU's autocast, which normalises in fp32."""
     tensors = [*planned.parameters(), *planned.buffers()]
-    objective = copy.deepcopy(planned, {id(x): _shape_of(x) for x in tensors})
+    objective = copy.deepcopy(planned, {id(x): shape_of(x) for x in tensors})
     if device == "cuda":
         for module in objective.modules():
             if isinstance(module, nn.LayerNorm):
@@ -151,7 +151,8 @@ def _without_numbers(planned: Objective, device: str) -> Iterator[Objective]:
         yield objective.to_empty(device="cpu")
 
 
-def _shape_of(tensor: Tensor) -> Tensor:
+def shape_of(tensor: Tensor) -> Tensor:
+    """The same on the meta device."""
     shape = torch.empty_like(tensor, device="meta")
     return nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape
 

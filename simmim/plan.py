@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -200,12 +201,13 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     stage, start = recipe.stages[name], recipe.start_of(name)
     if start == "scratch":
         return encoder_config(recipe.encoder, stage)
+    path = Path(start).expanduser()
     if start in recipe.stages:
         old = config_of(recipe, start)
-    elif (Path(start).expanduser() / DESCRIPTION).exists():
-        old = load_config(Path(start).expanduser())
-        check_start(recipe, name, Path(start), old)
-    elif not Path(start).expanduser().exists():
+    elif (path / DESCRIPTION).exists():
+        old = load_config(path)
+        check_start(recipe, name, path, old)
+    elif not path.exists():
         raise ValueError(f"{name} starts from {start}, which is not there: set stages.{name}.init_from")
     elif stage.image_size is not None and stage.window_size is not None:
         return encoder_config(recipe.encoder, stage)
@@ -225,3 +227,16 @@ def make_planned(recipe: Recipe, name: str, classes: int) -> Reconstruct | Class
         if isinstance(stage, Pretrain):
             return make_objective(recipe, stage, SwinEncoder(config))
         return Classify(SwinEncoder(config), [""] * classes, mean=recipe.data.mean, std=recipe.data.std)
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """Multiplications and additions a second of large matrix products, measured."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 8192 if device.type != "cpu" else 1024
+    left = torch.randn(side, side, device=device, dtype=kind)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        float((left @ left)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(times)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
 from typing import TYPE_CHECKING
 
 from simmim.arguments import add_command, add_recipe
@@ -84,7 +83,7 @@ def _machine(arguments: argparse.Namespace) -> Machine:
     import torch
 
     from simmim.memory import device_bytes
-    from simmim.plan import Machine
+    from simmim.plan import Machine, product_rate
 
     is_gpu = torch.cuda.is_available() or arguments.memory is not None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,21 +91,6 @@ def _machine(arguments: argparse.Namespace) -> Machine:
     rate = arguments.tflops * 1e12 if arguments.tflops else product_rate(here, precision)
     memory = arguments.memory or device_bytes(here)
     return Machine(arguments.gpus or 1, memory, precision, "cuda" if is_gpu else "cpu", rate, not arguments.tflops)
-
-
-def product_rate(device: object, precision: str) -> float:
-    """Multiplications and additions a second of large matrix products, measured."""
-    import torch
-
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    side = 8192 if str(device) != "cpu" else 1024
-    left = torch.randn(side, side, device=str(device), dtype=kind)
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        float((left @ left)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - begin)
-    return 2 * side**3 / min(times)
 
 
 def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, images: int | None) -> str:

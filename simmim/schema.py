@@ -227,6 +227,11 @@ class Augment(Settings):
     mixup: NotNegative = Field(0.8, description="alpha; 0: none")
     cutmix: NotNegative = Field(1.0, description="alpha; 0: none")
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed, which takes an even number of them."""
+        return bool(self.mixup or self.cutmix)
+
 
 class FinetuneCrop(Crop):
     """The crops of a classifier are smaller."""
@@ -270,7 +275,7 @@ class Finetune(Settings):
 
     @model_validator(mode="after")
     def _pairs_to_mix(self) -> Finetune:
-        if (self.augment.mixup or self.augment.cutmix) and self.micro_batch_size % 2:
+        if self.augment.in_pairs and self.micro_batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs: micro_batch_size must be even, got {self.micro_batch_size}")
         return self
 

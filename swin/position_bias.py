@@ -164,7 +164,7 @@ def resample_table(table: Tensor, old: Pair, new: Pair, method: TableResampling 
     else:
         rows, columns = (_geometric_matrix(*axis).to(table) for axis in zip(old, new, strict=True))
         field = torch.einsum("Yy, Xx, myx -> mYX", rows, columns, field)
-    return rearrange(field, "m y x -> (y x) m").contiguous()  # as it is when it is a parameter that is shared out
+    return rearrange(field, "m y x -> (y x) m")
 
 
 def geometric_positions(old: int, new: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 An image of 1536 px has 2.4 billion logits in every block of the first stage of 3b with windows of 32 tokens, so Swin V2
 computes its attention sequentially there (arXiv 2111.09883, section 3.5). On a processor chunks that stay in its cache
-are the quickest too. Nothing but what goes in and comes out is kept for the gradient: the weights of a chunk are
-computed again from its queries and keys.
+are the quickest too. Nothing but what goes in is kept for the gradient: the weights of a chunk are computed again from
+its queries and keys.
 
 Letters: b batch, n windows, t tokens per window, c channels, m heads, d head width, g windows of a chunk.
 """
@@ -101,14 +101,9 @@ def masked_logits(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, windo
     else:
         of_windows = torch.arange(windows.start, windows.stop, device=mask.device) % len(mask)
         logits = bias.masked_fill(~mask[of_windows][:, None], float("-inf"))
-    return add_products(logits, q, k)
-
-
-def add_products(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``x + left right^T`` in the place of x, ``(g, m, t, t)``."""
-    flat = x.flatten(0, 1)
-    torch.baddbmm(flat, left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2), out=flat)
-    return x
+    flat = logits.flatten(0, 1)
+    torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=flat)
+    return logits
 
 
 class _Sequential(torch.autograd.Function):
@@ -124,17 +119,17 @@ class _Sequential(torch.autograd.Function):
             left, right = scale(q[chunk], factor[heads], cosine).x, scale(k[chunk], 1.0, cosine).x
             weights = masked_logits(left, right, bias[heads], mask, windows).softmax(dim=-1)
             by_head[chunk] = weights.to(v.dtype) @ v[chunk]
-        context.save_for_backward(qkv, factor, bias, mask, out)
+        context.save_for_backward(qkv, factor, bias, mask)
         context.cosine, context.chunks = cosine, chunks
         return out
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, factor, bias, mask, out = context.saved_tensors
+        qkv, factor, bias, mask = context.saved_tensors
         dqkv, dfactor, dbias = torch.empty_like(qkv), torch.zeros_like(factor), torch.zeros_like(bias)
         (q, k, v), (dq, dk, dv) = split_heads(qkv, 3, len(bias)), split_heads(dqkv, 3, len(bias))
-        out, gradient = split_heads(out, 1, len(bias))[0], split_heads(gradient.contiguous(), 1, len(bias))[0]
+        gradient = split_heads(gradient.contiguous(), 1, len(bias))[0]
         with no_autocast(qkv.device.type):
             for windows, heads in cut(len(qkv), len(bias), context.chunks):
                 chunk = windows, heads
@@ -151,6 +146,5 @@ class _Sequential(torch.autograd.Function):
                 if context.cosine:  # lengths do not count
                     dleft.addcmul_(left.x, along / factor[heads].square(), value=-1)
                     dright.addcmul_(right.x, (right.x * dright).sum(dim=-1, keepdim=True), value=-1)
-                torch.mul(dleft, left.by, out=dleft)
-                dq[chunk], dk[chunk] = dleft, dright.mul_(right.by)
+                dq[chunk], dk[chunk] = dleft.mul_(left.by), dright.mul_(right.by)
         return dqkv, dfactor, dbias, None, None, None

@@ -73,6 +73,8 @@ def assemble(config: SwinConfig, state: dict[str, Tensor]) -> SwinEncoder:
     """
     with torch.device("meta"):
         encoder = SwinEncoder(config)
+    # Views of other shapes, as resampling leaves them, cannot be shared out among processes.
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     encoder.load_state_dict(state, strict=True, assign=True)
     return encoder
 

@@ -62,10 +62,14 @@ def load_config(folder: Path) -> SwinConfig:
     Raises:
         ValueError: as of :func:`load_description`, or a file that describes no encoder.
     """
+    return _described(load_description(folder), Path(folder))
+
+
+def _described(description: dict[str, Any], folder: Path) -> SwinConfig:
     try:
-        return SwinConfig.from_dict(load_description(folder)["encoder"])
+        return SwinConfig.from_dict(description["encoder"])
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{Path(folder) / DESCRIPTION} does not describe an encoder ({error})") from None
+        raise ValueError(f"{folder / DESCRIPTION} does not describe an encoder ({error})") from None
 
 
 def load_encoder(
@@ -86,7 +90,8 @@ def load_encoder(
             that contradicts them.
     """
     folder = Path(folder)
-    config, description = load_config(folder), load_description(folder)
+    description = load_description(folder)
+    config = _described(description, folder)
     try:
         encoder = assemble(config, load_file(folder / WEIGHTS))
     except (FileNotFoundError, SafetensorError) as error:

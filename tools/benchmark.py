@@ -16,6 +16,17 @@ def as_size(text: str) -> tuple[int, int]:
     return int(size), int(window)
 
 
+def add_settings(
+    parser: argparse.ArgumentParser, encoders: list[str], *, batch_size: int, precisions: list[str], rounds: int
+) -> None:
+    """What training steps are measured at."""
+    parser.add_argument("--encoders", nargs="+", default=encoders, metavar="NAME")
+    parser.add_argument("--sizes", nargs="+", type=as_size, default=[(192, 12)], metavar="PX/WINDOW")
+    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="default: %(default)s")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
+    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help="default: %(default)s")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What is measured on this machine, side by side in one run.")
     what = parser.add_subparsers(required=True, metavar="WHAT")
@@ -28,11 +39,7 @@ if __name__ == "__main__":
         run=lambda given: data_speed(given.path, rounds=given.rounds, images=given.images, files=given.files)
     )
     memory = what.add_parser("memory", help="checkpointing and attention in chunks: bytes, planned and measured; time")
-    memory.add_argument("--encoders", nargs="+", default=["swinv2_tiny", "swinv2_base"], metavar="NAME")
-    memory.add_argument("--sizes", nargs="+", type=as_size, default=[(192, 12)], metavar="PX/WINDOW")
-    memory.add_argument("--batch-size", type=int, default=2, metavar="N", help="default: %(default)s")
-    memory.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    memory.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    add_settings(memory, ["swinv2_tiny", "swinv2_base"], batch_size=2, precisions=["fp32", "bf16"], rounds=5)
     memory.set_defaults(
         run=lambda given: memory_costs(
             given.encoders,
@@ -43,15 +50,11 @@ if __name__ == "__main__":
         )
     )
     step = what.add_parser("step", help="training steps beside timm, transformers and any module: time and bytes kept")
-    step.add_argument("--encoders", nargs="+", default=["swinv2_tiny"], metavar="NAME")
-    step.add_argument("--sizes", nargs="+", type=as_size, default=[(192, 12)], metavar="PX/WINDOW")
-    step.add_argument("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
-    step.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    add_settings(step, ["swinv2_tiny"], batch_size=4, precisions=["fp32"], rounds=7)
     step.add_argument(
         "--rivals", nargs="*", default=["timm", "transformers"], metavar="NAME", help="also FILE.py:FUNCTION"
     )
     step.add_argument("--compiled", action="store_true", help="all of them through torch.compile as well")
-    step.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
     step.add_argument("--out", type=Path, metavar="FILE", help="the numbers as JSON")
     step.set_defaults(
         run=lambda given: step_speed(

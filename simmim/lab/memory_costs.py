@@ -90,9 +90,9 @@ def memory_costs(
     return found
 
 
-def make_objective(encoder: str, size: int, window: int) -> Reconstruct:
+def make_objective(encoder: str, size: int, window: int, drop_path: float = 0.1) -> Reconstruct:
     """SimMIM at 60 % of cells of 32 px."""
-    built = make_encoder(encoder, image_size=size, window_size=window, drop_path=0.1)
+    built = make_encoder(encoder, image_size=size, window_size=window, drop_path=drop_path)
     masks = MaskGenerator((size, size), MASK_PATCH_SIZE, 0.6)
     return Reconstruct(built, masks, mean=[0.5] * 3, std=[0.25] * 3)
 
@@ -114,6 +114,14 @@ def step(objective: Reconstruct, batch_size: int, precision: str) -> None:
         torch.cuda.synchronize()
 
 
+def peak_of_gpu(run: Callable[[], object]) -> int:
+    """Bytes at its highest point, above what was allocated before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measured_bytes(objective: Reconstruct, batch_size: int, precision: str) -> int:
     """At the highest point of a step, beside weights and gradients."""
     for parameter in objective.parameters():
@@ -121,10 +129,7 @@ def measured_bytes(objective: Reconstruct, batch_size: int, precision: str) -> i
     step(objective, batch_size, precision)  # tables of positions are made once
     gc.collect()
     if objective.mean.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(objective, batch_size, precision)
-        return torch.cuda.max_memory_allocated() - before
+        return peak_of_gpu(lambda: step(objective, batch_size, precision))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step(objective, batch_size, precision)
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None

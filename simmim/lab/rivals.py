@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from simmim.convert import timm_arguments, transformers_arguments
+from simmim.masking import expand_mask
 from simmim.objectives.reconstruct import Reconstruct
 from swin import SwinConfig
 from swin.layouts import from_native
@@ -41,7 +43,7 @@ class Rival(nn.Module):
         """The loss of a batch."""
         features = self.encode(self.encoder, images, token_mask, self.mask_token)
         prediction = F.pixel_shuffle(self.head(rearrange(features, "b h w c -> b c h w")), self.stride)
-        mask = token_mask.repeat_interleave(self.token, 1).repeat_interleave(self.token, 2)[:, None]
+        mask = expand_mask(token_mask, self.token)[:, None]
         error = F.l1_loss(images, prediction, reduction="none")
         return (error * mask).sum() / (mask.sum() + 1e-5) / images.shape[1]
 
@@ -79,16 +81,7 @@ def make_rival(name: str, ours: Reconstruct) -> nn.Module:
 def _timm(config: SwinConfig, ours: Reconstruct) -> nn.Module:
     import timm
 
-    theirs = timm.models.swin_transformer_v2.SwinTransformerV2(
-        img_size=config.image_size,
-        window_size=config.window_size,
-        embed_dim=config.embed_dim,
-        depths=config.depths,
-        num_heads=config.num_heads,
-        drop_path_rate=config.drop_path,
-        pretrained_window_sizes=config.reference_windows,  # type: ignore[arg-type]
-        num_classes=0,
-    )
+    theirs = timm.models.swin_transformer_v2.SwinTransformerV2(num_classes=0, **timm_arguments(config))
     theirs.load_state_dict(from_native(ours.encoder.state_dict(), "timm"), strict=False)
     return theirs
 
@@ -102,21 +95,9 @@ def _encode_timm(encoder: Any, images: Tensor, token_mask: Tensor, mask_token: T
 def _transformers(config: SwinConfig, ours: Reconstruct) -> nn.Module:
     import transformers
 
-    assert config.reference_windows is not None
-    settings = transformers.Swinv2Config(
-        image_size=config.image_size[0],
-        window_size=config.window_size[0],
-        embed_dim=config.embed_dim,
-        depths=list(config.depths),
-        num_heads=list(config.num_heads),
-        drop_path_rate=config.drop_path,
-        pretrained_window_sizes=[side for side, _ in config.reference_windows],
-    )
+    settings = transformers.Swinv2Config(**transformers_arguments(config))
     theirs = transformers.Swinv2Model(settings, add_pooling_layer=False, use_mask_token=True)
-    state = {
-        name.removeprefix("swinv2."): x for name, x in from_native(ours.encoder.state_dict(), "transformers").items()
-    }
-    theirs.load_state_dict(state, strict=False)
+    theirs.load_state_dict(from_native(ours.encoder.state_dict(), "transformers"), strict=False)
     theirs.embeddings.mask_token = nn.Parameter(ours.mask_token.detach().view(1, 1, -1).clone())
     return theirs
 

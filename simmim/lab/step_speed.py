@@ -10,24 +10,21 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.footprint import flops
-from simmim.lab.memory_costs import make_objective
+from simmim.lab.memory_costs import make_objective, peak_of_gpu
 from simmim.lab.rivals import make_rival
 from simmim.masking import expand_mask
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
-from swin.blocks import DropPath
+from simmim.plan import product_rate
 
-SHAPES = ((4608, 384, 1536), (4608, 1536, 384), (1152, 768, 3072))
-"""Rows, inputs and outputs of linear layers as the encoders have them."""
 Step = Callable[[], Tensor]
 """One training step -> its loss."""
 
@@ -87,16 +84,15 @@ def step_speed(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: list[Speed] = []
     for precision in precisions:
-        limit = product_rate(precision, device)
+        limit = product_rate(device, precision)
         say(f"{device.type}, {torch.get_num_threads()} thread(s), {precision}: products at {limit / 1e9:,.0f} GFLOP/s")
         say(f"{'':<34}{'':<22}{'loss':>9}{'s a step':>10}{'ours x':>9}{'kept MB':>10}{'of limit':>10}")
         for encoder in encoders:
             for size, window in sizes:
                 torch.manual_seed(0)
-                objective = awake(make_objective(encoder, size, window))
-                work = (
-                    3 * 2 * flops(objective, "none").forward * batch_size
-                )  # the backward pass has two products for each
+                objective = awake(make_objective(encoder, size, window, drop_path=0.0))
+                # Two operations are a multiply-add, and the backward pass has two products for each of the forward.
+                work = 2 * 3 * flops(objective, "none").forward * batch_size
                 steps = make_steps(objective, rivals, compiled, batch_size, precision, device)
                 measured = compare(steps, rounds, device)
                 own = measured["simmim"][1]
@@ -127,13 +123,9 @@ def step_speed(
 
 @torch.no_grad()
 def awake(objective: Reconstruct) -> Reconstruct:
-    """Fresh blocks add nothing: with other weights every part is seen in the loss. Nothing is dropped at random."""
+    """Fresh blocks add nothing: with other weights every part is seen in the loss."""
     for parameter in objective.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
-    for module in objective.modules():
-        if isinstance(module, DropPath):
-            module.rate = 0.0
-    objective.encoder.config = replace(objective.encoder.config, drop_path=0.0)
     return objective.train()
 
 
@@ -152,7 +144,7 @@ def make_steps(
     cell_mask = masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
     token_mask = expand_mask(cell_mask, masks.mask_patch_size // config.patch_size)
     steps = {}
-    for kind in (False, True) if compiled else (False,):
+    for is_compiled in (False, True) if compiled else (False,):
         own = copy.deepcopy(objective)
         everybody: dict[str, tuple[nn.Module, Tensor]] = {"simmim": (Ours(own), cell_mask)}
         everybody |= {name: (make_rival(name, objective).to(device).train(), token_mask) for name in rivals}
@@ -164,8 +156,8 @@ def make_steps(
                 )
             else:
                 optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05)
-            forward = torch.compile(module) if kind else module
-            title = Path(name.partition(":")[0]).stem + (", compiled" if kind else "")
+            forward = torch.compile(module) if is_compiled else module
+            title = Path(name.partition(":")[0]).stem + (", compiled" if is_compiled else "")
             steps[title] = make_step(forward, optimizer, images, mask, precision)
     return steps
 
@@ -209,10 +201,7 @@ def compare(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
 def kept_bytes(step: Step, device: torch.device) -> int:
     """What a step keeps for its backward pass; on a GPU its highest point above what was there before."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_of_gpu(step)
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -223,21 +212,3 @@ def kept_bytes(step: Step, device: torch.device) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         step()
     return sum(storages.values())
-
-
-@torch.no_grad()
-def product_rate(precision: str, device: torch.device, rounds: int = 10) -> float:
-    """Operations a second of linear layers as large as those of the encoders, the best of their shapes."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    rates = []
-    for rows, inputs, outputs in SHAPES:
-        x, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, inputs), (outputs, inputs)))
-        times = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            F.linear(x, weight)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        rates.append(2 * rows * inputs * outputs / median(times))
-    return max(rates)

@@ -211,7 +211,7 @@ def micro_batch_sizes(stage: Pretrain | Finetune, num_processes: int) -> list[in
     """Those that the batch can be divided into, in ascending order; even ones where images are mixed in pairs."""
     if stage.batch_size % num_processes:
         return []
-    pairs = isinstance(stage, Finetune) and bool(stage.augment.mixup or stage.augment.cutmix)
+    pairs = isinstance(stage, Finetune) and stage.augment.in_pairs
     share = stage.batch_size // num_processes
     return [size for size in range(1, share + 1) if share % size == 0 and not (pairs and size % 2)]
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from simmim.footprint import shape_of
 from simmim.objectives.classify import Classify
 from simmim.objectives.reconstruct import Reconstruct
 from swin.blocks import SwinBlock
@@ -31,17 +32,15 @@ def distribute(
     Each has a copy; or under FSDP2 a part of each parameter, and then parameters that have no numbers yet (on the
     meta device) get them part by part: no process ever holds them all.
     """
-    sharded = accelerator.is_fsdp2
-    if not sharded:
+    if not accelerator.is_fsdp2:
         draw_weights(give_memory(objective, torch.device("cpu")))  # where all draw the same
         objective.to(accelerator.device)
-    average = average_of(objective, ema_decay, shapes_only=sharded) if ema_decay else None
-    # What accelerate wraps by itself when nothing else is configured.
-    blocks = sorted({type(module).__name__ for module in objective.modules() if isinstance(module, SwinBlock)})
-    for module in filter(None, (objective, average and average.module)):
-        module._no_split_modules = blocks
-    if not sharded:
+        average = average_of(objective, ema_decay, shapes_only=False) if ema_decay else None
         return *accelerator.prepare(objective, make_optimizer()), average
+    average = average_of(objective, ema_decay, shapes_only=True) if ema_decay else None
+    shared = [objective] if average is None else [objective, average.module]
+    for module in shared:  # what accelerate wraps by itself when nothing else is configured
+        module._no_split_modules = sorted({type(m).__name__ for m in module.modules() if isinstance(m, SwinBlock)})
     # accelerate shards no model without an optimizer, and finds the parameters of that one by addresses, which those
     # on the meta device share: it gets one to throw away, and the real one when there are parameters.
     model, _ = accelerator.prepare(objective, torch.optim.SGD(objective.parameters()))
@@ -50,7 +49,7 @@ def distribute(
         fsdp2_prepare_model(accelerator, average.module)
         give_memory(average.module, accelerator.device)
         average.set(objective)
-    for module in filter(None, (objective, average and average.module)):
+    for module in shared:
         for method in ("measure", "picture", "reconstruct"):
             if hasattr(module, method):
                 register_fsdp_forward_method(module, method)
@@ -60,9 +59,7 @@ def distribute(
 def average_of(objective: Reconstruct | Classify, decay: float, *, shapes_only: bool) -> ModelEmaV3:
     """The average of the weights, which begins with a copy of them, or of their shapes on the meta device."""
     average = ModelEmaV3(objective.head, decay=decay)  # which must not be on the meta device
-    copied: dict[int, Any] = {}
-    if shapes_only:
-        copied = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in objective.parameters()}
+    copied: dict[int, Any] = {id(p): shape_of(p) for p in objective.parameters()} if shapes_only else {}
     average.module = deepcopy(objective, copied).eval()
     return average
 

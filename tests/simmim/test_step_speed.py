@@ -60,7 +60,7 @@ def _mask_token(rival):
 
 
 def test_everybody_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("simmim.lab.step_speed.make_objective", lambda *_: make_small())
+    monkeypatch.setattr("simmim.lab.step_speed.make_objective", lambda *_, **__: make_small())
     (tmp_path / "other.py").write_text(OTHER)
     said: list[str] = []
     found = step_speed(

@@ -100,6 +100,7 @@ def test_tables_are_resampled_to_the_new_windows(method, tmp_path):
     old, new = encoder.layers[3].blocks[0].attn, moved.layers[3].blocks[0].attn
     expected = resample_table(old.position_bias.table, (6, 6), (8, 8), method)
     torch.testing.assert_close(new.position_bias.table, expected)
+    assert all(parameter.is_contiguous() for parameter in moved.parameters())  # or FSDP would not share them out
     assert moved.history == [
         {"step": "transfer", "image_size": [256, 256], "window_size": [16, 16], "table_resampling": method}
     ]
