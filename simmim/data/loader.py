@@ -14,14 +14,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from simmim.counter_rng import permutation, uniform
 from simmim.data.decode import Picture
 from simmim.data.reading import Reader
 from simmim.data.sources import Labelled, Source
 from simmim.data.tables import BLOCKS_TOGETHER
-from simmim.data.transforms import CenterCrop, RandomCrop, untouched_generators
+from simmim.data.transforms import Example, Transform, untouched_generators
 from simmim.stopping import ignore_signals
 
 Batch = dict[str, Any]
@@ -45,7 +45,7 @@ class Samples(Dataset):
     def __init__(
         self,
         source: Source,
-        transform: RandomCrop | CenterCrop,
+        transform: Transform,
         seed: int,
         *,
         labelled: bool = False,
@@ -65,7 +65,7 @@ class Samples(Dataset):
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws).tolist()
         numbers = index.tolist()
         broken: list[tuple[str, str]] = []
-        images, labels, kept = [], [], []
+        examples, labels, kept = [], [], []
         contents = self._reader.many(numbers)
         for start in range(0, len(numbers), HEADERS_TOGETHER):
             few = numbers[start : start + HEADERS_TOGETHER]
@@ -74,15 +74,15 @@ class Samples(Dataset):
                 found = self._crop(number, picture, draws[place], broken)
                 if found is not None:
                     kept.append(place)
-                    images.append(found[1])
+                    examples.append(found[1])
                     if self.labelled:
                         labels.append(cast(Labelled, self.source).label(found[0]))
                 elif self.replace:
                     return {"broken": broken}
-        if not images:
+        if not examples:
             return {"broken": broken}
-        # In a worker this writes each image straight into memory that the main process sees.
-        batch = {"image": default_collate(images), "epoch": epoch[kept], "index": index[kept], "broken": broken}
+        batch: Batch = {**self.transform.collate(examples), "epoch": epoch[kept]}
+        batch |= {"index": index[kept], "broken": broken}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
     def _open(self, number: int, content: Callable[[], Any], broken: list[tuple[str, str]]) -> Picture | None:
@@ -94,7 +94,7 @@ class Samples(Dataset):
 
     def _crop(
         self, number: int, picture: Picture | None, draws: list[float], broken: list[tuple[str, str]]
-    ) -> tuple[int, Tensor] | None:
+    ) -> tuple[int, Example] | None:
         """The number and pixels of the image, or of the next good one if it is to be replaced."""
         for _ in range(MAX_BROKEN_IN_A_ROW):
             if picture is not None:
@@ -166,7 +166,7 @@ def epoch_order(seed: int, epoch: int, size: int, blocks: Tensor | None = None) 
 
 def training_batches(
     source: Source,
-    transform: RandomCrop,
+    transform: Transform,
     *,
     seed: int,
     labelled: bool = False,
@@ -187,7 +187,7 @@ def training_batches(
 
 def evaluation_batches(
     source: Source,
-    transform: CenterCrop,
+    transform: Transform,
     *,
     batch_size: int,
     labelled: bool = False,

@@ -7,16 +7,40 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from simmim.data.decode import Box, Picture, from_image, to_image
 
 _ATTEMPTS = 10
+
+Example = Tensor | dict[str, Tensor]
+"""An image, uint8 ``(c, H, W)``; or ``image`` beside what belongs to it."""
+
+
+class Transform(Protocol):
+    """From what a source decodes to what a batch is made of."""
+
+    num_draws: int
+
+    def __call__(self, picture: Any, draws: Sequence[float]) -> Example:
+        """A pure function of ``num_draws`` draws in [0, 1)."""
+
+    def collate(self, examples: list[Any]) -> dict[str, Tensor]:
+        """Several of them as one batch, in which ``image`` has an entry for each."""
+
+
+def stack(images: list[Tensor]) -> dict[str, Tensor]:
+    """Images of one size as ``image`` uint8 ``(n, c, H, W)``.
+
+    In a worker this writes each of them straight into memory that the main process sees.
+    """
+    return {"image": default_collate(images)}
 
 
 class RandomCrop:
@@ -34,6 +58,7 @@ class RandomCrop:
     """
 
     num_draws = 4 * _ATTEMPTS + 1
+    collate = staticmethod(stack)
 
     def __init__(
         self,
@@ -68,6 +93,7 @@ class CenterCrop:
     """The largest central crop of the wanted aspect ratio, resized: the fixed view for evaluation."""
 
     num_draws = 0
+    collate = staticmethod(stack)
 
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear") -> None:
         self.size, self.interpolation = size, interpolation
