@@ -1,0 +1,87 @@
+"""Window attention as one kernel: the numbers of :func:`swin.sequential.attend`, with no logits in memory at all.
+
+Nothing is padded, rolled or cut into windows either: the kernel looks its tokens up where they lie on the grid. The
+programs themselves are in :mod:`swin.kernel_programs`, which is only imported where Triton is there to run them.
+
+Letters: b batch, h w token grid, n windows, t tokens per window, c channels, m heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swin.config import Pair
+from swin.windows import Windows
+
+
+def available(device: torch.device) -> bool:
+    """Whether Triton is installed and runs there: on a GPU, or on the processor with ``TRITON_INTERPRET=1``."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and bool(triton.knobs.runtime.interpret))
+
+
+def attend_windows(qkv: Tensor, factor: Tensor, bias: Tensor, windows: Windows, *, cosine: bool) -> Tensor:
+    """``softmax(factor similarity(q, k) + bias) v`` inside windows; logits and softmax in at least fp32.
+
+    Args:
+        qkv: queries, keys and values side by side on the grid, ``(b, h, w, 3 c)``, neither padded nor rolled.
+        factor: what each head multiplies its similarities by, ``(m, 1, 1)``.
+        bias: ``(m, t, t)``
+        windows: how the grid is cut.
+        cosine: similarity is the cosine (Swin V2), not the product (V1).
+
+    Returns:
+        ``(b, h, w, c)``, heads side by side.
+    """
+    attended: Tensor = _Attend.apply(qkv, factor, bias, windows, cosine)
+    return attended
+
+
+def blocks(tokens: int, width: int) -> dict[str, int]:
+    """Queries and keys of a program and its warps.
+
+    A function of sizes alone: what is chosen by time would round differently when a run is continued.
+    """
+    side = min(64, max(16, 1 << (tokens - 1).bit_length()))
+    return {"BLOCK_Q": side, "BLOCK_K": side, "num_warps": 4, "num_stages": 2}
+
+
+def _constants(windows: Windows, width: int, cosine: bool) -> dict[str, Any]:
+    (th, tw), block_d = windows.window, max(16, 1 << (width - 1).bit_length())
+    return {"TH": th, "TW": tw, "D": width, "BLOCK_D": block_d, "COSINE": cosine, **blocks(th * tw, width)}
+
+
+def _geometry(batch: int, grid: Pair, windows: Windows) -> tuple[int, ...]:
+    """Tokens of all grids, the grid, windows along its axes, the shift."""
+    (h, w), (th, tw), (bottom, right) = grid, windows.window, windows.padding
+    return batch * h * w, h, w, (h + bottom) // th, (w + right) // tw, *windows.shift
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, qkv: Tensor, factor: Tensor, bias: Tensor, windows: Windows, cosine: bool) -> Tensor:
+        from swin.kernel_programs import attend_program
+
+        qkv, factor, bias = qkv.contiguous(), factor.contiguous(), bias.contiguous()
+        (b, h, w, width), m = qkv.shape, len(bias)
+        geometry, constants = _geometry(b, (h, w), windows), _constants(windows, width // 3 // m, cosine)
+        out = qkv.new_empty(b, h, w, width // 3)
+        lse = torch.empty(m, b, h, w, dtype=torch.promote_types(qkv.dtype, torch.float32), device=qkv.device)
+        programs = b * geometry[3] * geometry[4] * -(-bias.shape[1] // constants["BLOCK_Q"])
+        with torch.cuda.device_of(qkv):
+            attend_program[programs, m](qkv, factor, bias, out, lse, geometry, **constants)
+        context.save_for_backward(qkv, factor, bias, out, lse)
+        context.geometry, context.constants = geometry, constants
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError

@@ -1,0 +1,148 @@
+"""The programs of :mod:`swin.kernel`, in Triton: what one of thousands does for a block of queries or keys of one head.
+
+A window is never cut out. Its token number i is looked up on the grid where it lies, before padding and rolling, and
+read and written there. What comes side by side in a program: tokens of a block in rows, channels of a head in columns.
+
+Logits are products of queries and keys as they come, times both inverse lengths: a product of two bf16 numbers is exact
+in fp32, so nothing is lost that normalising in fp32 would keep, at the speed of bf16 (arXiv 2205.14135 for the blocks,
+2111.09883, equation 2, for the cosine).
+
+``geometry`` is ``(tokens, h, w, nh, nw, sy, sx)``: tokens of all grids, the grid, windows along its axes, the shift.
+``T`` is t, the tokens of a window; ``D`` d, the width of a head; heads are the second axis of the programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def place(window: Any, i: Any, geometry: Any, TH: tl.constexpr, TW: tl.constexpr) -> Any:
+    """Where tokens i of a window lie on the grids ``(b, h, w)``, and on which side of the roll; -1 for no token.
+
+    The sides are those of :func:`swin.windows.attention_mask`: tokens attend to those of their own side. What is
+    padding, or above t, is a side of its own.
+    """
+    _, h, w, nh, nw, sy, sx = geometry
+    y = window // nw % nh * TH + i // TW + sy
+    x = window % nw * TW + i % TW + sx
+    y = tl.where(y >= nh * TH, y - nh * TH, y)
+    x = tl.where(x >= nw * TW, x - nw * TW, x)
+    real = (i < TH * TW) & (y < h) & (x < w)
+    side = tl.where(real, (y < sy) * 2 + (x < sx), -1)
+    return (window // (nh * nw)).to(tl.int64) * h * w + y * w + x, side
+
+
+@triton.jit
+def cells(index: Any, width: Any, start: Any, D: tl.constexpr, BLOCK_D: tl.constexpr) -> Any:
+    """Offsets ``(block, d)`` of d channels from ``start`` of every token, of ``width`` channels each."""
+    return index[:, None] * width + (start + tl.arange(0, BLOCK_D))[None, :]
+
+
+@triton.jit
+def load(x: Any, at: Any, side: Any, D: tl.constexpr, BLOCK_D: tl.constexpr) -> Any:
+    """Tokens that exist, zeros for others: ``(block, d)``."""
+    return tl.load(x + at, mask=(side >= 0)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store(x: Any, at: Any, side: Any, value: Any, D: tl.constexpr, BLOCK_D: tl.constexpr) -> None:
+    mask = (side >= 0)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_bias(bias: Any, i: Any, j: Any, T: tl.constexpr, ACC: tl.constexpr) -> Any:
+    """Of one head, for queries i and keys j."""
+    at = bias + tl.program_id(1).to(tl.int64) * T * T + i[:, None] * T + j[None, :]
+    return tl.load(at, mask=(i < T)[:, None] & (j < T)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def inverse_length(x: Any, COSINE: tl.constexpr, ACC: tl.constexpr) -> Any:
+    """What a row is multiplied by to be of length one, as :func:`swin.sequential.scale` does; one for plain products."""
+    x = x.to(ACC)
+    if COSINE:
+        return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+    else:
+        return tl.sum(x * 0, axis=1) + 1.0
+
+
+@triton.jit
+def product(a: Any, b: Any, ACC: tl.constexpr) -> Any:
+    """``a b``, added up in fp32; fp32 factors are not cut to tf32."""
+    if INTERPRETED:  # its dot takes the bits of bf16 for whole numbers
+        return tl.dot(a.to(ACC), b.to(ACC), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def fine_product(a: Any, b: Any, ACC: tl.constexpr) -> Any:
+    """``a b`` for an ``a`` in fp32 whose rows nearly cancel: bf16 alone would leave its rounding instead of the sum."""
+    if b.dtype == tl.bfloat16:
+        high = a.to(tl.bfloat16)
+        low = (a - high.to(ACC)).to(tl.bfloat16)
+        return product(high, b, ACC) + product(low, b, ACC)
+    else:  # fp16 has not the range of a gradient
+        return product(a, b.to(ACC), ACC)
+
+
+@triton.jit
+def logits_of(q: Any, k: Any, left: Any, right: Any, bias: Any, side_q: Any, side_k: Any, ACC: tl.constexpr) -> Any:
+    """``(queries, keys)``; -inf across sides. ``left`` and ``right`` are what rows of q and k are multiplied by."""
+    logits = product(q, tl.trans(k), ACC) * left[:, None] * right[None, :] + bias
+    return tl.where(side_q[:, None] == side_k[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def attend_program(
+    qkv: Any,
+    factor: Any,
+    bias: Any,
+    out: Any,
+    lse: Any,
+    geometry: Any,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COSINE: tl.constexpr,
+) -> None:
+    """A block of queries over all keys of its window, with the softmax running: ``out`` and log of its sums, ``lse``."""
+    ACC: tl.constexpr = lse.dtype.element_ty
+    T: tl.constexpr = TH * TW
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    window = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
+    i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    index_q, side_q = place(window, i, geometry, TH, TW)
+    q = load(qkv, cells(index_q, 3 * heads * D, head * D, D, BLOCK_D), side_q, D, BLOCK_D)
+    left = inverse_length(q, COSINE, ACC) * tl.load(factor + head).to(ACC)
+    largest = tl.full((BLOCK_Q,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_Q,), ACC)
+    summed = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    for start in range(0, T, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        index_k, side_k = place(window, j, geometry, TH, TW)
+        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D), side_k, D, BLOCK_D)
+        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D), side_k, D, BLOCK_D)
+        right = inverse_length(k, COSINE, ACC)
+        logits = logits_of(q, k, left, right, load_bias(bias, i, j, T, ACC), side_q, side_k, ACC)
+        larger = tl.maximum(largest, tl.max(logits, axis=1))
+        # A block may hold nothing of the own side yet, and inf - inf is no number.
+        origin = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp(logits - origin[:, None])
+        shrink = tl.exp(largest - origin)
+        total = total * shrink + tl.sum(weights, axis=1)
+        summed = summed * shrink[:, None] + product(weights.to(v.dtype), v, ACC)
+        largest = larger
+    total = tl.where(side_q >= 0, total, 1.0)
+    store(out, cells(index_q, heads * D, head * D, D, BLOCK_D), side_q, summed / total[:, None], D, BLOCK_D)
+    tl.store(lse + head.to(tl.int64) * geometry[0] + index_q, largest + tl.log(total), mask=side_q >= 0)
