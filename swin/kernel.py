@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 from swin.config import Pair
 from swin.windows import Windows
 
+PROGRAMS = 2048
+"""So many add up the gradient of a bias, each over its share of the windows, where there are windows enough: some for
+every multiprocessor of a large GPU."""
+
 
 def available(device: torch.device) -> bool:
     """Whether Triton is installed and runs there: on a GPU, or on the processor with ``TRITON_INTERPRET=1``."""
@@ -84,4 +88,27 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
+        from swin.kernel_programs import bias_program, keys_program, queries_program
+
+        qkv, factor, bias, out, lse = context.saved_tensors
+        gradient, geometry, constants = gradient.contiguous(), context.geometry, context.constants
+        num_windows, t, m = (
+            geometry[0] // (geometry[1] * geometry[2]) * geometry[3] * geometry[4],
+            bias.shape[1],
+            len(bias),
+        )
+        of_queries, of_keys = -(-t // constants["BLOCK_Q"]), -(-t // constants["BLOCK_K"])
+        dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+        dfactor, dbias = lse.new_empty(m, num_windows * of_queries), None
+        with torch.cuda.device_of(qkv):
+            queries_program[num_windows * of_queries, m](
+                qkv, factor, bias, out, lse, gradient, delta, dqkv, dfactor, geometry, **constants
+            )
+            given = qkv, factor, bias, lse, gradient, delta
+            keys_program[num_windows * of_keys, m](*given, dqkv, geometry, **constants)
+            if context.needs_input_grad[2]:
+                shares = min(num_windows, -(-PROGRAMS // (m * of_queries * of_keys)))
+                of_shares = lse.new_empty(shares, m, t, t)
+                bias_program[of_queries * of_keys, m, shares](*given, of_shares, num_windows, geometry, **constants)
+                dbias = of_shares.sum(dim=0).to(bias.dtype)
+        return dqkv, dfactor.sum(dim=1).to(factor.dtype).view_as(factor), dbias, None, None

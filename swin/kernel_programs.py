@@ -39,7 +39,7 @@ def place(window: Any, i: Any, geometry: Any, TH: tl.constexpr, TW: tl.constexpr
 
 
 @triton.jit
-def cells(index: Any, width: Any, start: Any, D: tl.constexpr, BLOCK_D: tl.constexpr) -> Any:
+def cells(index: Any, width: Any, start: Any, BLOCK_D: tl.constexpr) -> Any:
     """Offsets ``(block, d)`` of d channels from ``start`` of every token, of ``width`` channels each."""
     return index[:, None] * width + (start + tl.arange(0, BLOCK_D))[None, :]
 
@@ -65,7 +65,7 @@ def load_bias(bias: Any, i: Any, j: Any, T: tl.constexpr, ACC: tl.constexpr) -> 
 
 @triton.jit
 def inverse_length(x: Any, COSINE: tl.constexpr, ACC: tl.constexpr) -> Any:
-    """What a row is multiplied by to be of length one, as :func:`swin.sequential.scale` does; one for plain products."""
+    """What a row is multiplied by to be of length one, as :func:`swin.sequential.scale` does; one for products."""
     x = x.to(ACC)
     if COSINE:
         return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
@@ -116,14 +116,14 @@ def attend_program(
     BLOCK_K: tl.constexpr,
     COSINE: tl.constexpr,
 ) -> None:
-    """A block of queries over all keys of its window, with the softmax running: ``out`` and log of its sums, ``lse``."""
+    """A block of queries over all keys of its window, the softmax running along: ``out`` and ``lse``, log of its sums."""
     ACC: tl.constexpr = lse.dtype.element_ty
     T: tl.constexpr = TH * TW
     head, heads = tl.program_id(1), tl.num_programs(1)
     window = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
     i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     index_q, side_q = place(window, i, geometry, TH, TW)
-    q = load(qkv, cells(index_q, 3 * heads * D, head * D, D, BLOCK_D), side_q, D, BLOCK_D)
+    q = load(qkv, cells(index_q, 3 * heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
     left = inverse_length(q, COSINE, ACC) * tl.load(factor + head).to(ACC)
     largest = tl.full((BLOCK_Q,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_Q,), ACC)
@@ -131,8 +131,8 @@ def attend_program(
     for start in range(0, T, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         index_k, side_k = place(window, j, geometry, TH, TW)
-        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D), side_k, D, BLOCK_D)
-        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D), side_k, D, BLOCK_D)
+        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
+        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
         right = inverse_length(k, COSINE, ACC)
         logits = logits_of(q, k, left, right, load_bias(bias, i, j, T, ACC), side_q, side_k, ACC)
         larger = tl.maximum(largest, tl.max(logits, axis=1))
@@ -144,5 +144,168 @@ def attend_program(
         summed = summed * shrink[:, None] + product(weights.to(v.dtype), v, ACC)
         largest = larger
     total = tl.where(side_q >= 0, total, 1.0)
-    store(out, cells(index_q, heads * D, head * D, D, BLOCK_D), side_q, summed / total[:, None], D, BLOCK_D)
+    store(out, cells(index_q, heads * D, head * D, BLOCK_D), side_q, summed / total[:, None], D, BLOCK_D)
     tl.store(lse + head.to(tl.int64) * geometry[0] + index_q, largest + tl.log(total), mask=side_q >= 0)
+
+
+@triton.jit
+def weights_of(logits: Any, lse: Any, delta: Any, dout: Any, v: Any, ACC: tl.constexpr) -> Any:
+    """Softmax of the logits again, and their gradient: ``(queries, keys)`` both."""
+    weights = tl.exp(logits - lse[:, None])
+    return weights, weights * (product(dout, tl.trans(v), ACC) - delta[:, None])
+
+
+@triton.jit
+def queries_program(
+    qkv: Any,
+    factor: Any,
+    bias: Any,
+    out: Any,
+    lse: Any,
+    dout: Any,
+    delta: Any,
+    dqkv: Any,
+    dfactor: Any,
+    geometry: Any,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COSINE: tl.constexpr,
+) -> None:
+    """Gradient of a block of queries, its share of the factor's, and ``delta``, which keys and bias will need.
+
+    ``delta`` is the sum of weights times their gradients, which equals ``out dout``.
+    """
+    ACC: tl.constexpr = lse.dtype.element_ty
+    T: tl.constexpr = TH * TW
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    window = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
+    i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    index_q, side_q = place(window, i, geometry, TH, TW)
+    at_q = cells(index_q, 3 * heads * D, head * D, BLOCK_D)
+    at_out = cells(index_q, heads * D, head * D, BLOCK_D)
+    q = load(qkv, at_q, side_q, D, BLOCK_D)
+    by_factor = tl.load(factor + head).to(ACC)
+    shorten = inverse_length(q, COSINE, ACC)
+    do = load(dout, at_out, side_q, D, BLOCK_D)
+    of_row = head.to(tl.int64) * geometry[0] + index_q
+    d = tl.sum(load(out, at_out, side_q, D, BLOCK_D).to(ACC) * do.to(ACC), axis=1)
+    tl.store(delta + of_row, d, mask=side_q >= 0)
+    sums = tl.load(lse + of_row, mask=side_q >= 0, other=float("inf"))
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    for start in range(0, T, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        index_k, side_k = place(window, j, geometry, TH, TW)
+        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
+        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
+        right = inverse_length(k, COSINE, ACC)
+        scores = load_bias(bias, i, j, T, ACC)
+        logits = logits_of(q, k, shorten * by_factor, right, scores, side_q, side_k, ACC)
+        _, dlogits = weights_of(logits, sums, d, do, v, ACC)
+        dq += fine_product(dlogits * right[None, :], k, ACC)
+    unit = q.to(ACC) * shorten[:, None]
+    along = tl.sum(unit * dq, axis=1)
+    tl.store(dfactor + head * tl.num_programs(0) + tl.program_id(0), tl.sum(along, axis=0))
+    if COSINE:  # lengths do not count
+        dq -= unit * along[:, None]
+    store(dqkv, at_q, side_q, dq * (shorten * by_factor)[:, None], D, BLOCK_D)
+
+
+@triton.jit
+def keys_program(
+    qkv: Any,
+    factor: Any,
+    bias: Any,
+    lse: Any,
+    dout: Any,
+    delta: Any,
+    dqkv: Any,
+    geometry: Any,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COSINE: tl.constexpr,
+) -> None:
+    """Gradients of a block of keys and their values, over all queries of the window."""
+    ACC: tl.constexpr = lse.dtype.element_ty
+    T: tl.constexpr = TH * TW
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    window = tl.program_id(0) // tl.cdiv(T, BLOCK_K)
+    j = tl.program_id(0) % tl.cdiv(T, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    index_k, side_k = place(window, j, geometry, TH, TW)
+    at_k = cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D)
+    at_v = cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D)
+    k, v = load(qkv, at_k, side_k, D, BLOCK_D), load(qkv, at_v, side_k, D, BLOCK_D)
+    by_factor = tl.load(factor + head).to(ACC)
+    right = inverse_length(k, COSINE, ACC)
+    dk, dv = tl.zeros((BLOCK_K, BLOCK_D), ACC), tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    for start in range(0, T, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
+        index_q, side_q = place(window, i, geometry, TH, TW)
+        of_row = head.to(tl.int64) * geometry[0] + index_q
+        q = load(qkv, cells(index_q, 3 * heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+        do = load(dout, cells(index_q, heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+        sums = tl.load(lse + of_row, mask=side_q >= 0, other=float("inf"))
+        d = tl.load(delta + of_row, mask=side_q >= 0, other=0.0)
+        left = inverse_length(q, COSINE, ACC) * by_factor
+        logits = logits_of(q, k, left, right, load_bias(bias, i, j, T, ACC), side_q, side_k, ACC)
+        weights, dlogits = weights_of(logits, sums, d, do, v, ACC)
+        dv += product(tl.trans(weights.to(do.dtype)), do, ACC)
+        dk += fine_product(tl.trans(dlogits * left[:, None]), q, ACC)
+    if COSINE:  # lengths do not count
+        unit = k.to(ACC) * right[:, None]
+        dk -= unit * tl.sum(unit * dk, axis=1)[:, None]
+    store(dqkv, at_k, side_k, dk * right[:, None], D, BLOCK_D)
+    store(dqkv, at_v, side_k, dv, D, BLOCK_D)
+
+
+@triton.jit
+def bias_program(
+    qkv: Any,
+    factor: Any,
+    bias: Any,
+    lse: Any,
+    dout: Any,
+    delta: Any,
+    dbias: Any,
+    num_windows: Any,
+    geometry: Any,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COSINE: tl.constexpr,
+) -> None:
+    """A tile of the bias: its gradient over every so-manieth window, in an order that is always the same."""
+    ACC: tl.constexpr = lse.dtype.element_ty
+    T: tl.constexpr = TH * TW
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    i = tl.program_id(0) // tl.cdiv(T, BLOCK_K) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    j = tl.program_id(0) % tl.cdiv(T, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    scores = load_bias(bias, i, j, T, ACC)
+    by_factor = tl.load(factor + head).to(ACC)
+    summed = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
+    for window in range(tl.program_id(2), num_windows, tl.num_programs(2)):
+        index_q, side_q = place(window, i, geometry, TH, TW)
+        index_k, side_k = place(window, j, geometry, TH, TW)
+        of_row = head.to(tl.int64) * geometry[0] + index_q
+        q = load(qkv, cells(index_q, 3 * heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
+        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
+        do = load(dout, cells(index_q, heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+        sums = tl.load(lse + of_row, mask=side_q >= 0, other=float("inf"))
+        d = tl.load(delta + of_row, mask=side_q >= 0, other=0.0)
+        left, right = inverse_length(q, COSINE, ACC) * by_factor, inverse_length(k, COSINE, ACC)
+        logits = logits_of(q, k, left, right, scores, side_q, side_k, ACC)
+        _, dlogits = weights_of(logits, sums, d, do, v, ACC)
+        summed += dlogits
+    at = (tl.program_id(2) * heads + head).to(tl.int64) * T * T + i[:, None] * T + j[None, :]
+    tl.store(dbias + at, summed, mask=(i < T)[:, None] & (j < T)[None, :])
