@@ -81,7 +81,7 @@ class _Attend(torch.autograd.Function):
         programs = b * geometry[3] * geometry[4] * -(-bias.shape[1] // constants["BLOCK_Q"])
         with torch.cuda.device_of(qkv):
             attend_program[programs, m](qkv, factor, bias, out, lse, geometry, **constants)
-        context.save_for_backward(qkv, factor, bias, out, lse)
+        context.save_for_backward(qkv, factor, bias, lse)
         context.geometry, context.constants = geometry, constants
         return out
 
@@ -90,7 +90,7 @@ class _Attend(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         from swin.kernel_programs import bias_program, keys_program, queries_program
 
-        qkv, factor, bias, out, lse = context.saved_tensors
+        qkv, factor, bias, lse = context.saved_tensors
         gradient, geometry, constants = gradient.contiguous(), context.geometry, context.constants
         num_windows, t, m = (
             geometry[0] // (geometry[1] * geometry[2]) * geometry[3] * geometry[4],
@@ -101,10 +101,8 @@ class _Attend(torch.autograd.Function):
         dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
         dfactor, dbias = lse.new_empty(m, num_windows * of_queries), None
         with torch.cuda.device_of(qkv):
-            queries_program[num_windows * of_queries, m](
-                qkv, factor, bias, out, lse, gradient, delta, dqkv, dfactor, geometry, **constants
-            )
             given = qkv, factor, bias, lse, gradient, delta
+            queries_program[num_windows * of_queries, m](*given, dqkv, dfactor, geometry, **constants)
             keys_program[num_windows * of_keys, m](*given, dqkv, geometry, **constants)
             if context.needs_input_grad[2]:
                 shares = min(num_windows, -(-PROGRAMS // (m * of_queries * of_keys)))

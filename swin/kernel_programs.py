@@ -13,8 +13,6 @@ in fp32, so nothing is lost that normalising in fp32 would keep, at the speed of
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -22,7 +20,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def place(window: Any, i: Any, geometry: Any, TH: tl.constexpr, TW: tl.constexpr) -> Any:
+def place(window: tl.tensor, i: tl.tensor, geometry: tl.tuple, TH: tl.constexpr, TW: tl.constexpr) -> tl.tensor:
     """Where tokens i of a window lie on the grids ``(b, h, w)``, and on which side of the roll; -1 for no token.
 
     The sides are those of :func:`swin.windows.attention_mask`: tokens attend to those of their own side. What is
@@ -39,32 +37,47 @@ def place(window: Any, i: Any, geometry: Any, TH: tl.constexpr, TW: tl.constexpr
 
 
 @triton.jit
-def cells(index: Any, width: Any, start: Any, BLOCK_D: tl.constexpr) -> Any:
-    """Offsets ``(block, d)`` of d channels from ``start`` of every token, of ``width`` channels each."""
-    return index[:, None] * width + (start + tl.arange(0, BLOCK_D))[None, :]
+def load(
+    x: tl.tensor,
+    index: tl.tensor,
+    side: tl.tensor,
+    width: tl.tensor,
+    start: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
+    """``(block, d)``: d channels from ``start`` of tokens that have ``width`` each; zeros where there is no token."""
+    channel = tl.arange(0, BLOCK_D)
+    at = index[:, None] * width + (start + channel)[None, :]
+    return tl.load(x + at, mask=(side >= 0)[:, None] & (channel < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load(x: Any, at: Any, side: Any, D: tl.constexpr, BLOCK_D: tl.constexpr) -> Any:
-    """Tokens that exist, zeros for others: ``(block, d)``."""
-    return tl.load(x + at, mask=(side >= 0)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+def store(
+    x: tl.tensor,
+    index: tl.tensor,
+    side: tl.tensor,
+    width: tl.tensor,
+    start: tl.tensor,
+    value: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Where :func:`load` would read it."""
+    channel = tl.arange(0, BLOCK_D)
+    at = index[:, None] * width + (start + channel)[None, :]
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=(side >= 0)[:, None] & (channel < D)[None, :])
 
 
 @triton.jit
-def store(x: Any, at: Any, side: Any, value: Any, D: tl.constexpr, BLOCK_D: tl.constexpr) -> None:
-    mask = (side >= 0)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_bias(bias: Any, i: Any, j: Any, T: tl.constexpr, ACC: tl.constexpr) -> Any:
+def load_bias(bias: tl.tensor, i: tl.tensor, j: tl.tensor, T: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
     """Of one head, for queries i and keys j."""
     at = bias + tl.program_id(1).to(tl.int64) * T * T + i[:, None] * T + j[None, :]
     return tl.load(at, mask=(i < T)[:, None] & (j < T)[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
-def inverse_length(x: Any, COSINE: tl.constexpr, ACC: tl.constexpr) -> Any:
+def inverse_length(x: tl.tensor, COSINE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
     """What a row is multiplied by to be of length one, as :func:`swin.sequential.scale` does; one for products."""
     x = x.to(ACC)
     if COSINE:
@@ -74,7 +87,7 @@ def inverse_length(x: Any, COSINE: tl.constexpr, ACC: tl.constexpr) -> Any:
 
 
 @triton.jit
-def product(a: Any, b: Any, ACC: tl.constexpr) -> Any:
+def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
     """``a b``, added up in fp32; fp32 factors are not cut to tf32."""
     if INTERPRETED:  # its dot takes the bits of bf16 for whole numbers
         return tl.dot(a.to(ACC), b.to(ACC), input_precision="ieee")
@@ -83,7 +96,7 @@ def product(a: Any, b: Any, ACC: tl.constexpr) -> Any:
 
 
 @triton.jit
-def fine_product(a: Any, b: Any, ACC: tl.constexpr) -> Any:
+def fine_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
     """``a b`` for an ``a`` in fp32 whose rows nearly cancel: bf16 alone would leave its rounding instead of the sum."""
     if b.dtype == tl.bfloat16:
         high = a.to(tl.bfloat16)
@@ -94,7 +107,16 @@ def fine_product(a: Any, b: Any, ACC: tl.constexpr) -> Any:
 
 
 @triton.jit
-def logits_of(q: Any, k: Any, left: Any, right: Any, bias: Any, side_q: Any, side_k: Any, ACC: tl.constexpr) -> Any:
+def logits_of(
+    q: tl.tensor,
+    k: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    bias: tl.tensor,
+    side_q: tl.tensor,
+    side_k: tl.tensor,
+    ACC: tl.constexpr,
+) -> tl.tensor:
     """``(queries, keys)``; -inf across sides. ``left`` and ``right`` are what rows of q and k are multiplied by."""
     logits = product(q, tl.trans(k), ACC) * left[:, None] * right[None, :] + bias
     return tl.where(side_q[:, None] == side_k[None, :], logits, float("-inf"))
@@ -102,12 +124,12 @@ def logits_of(q: Any, k: Any, left: Any, right: Any, bias: Any, side_q: Any, sid
 
 @triton.jit
 def attend_program(
-    qkv: Any,
-    factor: Any,
-    bias: Any,
-    out: Any,
-    lse: Any,
-    geometry: Any,
+    qkv: tl.tensor,
+    factor: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    geometry: tl.tuple,
     TH: tl.constexpr,
     TW: tl.constexpr,
     D: tl.constexpr,
@@ -116,14 +138,14 @@ def attend_program(
     BLOCK_K: tl.constexpr,
     COSINE: tl.constexpr,
 ) -> None:
-    """A block of queries over all keys of its window, the softmax running along: ``out`` and ``lse``, log of its sums."""
+    """A block of queries over all keys of its window: ``out``, and ``lse``, the logarithm of the softmax's sums."""
     ACC: tl.constexpr = lse.dtype.element_ty
     T: tl.constexpr = TH * TW
     head, heads = tl.program_id(1), tl.num_programs(1)
     window = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
     i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     index_q, side_q = place(window, i, geometry, TH, TW)
-    q = load(qkv, cells(index_q, 3 * heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+    q = load(qkv, index_q, side_q, 3 * heads * D, head * D, D, BLOCK_D)
     left = inverse_length(q, COSINE, ACC) * tl.load(factor + head).to(ACC)
     largest = tl.full((BLOCK_Q,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_Q,), ACC)
@@ -131,8 +153,8 @@ def attend_program(
     for start in range(0, T, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         index_k, side_k = place(window, j, geometry, TH, TW)
-        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
-        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
+        k = load(qkv, index_k, side_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D)
+        v = load(qkv, index_k, side_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D)
         right = inverse_length(k, COSINE, ACC)
         logits = logits_of(q, k, left, right, load_bias(bias, i, j, T, ACC), side_q, side_k, ACC)
         larger = tl.maximum(largest, tl.max(logits, axis=1))
@@ -144,29 +166,27 @@ def attend_program(
         summed = summed * shrink[:, None] + product(weights.to(v.dtype), v, ACC)
         largest = larger
     total = tl.where(side_q >= 0, total, 1.0)
-    store(out, cells(index_q, heads * D, head * D, BLOCK_D), side_q, summed / total[:, None], D, BLOCK_D)
+    store(out, index_q, side_q, heads * D, head * D, summed / total[:, None], D, BLOCK_D)
     tl.store(lse + head.to(tl.int64) * geometry[0] + index_q, largest + tl.log(total), mask=side_q >= 0)
 
 
 @triton.jit
-def weights_of(logits: Any, lse: Any, delta: Any, dout: Any, v: Any, ACC: tl.constexpr) -> Any:
-    """Softmax of the logits again, and their gradient: ``(queries, keys)`` both."""
-    weights = tl.exp(logits - lse[:, None])
-    return weights, weights * (product(dout, tl.trans(v), ACC) - delta[:, None])
+def weights_of(logits: tl.tensor, lse: tl.tensor, dout: tl.tensor, v: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
+    """Softmax of the logits again, and the gradient of its weights: ``(queries, keys)`` both."""
+    return tl.exp(logits - lse[:, None]), product(dout, tl.trans(v), ACC)
 
 
 @triton.jit
 def queries_program(
-    qkv: Any,
-    factor: Any,
-    bias: Any,
-    out: Any,
-    lse: Any,
-    dout: Any,
-    delta: Any,
-    dqkv: Any,
-    dfactor: Any,
-    geometry: Any,
+    qkv: tl.tensor,
+    factor: tl.tensor,
+    bias: tl.tensor,
+    lse: tl.tensor,
+    dout: tl.tensor,
+    delta: tl.tensor,
+    dqkv: tl.tensor,
+    dfactor: tl.tensor,
+    geometry: tl.tuple,
     TH: tl.constexpr,
     TW: tl.constexpr,
     D: tl.constexpr,
@@ -177,7 +197,8 @@ def queries_program(
 ) -> None:
     """Gradient of a block of queries, its share of the factor's, and ``delta``, which keys and bias will need.
 
-    ``delta`` is the sum of weights times their gradients, which equals ``out dout``.
+    ``delta`` is the sum of weights times their gradients. ``out dout`` would be the same and need one pass less, but
+    where one weight is nearly one its gradient is what differs from delta, and ``out`` has been rounded to bf16.
     """
     ACC: tl.constexpr = lse.dtype.element_ty
     T: tl.constexpr = TH * TW
@@ -185,45 +206,54 @@ def queries_program(
     window = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
     i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     index_q, side_q = place(window, i, geometry, TH, TW)
-    at_q = cells(index_q, 3 * heads * D, head * D, BLOCK_D)
-    at_out = cells(index_q, heads * D, head * D, BLOCK_D)
-    q = load(qkv, at_q, side_q, D, BLOCK_D)
+    q = load(qkv, index_q, side_q, 3 * heads * D, head * D, D, BLOCK_D)
+    do = load(dout, index_q, side_q, heads * D, head * D, D, BLOCK_D)
     by_factor = tl.load(factor + head).to(ACC)
     shorten = inverse_length(q, COSINE, ACC)
-    do = load(dout, at_out, side_q, D, BLOCK_D)
     of_row = head.to(tl.int64) * geometry[0] + index_q
-    d = tl.sum(load(out, at_out, side_q, D, BLOCK_D).to(ACC) * do.to(ACC), axis=1)
-    tl.store(delta + of_row, d, mask=side_q >= 0)
     sums = tl.load(lse + of_row, mask=side_q >= 0, other=float("inf"))
+    d, total = tl.zeros((BLOCK_Q,), ACC), tl.zeros((BLOCK_Q,), ACC)
+    for start in range(0, T, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        index_k, side_k = place(window, j, geometry, TH, TW)
+        k = load(qkv, index_k, side_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D)
+        v = load(qkv, index_k, side_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D)
+        right, scores = inverse_length(k, COSINE, ACC), load_bias(bias, i, j, T, ACC)
+        logits = logits_of(q, k, shorten * by_factor, right, scores, side_q, side_k, ACC)
+        weights, dweights = weights_of(logits, sums, do, v, ACC)
+        d += tl.sum(weights * dweights, axis=1)
+        total += tl.sum(weights, axis=1)
+    # Weights sum to one but for the rounding of lse, which is that of logits; what dlogits sum to is hurt by it.
+    d = d / tl.where(side_q >= 0, total, 1.0)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     for start in range(0, T, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         index_k, side_k = place(window, j, geometry, TH, TW)
-        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
-        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
-        right = inverse_length(k, COSINE, ACC)
-        scores = load_bias(bias, i, j, T, ACC)
+        k = load(qkv, index_k, side_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D)
+        v = load(qkv, index_k, side_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D)
+        right, scores = inverse_length(k, COSINE, ACC), load_bias(bias, i, j, T, ACC)
         logits = logits_of(q, k, shorten * by_factor, right, scores, side_q, side_k, ACC)
-        _, dlogits = weights_of(logits, sums, d, do, v, ACC)
-        dq += fine_product(dlogits * right[None, :], k, ACC)
+        weights, dweights = weights_of(logits, sums, do, v, ACC)
+        dq += fine_product(weights * (dweights - d[:, None]) * right[None, :], k, ACC)
+    tl.store(delta + of_row, d, mask=side_q >= 0)
     unit = q.to(ACC) * shorten[:, None]
     along = tl.sum(unit * dq, axis=1)
     tl.store(dfactor + head * tl.num_programs(0) + tl.program_id(0), tl.sum(along, axis=0))
     if COSINE:  # lengths do not count
         dq -= unit * along[:, None]
-    store(dqkv, at_q, side_q, dq * (shorten * by_factor)[:, None], D, BLOCK_D)
+    store(dqkv, index_q, side_q, 3 * heads * D, head * D, dq * (shorten * by_factor)[:, None], D, BLOCK_D)
 
 
 @triton.jit
 def keys_program(
-    qkv: Any,
-    factor: Any,
-    bias: Any,
-    lse: Any,
-    dout: Any,
-    delta: Any,
-    dqkv: Any,
-    geometry: Any,
+    qkv: tl.tensor,
+    factor: tl.tensor,
+    bias: tl.tensor,
+    lse: tl.tensor,
+    dout: tl.tensor,
+    delta: tl.tensor,
+    dqkv: tl.tensor,
+    geometry: tl.tuple,
     TH: tl.constexpr,
     TW: tl.constexpr,
     D: tl.constexpr,
@@ -239,9 +269,8 @@ def keys_program(
     window = tl.program_id(0) // tl.cdiv(T, BLOCK_K)
     j = tl.program_id(0) % tl.cdiv(T, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     index_k, side_k = place(window, j, geometry, TH, TW)
-    at_k = cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D)
-    at_v = cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D)
-    k, v = load(qkv, at_k, side_k, D, BLOCK_D), load(qkv, at_v, side_k, D, BLOCK_D)
+    k = load(qkv, index_k, side_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D)
+    v = load(qkv, index_k, side_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D)
     by_factor = tl.load(factor + head).to(ACC)
     right = inverse_length(k, COSINE, ACC)
     dk, dv = tl.zeros((BLOCK_K, BLOCK_D), ACC), tl.zeros((BLOCK_K, BLOCK_D), ACC)
@@ -249,33 +278,33 @@ def keys_program(
         i = start + tl.arange(0, BLOCK_Q)
         index_q, side_q = place(window, i, geometry, TH, TW)
         of_row = head.to(tl.int64) * geometry[0] + index_q
-        q = load(qkv, cells(index_q, 3 * heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
-        do = load(dout, cells(index_q, heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+        q = load(qkv, index_q, side_q, 3 * heads * D, head * D, D, BLOCK_D)
+        do = load(dout, index_q, side_q, heads * D, head * D, D, BLOCK_D)
         sums = tl.load(lse + of_row, mask=side_q >= 0, other=float("inf"))
         d = tl.load(delta + of_row, mask=side_q >= 0, other=0.0)
         left = inverse_length(q, COSINE, ACC) * by_factor
         logits = logits_of(q, k, left, right, load_bias(bias, i, j, T, ACC), side_q, side_k, ACC)
-        weights, dlogits = weights_of(logits, sums, d, do, v, ACC)
+        weights, dweights = weights_of(logits, sums, do, v, ACC)
         dv += product(tl.trans(weights.to(do.dtype)), do, ACC)
-        dk += fine_product(tl.trans(dlogits * left[:, None]), q, ACC)
+        dk += fine_product(tl.trans(weights * (dweights - d[:, None]) * left[:, None]), q, ACC)
     if COSINE:  # lengths do not count
         unit = k.to(ACC) * right[:, None]
         dk -= unit * tl.sum(unit * dk, axis=1)[:, None]
-    store(dqkv, at_k, side_k, dk * right[:, None], D, BLOCK_D)
-    store(dqkv, at_v, side_k, dv, D, BLOCK_D)
+    store(dqkv, index_k, side_k, 3 * heads * D, (heads + head) * D, dk * right[:, None], D, BLOCK_D)
+    store(dqkv, index_k, side_k, 3 * heads * D, (2 * heads + head) * D, dv, D, BLOCK_D)
 
 
 @triton.jit
 def bias_program(
-    qkv: Any,
-    factor: Any,
-    bias: Any,
-    lse: Any,
-    dout: Any,
-    delta: Any,
-    dbias: Any,
-    num_windows: Any,
-    geometry: Any,
+    qkv: tl.tensor,
+    factor: tl.tensor,
+    bias: tl.tensor,
+    lse: tl.tensor,
+    dout: tl.tensor,
+    delta: tl.tensor,
+    dbias: tl.tensor,
+    num_windows: tl.tensor,
+    geometry: tl.tuple,
     TH: tl.constexpr,
     TW: tl.constexpr,
     D: tl.constexpr,
@@ -297,15 +326,15 @@ def bias_program(
         index_q, side_q = place(window, i, geometry, TH, TW)
         index_k, side_k = place(window, j, geometry, TH, TW)
         of_row = head.to(tl.int64) * geometry[0] + index_q
-        q = load(qkv, cells(index_q, 3 * heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
-        k = load(qkv, cells(index_k, 3 * heads * D, (heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
-        v = load(qkv, cells(index_k, 3 * heads * D, (2 * heads + head) * D, BLOCK_D), side_k, D, BLOCK_D)
-        do = load(dout, cells(index_q, heads * D, head * D, BLOCK_D), side_q, D, BLOCK_D)
+        q = load(qkv, index_q, side_q, 3 * heads * D, head * D, D, BLOCK_D)
+        k = load(qkv, index_k, side_k, 3 * heads * D, (heads + head) * D, D, BLOCK_D)
+        v = load(qkv, index_k, side_k, 3 * heads * D, (2 * heads + head) * D, D, BLOCK_D)
+        do = load(dout, index_q, side_q, heads * D, head * D, D, BLOCK_D)
         sums = tl.load(lse + of_row, mask=side_q >= 0, other=float("inf"))
         d = tl.load(delta + of_row, mask=side_q >= 0, other=0.0)
         left, right = inverse_length(q, COSINE, ACC) * by_factor, inverse_length(k, COSINE, ACC)
         logits = logits_of(q, k, left, right, scores, side_q, side_k, ACC)
-        _, dlogits = weights_of(logits, sums, d, do, v, ACC)
-        summed += dlogits
+        weights, dweights = weights_of(logits, sums, do, v, ACC)
+        summed += weights * (dweights - d[:, None])
     at = (tl.program_id(2) * heads + head).to(tl.int64) * T * T + i[:, None] * T + j[None, :]
     tl.store(dbias + at, summed, mask=(i < T)[:, None] & (j < T)[None, :])
