@@ -59,7 +59,15 @@ def blocks(tokens: int, width: int) -> dict[str, int]:
 
 def _constants(windows: Windows, width: int, cosine: bool) -> dict[str, Any]:
     (th, tw), block_d = windows.window, max(16, 1 << (width - 1).bit_length())
-    return {"TH": th, "TW": tw, "D": width, "BLOCK_D": block_d, "COSINE": cosine, **blocks(th * tw, width)}
+    return {
+        "TH": th,
+        "TW": tw,
+        "D": width,
+        "BLOCK_D": block_d,
+        "COSINE": cosine,
+        "enable_fp_fusion": True,
+        **blocks(th * tw, width),
+    }
 
 
 def _geometry(batch: int, grid: Pair, windows: Windows) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+PRECISION = tl.constexpr("ieee")  # of products of fp32, which Triton would cut to tf32
 
 
 @triton.jit
@@ -88,11 +89,11 @@ def inverse_length(x: tl.tensor, COSINE: tl.constexpr, ACC: tl.constexpr) -> tl.
 
 @triton.jit
 def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr) -> tl.tensor:
-    """``a b``, added up in fp32; fp32 factors are not cut to tf32."""
+    """``a b``, added up in fp32."""
     if INTERPRETED:  # its dot takes the bits of bf16 for whole numbers
-        return tl.dot(a.to(ACC), b.to(ACC), input_precision="ieee")
+        return tl.dot(a.to(ACC), b.to(ACC), input_precision=PRECISION)
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
