@@ -48,16 +48,17 @@ def attend_windows(qkv: Tensor, factor: Tensor, bias: Tensor, windows: Windows, 
     return attended
 
 
-def blocks(tokens: int, width: int) -> dict[str, int]:
-    """Queries and keys of a program and its warps.
+def blocks(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries and keys of a program, and its warps: what compiles for sm_90 with all of it in registers.
 
-    A function of sizes alone: what is chosen by time would round differently when a run is continued.
+    A function of sizes alone: what is chosen by the clock would round differently when a run is continued.
     """
-    side = min(64, max(16, 1 << (tokens - 1).bit_length()))
-    return {"BLOCK_Q": side, "BLOCK_K": side, "num_warps": 4, "num_stages": 2}
+    half = dtype.itemsize == 2
+    side = min(64 if half else 32 if width <= 32 else 16, max(16, 1 << (tokens - 1).bit_length()))
+    return {"BLOCK_Q": side, "BLOCK_K": side, "num_warps": 4 if half and tokens <= 64 and width <= 32 else 8}
 
 
-def _constants(windows: Windows, width: int, cosine: bool) -> dict[str, Any]:
+def _constants(windows: Windows, width: int, dtype: torch.dtype, cosine: bool) -> dict[str, Any]:
     (th, tw), block_d = windows.window, max(16, 1 << (width - 1).bit_length())
     return {
         "TH": th,
@@ -66,7 +67,7 @@ def _constants(windows: Windows, width: int, cosine: bool) -> dict[str, Any]:
         "BLOCK_D": block_d,
         "COSINE": cosine,
         "enable_fp_fusion": True,
-        **blocks(th * tw, width),
+        **blocks(th * tw, width, dtype),
     }
 
 
@@ -83,7 +84,7 @@ class _Attend(torch.autograd.Function):
 
         qkv, factor, bias = qkv.contiguous(), factor.contiguous(), bias.contiguous()
         (b, h, w, width), m = qkv.shape, len(bias)
-        geometry, constants = _geometry(b, (h, w), windows), _constants(windows, width // 3 // m, cosine)
+        geometry, constants = _geometry(b, (h, w), windows), _constants(windows, width // 3 // m, qkv.dtype, cosine)
         out = qkv.new_empty(b, h, w, width // 3)
         lse = torch.empty(m, b, h, w, dtype=torch.promote_types(qkv.dtype, torch.float32), device=qkv.device)
         programs = b * geometry[3] * geometry[4] * -(-bias.shape[1] // constants["BLOCK_Q"])
