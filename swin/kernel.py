@@ -49,7 +49,7 @@ def attend_windows(qkv: Tensor, factor: Tensor, bias: Tensor, windows: Windows, 
 
 
 def blocks(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries and keys of a program, and its warps: what compiles for sm_90 with all of it in registers.
+    """Queries and keys of a program, and its warps: what compiles for sm_90 and hardly leaves the registers.
 
     A function of sizes alone: what is chosen by the clock would round differently when a run is continued.
     """
@@ -60,15 +60,8 @@ def blocks(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def _constants(windows: Windows, width: int, dtype: torch.dtype, cosine: bool) -> dict[str, Any]:
     (th, tw), block_d = windows.window, max(16, 1 << (width - 1).bit_length())
-    return {
-        "TH": th,
-        "TW": tw,
-        "D": width,
-        "BLOCK_D": block_d,
-        "COSINE": cosine,
-        "enable_fp_fusion": True,
-        **blocks(th * tw, width, dtype),
-    }
+    sizes = {"TH": th, "TW": tw, "D": width, "BLOCK_D": block_d, "COSINE": cosine}
+    return {**sizes, **blocks(th * tw, width, dtype), "enable_fp_fusion": True}
 
 
 def _geometry(batch: int, grid: Pair, windows: Windows) -> tuple[int, ...]:
@@ -101,11 +94,7 @@ class _Attend(torch.autograd.Function):
 
         qkv, factor, bias, lse = context.saved_tensors
         gradient, geometry, constants = gradient.contiguous(), context.geometry, context.constants
-        num_windows, t, m = (
-            geometry[0] // (geometry[1] * geometry[2]) * geometry[3] * geometry[4],
-            bias.shape[1],
-            len(bias),
-        )
+        num_windows, (m, t, _) = len(qkv) * geometry[3] * geometry[4], bias.shape
         of_queries, of_keys = -(-t // constants["BLOCK_Q"]), -(-t // constants["BLOCK_K"])
         dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
         dfactor, dbias = lse.new_empty(m, num_windows * of_queries), None

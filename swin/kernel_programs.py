@@ -314,7 +314,7 @@ def bias_program(
     BLOCK_K: tl.constexpr,
     COSINE: tl.constexpr,
 ) -> None:
-    """A tile of the bias: its gradient over every so-manieth window, in an order that is always the same."""
+    """A tile of the bias: its gradient over every n-th window, in an order that is always the same."""
     ACC: tl.constexpr = lse.dtype.element_ty
     T: tl.constexpr = TH * TW
     head, heads = tl.program_id(1), tl.num_programs(1)

@@ -31,7 +31,7 @@ CASES = {
     "shifted and padded": ((7, 9), (4, 4), True),
     "global": ((5, 7), (8, 8), True),
     "one window high": ((3, 12), (5, 5), True),
-    "one window wide, padded": ((7, 5), (4, 6), True),
+    "one window wide, padded; blocks without a key of the own side": ((11, 6), (6, 8), True),
     "rectangles": ((4, 15), (2, 9), True),
 }
 
