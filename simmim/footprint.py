@@ -147,6 +147,7 @@ def _without_numbers(planned: Objective, device: str) -> Iterator[Objective]:
                 module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
             elif isinstance(module, WindowAttention):
                 module.in_cache = False
+    objective.encoder.use_kernel(False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield objective.to_empty(device="cpu")
 

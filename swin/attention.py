@@ -1,6 +1,6 @@
 """Attention inside windows: scaled cosine (Swin V2, section 3.2, equation 2) and scaled dot product (V1).
 
-Letters: b batch, n windows, t tokens per window, c channels, m heads, d head width.
+Letters: b batch, h w token grid, n windows, t tokens per window, c channels, m heads, d head width.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.config import Pair
+from swin.kernel import attend_windows
 from swin.linear import Linear
 from swin.position_bias import ContinuousBias, PositionBias
 from swin.sequential import at_least_fp32, attend, chunks_in_cache, cut, masked_logits, no_autocast, scale, split_heads
+from swin.windows import Windows, attention_mask, merge, partition
 
 MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 
@@ -26,9 +27,10 @@ class WindowAttention(nn.Module):
     """``softmax(similarity(q, k) + B) v``; the two kinds below say how tokens become q, k, v and logits.
 
     Logits and softmax are computed in at least fp32, whatever autocast says. With ``chunks`` above 1 they are computed
-    one after the other, see :mod:`swin.sequential`.
+    one after the other, see :mod:`swin.sequential`; with ``fused`` by the kernel of :mod:`swin.kernel`.
     """
 
+    fused = False
     chunks = 1
     in_cache = True
     """On a processor, chunks that its cache can hold, which are the quickest."""
@@ -47,23 +49,20 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> PositionBias:
         return getattr(self, self._bias_name)
 
-    def forward(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
-        """Attend inside windows.
-
-        Args:
-            x: ``(b n, t, c)``, the tokens of each window.
-            window: its height and width; their product is t.
-            mask: bool ``(n, t, t)``, True where attention is allowed; None allows everything.
-
-        Returns:
-            ``(b n, t, c)``
-        """
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        """Every token mixed with those of its window: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
         with no_autocast(x.device.type):
-            bias, factor = self.position_bias(window), self.factor()
-        if torch.compiler.is_compiling():  # what is traced is handed on, or compilers cut it as they like
-            return self.proj(self.at_once(x, factor, bias, mask))
-        qkv, chunks = self.project(x), self._chunks(len(x), bias)
-        return self.proj(attend(qkv, factor, bias, mask, cosine=self.cosine, chunks=chunks))
+            bias, factor = self.position_bias(windows.window), self.factor()
+        is_compiling = torch.compiler.is_compiling()
+        if self.fused and not is_compiling:
+            return self.proj(attend_windows(self.project(x), factor, bias, windows, cosine=self.cosine))
+        grid, (tokens, mask) = (x.shape[1], x.shape[2]), _cut_out(x, windows)
+        if is_compiling:  # what is traced is handed on, or compilers cut it as they like
+            attended = self.at_once(tokens, factor, bias, mask)
+        else:
+            qkv, chunks = self.project(tokens), self._chunks(len(tokens), bias)
+            attended = attend(qkv, factor, bias, mask, cosine=self.cosine, chunks=chunks)
+        return merge(self.proj(attended), windows, grid)
 
     def _chunks(self, windows: int, bias: Tensor) -> int:
         if self.in_cache and bias.device.type == "cpu":
@@ -84,27 +83,29 @@ class WindowAttention(nn.Module):
             weights = logits.softmax(dim=-1).flatten(0, 1)
             return rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
 
-    def logits(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, windows: Windows) -> Tensor:
         """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
-        q, k, _ = self.split(x)
+        tokens, mask = _cut_out(x, windows)
+        q, k, _ = self.split(tokens)
         with no_autocast(x.device.type):
             q, k = self.scale(q, k, self.factor())
-            return masked_logits(q, k, self.position_bias(window), mask, slice(0, len(x)))
+            return masked_logits(q, k, self.position_bias(windows.window), mask, slice(0, len(tokens)))
 
-    def largest_logit(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
-        """The maximum of :meth:`logits`, of as many at once as :meth:`forward` would compute."""
-        q, k, _ = self.split(x)
+    def largest_logit(self, x: Tensor, windows: Windows) -> Tensor:
+        """The maximum of :meth:`logits`, of as many at once as chunks hold."""
+        tokens, mask = _cut_out(x, windows)
+        q, k, _ = self.split(tokens)
         largest = []
         with no_autocast(x.device.type):
-            bias, factor = self.position_bias(window), self.factor()
-            for windows, heads in cut(len(q), self.num_heads, self._chunks(len(q), bias)):
-                left, right = self.scale(q[windows, heads], k[windows, heads], factor[heads])
-                largest.append(masked_logits(left, right, bias[heads], mask, windows).max())
+            bias, factor = self.position_bias(windows.window), self.factor()
+            for some, heads in cut(len(q), self.num_heads, self._chunks(len(q), bias)):
+                left, right = self.scale(q[some, heads], k[some, heads], factor[heads])
+                largest.append(masked_logits(left, right, bias[heads], mask, some).max())
         return torch.stack(largest).max()
 
-    def attention(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, windows: Windows) -> Tensor:
         """What every token of a window attends to: ``(b n, m, t, t)``, rows that sum to one; to be looked at."""
-        return self.logits(x, window, mask).softmax(dim=-1)
+        return self.logits(x, windows).softmax(dim=-1)
 
     def heads_at_clamp(self) -> int:
         """Heads whose temperature has reached its lowest value, where it learns no more."""
@@ -178,6 +179,11 @@ class CosineAttention(WindowAttention):
 
 
 ATTENTIONS: dict[str, type[DotAttention] | type[CosineAttention]] = {"cosine": CosineAttention, "dot": DotAttention}
+
+
+def _cut_out(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor | None]:
+    """``(b, h, w, c)`` -> the tokens of each window ``(b n, t, c)``, and which of them may attend to which."""
+    return partition(x, windows), attention_mask((x.shape[1], x.shape[2]), windows, x.device)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from swin.attention import WindowAttention
 from swin.config import Pair
 from swin.linear import Linear
-from swin.windows import attention_mask, fit_windows, merge, partition
+from swin.windows import fit_windows
 
 
 class DropPath(nn.Module):
@@ -158,10 +158,7 @@ class SwinBlock(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, h, w, c)``, every token mixed with those of its window."""
-        grid = (x.shape[1], x.shape[2])
-        windows = fit_windows(grid, self.window_size, self.shifted)
-        mask = attention_mask(grid, windows, x.device)
-        return merge(self.attn(partition(x, windows), windows.window, mask), windows, grid)
+        return self.attn(x, fit_windows((x.shape[1], x.shape[2]), self.window_size, self.shifted))
 
 
 class ClosedNorm(nn.LayerNorm):

@@ -23,6 +23,7 @@ from swin.blocks import (
 )
 from swin.checkpointing import CHECKPOINTINGS, Checkpointing, run_saving
 from swin.config import SwinConfig, make_config
+from swin.kernel import available
 from swin.position_bias import make_position_bias
 
 # The block and the merging of each `norm`.
@@ -94,6 +95,28 @@ class SwinEncoder(nn.Module):
             stage.checkpointing = checkpointing
             for block in cast(Iterable[SwinBlock], stage.blocks):
                 block.attn.chunks = number
+        return self
+
+    def use_kernel(self, on: bool = True, *, device: torch.device | str | None = None) -> SwinEncoder:
+        """Attend by one kernel, see :mod:`swin.kernel`: the same numbers but for rounding; ``False`` goes back.
+
+        Models that are compiled or exported attend as without it.
+
+        Args:
+            device: where the encoder will run, if its weights are not there yet.
+
+        Raises:
+            ValueError: Triton is not installed, or does not run there.
+        """
+        place = next(self.parameters()).device if device is None else torch.device(device)
+        if on and not available(place):
+            raise ValueError(
+                f"the attention kernel cannot run on {place.type}: it needs Triton and a GPU (or, to be tried, "
+                "TRITON_INTERPRET=1 on a processor); leave it off there"
+            )
+        for stage in cast(Iterable[Stage], self.layers):
+            for block in cast(Iterable[SwinBlock], stage.blocks):
+                block.attn.fused = on
         return self
 
     def embed(self, images: Tensor) -> Tensor:

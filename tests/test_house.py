@@ -34,7 +34,7 @@ FLOORS = [
     {"simmim.cli"},
     {"tools"},
 ]
-SWIN_MAY_USE = {"torch", "einops", "safetensors", "swin"}
+SWIN_MAY_USE = {"torch", "einops", "safetensors", "triton", "swin"}
 FILES = [file for package in ("swin", "simmim", "tools") for file in sorted((ROOT / package).rglob("*.py"))]
 
 

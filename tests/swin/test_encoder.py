@@ -11,6 +11,7 @@ from swin.attention import CosineAttention, DotAttention
 from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock
 from swin.position_bias import make_position_bias
 from swin.sequential import split_heads
+from swin.windows import fit_windows
 
 V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
 ARMS = [
@@ -135,11 +136,11 @@ def test_attention_weights_are_computed_in_fp32_under_autocast():
     wake(attention)
     seen = []
     softmax = torch.Tensor.softmax
-    x = torch.randn(3, 16, 16)
+    x, windows = torch.randn(3, 4, 4, 16), fit_windows((4, 4), (4, 4), False)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(torch.Tensor, "softmax", lambda t, **k: seen.append(t) or softmax(t, **k))
-        result = attention(x, (4, 4), None)
-        qkv = attention.project(x)
+        result = attention(x, windows)
+        qkv = attention.project(x.flatten(1, 2))
     assert qkv.dtype == torch.bfloat16
     assert [logits.dtype for logits in seen] == [torch.float32]
     # Rounded is what goes into the logits, not they.
@@ -147,7 +148,7 @@ def test_attention_weights_are_computed_in_fp32_under_autocast():
     cosine = torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).transpose(-2, -1)
     exact = cosine * attention.factor().detach() + attention.position_bias((4, 4)).detach()
     torch.testing.assert_close(seen[0].double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(result.float(), attention(x, (4, 4), None), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(result.float(), attention(x, windows), rtol=0.05, atol=0.05)
 
 
 def test_extra_norms_sit_after_every_nth_block_of_a_stage():

@@ -46,8 +46,7 @@ def test_chunks_give_the_numbers_of_the_whole(window, grid, shifted, kind):
         attention.chunks = chunks or 1
         attention.zero_grad()
         x = images.clone().requires_grad_()
-        tokens = partition(x, windows)
-        out = merge(attention(tokens, windows.window, mask) if chunks else at_once(tokens), windows, grid)
+        out = attention(x, windows) if chunks else merge(at_once(partition(x, windows)), windows, grid)
         (out * out.sin()).sum().backward()
         return [out.detach(), x.grad, *(parameter.grad for parameter in attention.parameters())]
 
@@ -78,11 +77,13 @@ def test_queries_of_length_zero_have_the_gradient_of_normalize():
     attention = ATTENTIONS["cosine"](8, 2, make_position_bias("log_cpb", 2, (2, 2))).double()
     x = torch.randn(3, 4, 8, dtype=torch.float64)
     x[0, 1] = 0
+    windows = fit_windows((2, 2), (2, 2), False)
     gradients = []
     for run in (attention.at_once, None):
         tokens = x.clone().requires_grad_()
         bias, factor = attention.position_bias((2, 2)), attention.factor()
-        out = attention.proj(run(tokens, factor, bias, None)) if run else attention(tokens, (2, 2), None)
+        grids = tokens.view(3, 2, 2, 8)
+        out = attention.proj(run(tokens, factor, bias, None)) if run else attention(grids, windows).view_as(tokens)
         gradients.append(torch.autograd.grad((out * out.sin()).sum(), tokens)[0])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
