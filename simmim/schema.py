@@ -170,6 +170,14 @@ class Memory(Settings):
     )
 
 
+class Speed(Settings):
+    """The same numbers sooner; may change while a stage goes on."""
+
+    fused_attention: Literal["auto", "on", "off"] = Field(
+        "auto", description="attention as one kernel; auto: on a GPU where it is measured to be faster"
+    )
+
+
 class Log(Settings):
     """What is written during a run, and how often; in optimizer steps."""
 
@@ -197,6 +205,7 @@ class Pretrain(Settings):
     optimizer: Optimizer = Field(Optimizer(), description="how weights move")
     schedule: Schedule = Field(Schedule(), description="for how long, and how fast")
     memory: Memory = Field(Memory(), description="what is computed again, or in parts")
+    speed: Speed = Field(Speed(), description="what is computed in other ways")
     log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")
@@ -271,6 +280,7 @@ class Finetune(Settings):
     optimizer: Optimizer = Field(Optimizer(), description="how weights move")
     schedule: FinetuneSchedule = Field(FinetuneSchedule(), description="for how long, and how fast")
     memory: Memory = Field(Memory(), description="what is computed again, or in parts")
+    speed: Speed = Field(Speed(), description="what is computed in other ways")
     log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")

@@ -297,7 +297,9 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
     Where a place is left out (``init_from``, ``head``), what was found there is not.
     """
     stage = recipe.stages[name]
-    passing = {"log", "memory", "init_from", "head"} | ({"micro_batch_size"} if isinstance(stage, Pretrain) else set())
+    passing = {"log", "memory", "speed", "init_from", "head"} | (
+        {"micro_batch_size"} if isinstance(stage, Pretrain) else set()
+    )
     settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": PASSING_DATA})
     if isinstance(stage, Finetune):
         settings["data"] = {key: settings["data"][key] for key in ("mean", "std", "value_range")}

@@ -24,6 +24,7 @@ from simmim.schema import Pretrain
 from simmim.stages import finetuning, pretraining
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.sharding import give_memory
+from simmim.stages.speed import attend_as_before
 from simmim.stages.training import Job
 
 SHOWN = 5
@@ -68,6 +69,7 @@ def replay(report: Path) -> Replay:
     give_memory(job.objective, torch.device("cpu"))
     load_weights(weights, job.objective)
     job.objective.to(accelerator.device).train()
+    attend_as_before(job.objective.encoder, recipe.stages[name], stage_folder, accelerator.device)
     return _again(about, job, recipe.data.read_timeout_s, accelerator)
 
 

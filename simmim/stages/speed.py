@@ -1,0 +1,205 @@
+"""Which way to the same numbers is the quicker one here: measured before a stage begins, and kept in its folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from simmim.footprint import shape_of
+from simmim.runlog import write_whole
+from simmim.schema import Finetune, Pretrain
+from swin import SwinEncoder
+from swin.blocks import SwinBlock
+from swin.encoder import Stage
+from swin.kernel import available
+
+FILE = "attention.json"
+DEVICES = ("cuda",)  # where there is something to choose
+FURTHEST = {"no": 1e-2, "bf16": 0.1}
+"""Two ways that are further apart, by the norm of the difference over the norm, do not have the same numbers. Rounding
+leaves 1e-6 and 1e-2."""
+ROUNDS = 3
+
+
+class Choice(NamedTuple):
+    """Whether attention is one kernel, and why."""
+
+    fused: bool
+    reason: str
+    is_warning: bool = False
+    plain_ms: float | None = None
+    """Of all blocks, forward and backward."""
+    kernel_ms: float | None = None
+
+
+def choose_attention(
+    encoder: SwinEncoder,
+    stage: Pretrain | Finetune,
+    accelerator: Accelerator,
+    folder: Path,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Attend by the kernel of :mod:`swin.kernel` or without it, as the stage says or as is quicker on this device.
+
+    The first process measures, for all. What it chooses is kept in ``folder`` and holds for as long as the device, the
+    versions and the micro-batch are the same: a run that continues does it bit for bit.
+
+    Args:
+        encoder: with or without numbers in its parameters, which are left alone.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: the stage says ``on`` where the kernel cannot run.
+    """
+    wanted, device = stage.speed.fused_attention, accelerator.device
+    if wanted != "auto" or device.type not in DEVICES or not available(device):
+        encoder.use_kernel(wanted == "on", device=device)
+        return []
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        machine = _machine(stage.micro_batch_size, accelerator)
+        choice = read_choice(folder, machine)
+        if choice is None:
+            choice = measure(encoder, stage.micro_batch_size, accelerator)
+            write_whole(folder / FILE, json.dumps({**choice._asdict(), "machine": machine}, indent=2) + "\n")
+        found[0] = choice
+    choice = broadcast_object_list(found)[0]
+    encoder.use_kernel(choice.fused, device=device)
+    if choice.is_warning:
+        return [choice.reason]
+    say(choice.reason)
+    return []
+
+
+def attend_as_before(encoder: SwinEncoder, stage: Pretrain | Finetune, folder: Path, device: torch.device) -> None:
+    """As the stage of that folder did, where the kernel can run."""
+    kept, wanted = read_choice(folder), stage.speed.fused_attention
+    fused = wanted == "on" or (wanted == "auto" and kept is not None and kept.fused)
+    encoder.use_kernel(fused and available(device), device=device)
+
+
+def read_choice(folder: Path, machine: dict[str, Any] | None = None) -> Choice | None:
+    """What was chosen before; with ``machine``, only if on the like of it."""
+    try:
+        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        made_on = about.pop("machine")
+        return Choice(**about) if machine in (None, made_on) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _machine(batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
+    import triton
+
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "precision": accelerator.mixed_precision,
+        "micro_batch_size": batch_size,
+    }
+
+
+def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> Choice:
+    """Forward and backward of two blocks of every stage, in turns with the kernel and without it.
+
+    Two blocks, of fresh weights, stand for all of their stage: no second encoder is held, and none that is whole.
+    """
+    device, furthest = accelerator.device, FURTHEST[accelerator.mixed_precision]
+    seconds, fits = {False: 0.0, True: 0.0}, True
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for index, stage in enumerate(cast(Iterable[Stage], encoder.layers)):
+            sizes = (batch_size, *encoder.config.grids()[index], encoder.config.embed_dim * 2**index)
+            step = make_step(stage, sizes, accelerator)
+            try:
+                expected = step(False)
+            except torch.OutOfMemoryError:
+                expected, fits = None, False
+            try:
+                found = step(True)
+            except Exception as error:  # whatever a compiler or a driver may say
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                return Choice(False, f"attention goes without its kernel, which failed here ({text})", True)
+            if expected is not None:
+                apart = max(distance(x, y) for x, y in zip(found, expected, strict=True))
+                if not apart <= furthest:  # or no number
+                    text = f"attention goes without its kernel, whose numbers are others here ({apart:.2g} apart)"
+                    return Choice(False, text, True)
+            del expected, found
+            if fits:
+                share = len(stage.blocks) / len(list(stage.blocks)[:2])
+                for fused, times in timed(step, device).items():
+                    seconds[fused] += share * median(times)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not fits:
+        return Choice(True, "attention by its kernel: without it memory is not enough")
+    plain, kernel = (1e3 * seconds[fused] for fused in (False, True))
+    if kernel < plain:
+        return Choice(True, f"attention by its kernel: {kernel:.1f} ms against {plain:.1f}", False, plain, kernel)
+    return Choice(False, f"attention without its kernel: {plain:.1f} ms against {kernel:.1f}", False, plain, kernel)
+
+
+def make_step(stage: Stage, sizes: tuple[int, ...], accelerator: Accelerator) -> Callable[[bool], list[Tensor]]:
+    """Two blocks like those of a stage, forward and backward -> the output, and the gradients of input and weights.
+
+    Args:
+        sizes: ``(b, h, w, c)``
+    """
+    device = accelerator.device
+    part = Stage(list(cast(Iterable[SwinBlock], stage.blocks))[:2], nn.Identity())
+    part.checkpointing = stage.checkpointing
+    part = copy.deepcopy(part, {id(p): shape_of(p) for p in part.parameters()}).to_empty(device=device).train()
+    torch.manual_seed(0)
+    for parameter in part.parameters():  # none zero, as some are at first: every part must be seen
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(sizes, device=device)
+    incoming = torch.randn_like(x)
+
+    def step(fused: bool) -> list[Tensor]:
+        for block in cast(Iterable[SwinBlock], part.blocks):
+            block.attn.fused = fused
+        torch.manual_seed(0)  # the same branches are dropped
+        tokens = x.clone().requires_grad_()
+        with accelerator.autocast():
+            out = part(tokens)
+        return [out.detach(), *torch.autograd.grad(out, [tokens, *part.parameters()], incoming.to(out.dtype))]
+
+    return step
+
+
+def timed(step: Callable[[bool], object], device: torch.device) -> dict[bool, list[float]]:
+    """Seconds of every round, in turns."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        for fused in times:
+            _synchronize(device)
+            begin = time.perf_counter()
+            step(fused)
+            _synchronize(device)
+            times[fused].append(time.perf_counter() - begin)
+    return times
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """``|x - y| / |y|``"""
+    return float((x.float() - y.float()).norm() / y.float().norm().clamp(min=1e-12))

@@ -1,0 +1,209 @@
+"""The quicker way is chosen where both have the same numbers, once, and for good reasons only."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from simmim import stages
+from simmim.recipe import load_recipe
+from simmim.stages import speed
+from simmim.stages.speed import attend_as_before, choose_attention, read_choice
+from swin import SwinEncoder, attention, make_encoder
+from swin.sequential import attend
+from swin.windows import attention_mask, merge, partition
+from tests.simmim.test_training import TINY, saved_state
+
+CPU = torch.device("cpu")
+
+
+def by_parts(qkv, factor, bias, windows, *, cosine):
+    """What the kernel computes."""
+    grid = (qkv.shape[1], qkv.shape[2])
+    mask = attention_mask(grid, windows, qkv.device)
+    return merge(attend(partition(qkv, windows), factor, bias, mask, cosine=cosine), windows, grid)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A processor on which there is something to choose: set what attends as the kernel, and how."""
+    monkeypatch.setattr(speed, "DEVICES", ("cpu",))
+    monkeypatch.setattr(speed, "available", lambda device: True)
+    monkeypatch.setattr("swin.encoder.available", lambda device: True)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+
+    def use(function):
+        monkeypatch.setattr(attention, "attend_windows", function)
+
+    use(by_parts)
+    return use
+
+
+def set_times(monkeypatch, plain: float, fused: float) -> None:
+    def timed(step, device):
+        step(False), step(True)
+        return {False: [plain], True: [fused]}
+
+    monkeypatch.setattr(speed, "timed", timed)
+
+
+def make_small() -> SwinEncoder:
+    """Its weights have no numbers yet, as where a stage starts from scratch."""
+    with torch.device("meta"):
+        return make_encoder(
+            "swinv2_tiny", embed_dim=8, depths=(1, 4), num_heads=(1, 2), image_size=36, window_size=4, drop_path=0.3
+        )
+
+
+def stage_with(fused_attention: str):
+    recipe = load_recipe("demo", [f"stages.pretrain.speed.fused_attention={fused_attention}"])
+    return recipe.stages["pretrain"]
+
+
+def is_fused(encoder: SwinEncoder) -> bool:
+    (fused,) = {block.attn.fused for stage in encoder.layers for block in stage.blocks}
+    return fused
+
+
+def choose(encoder, folder, fused_attention="auto") -> tuple[list[str], list[str]]:
+    said: list[str] = []
+    warnings = choose_attention(encoder, stage_with(fused_attention), Accelerator(cpu=True), folder, said.append)
+    return warnings, said
+
+
+@pytest.mark.parametrize(("plain", "fused"), [(2.0, 1.0), (1.0, 2.0)])
+def test_the_quicker_one_is_taken_and_kept(plain, fused, tmp_path, monkeypatch, kernel):
+    set_times(monkeypatch, plain, fused)
+    encoder = make_small()
+    warnings, (said,) = choose(encoder, tmp_path)
+    assert not warnings and is_fused(encoder) == (fused < plain)
+    kept = json.loads((tmp_path / "attention.json").read_text())
+    # One block of the first stage, four of the second, of which two are measured.
+    assert (kept["plain_ms"], kept["kernel_ms"]) == (3000 * plain, 3000 * fused)
+    assert kept["machine"]["device"] == "cpu" and f"{3000 * fused:.1f}" in said
+    monkeypatch.setattr(speed, "measure", None)  # not again
+    again = make_small()
+    assert choose(again, tmp_path) == ([], [said]) and is_fused(again) == (fused < plain)
+
+
+def test_another_machine_or_a_damaged_file_is_measured_again(tmp_path, monkeypatch, kernel):
+    set_times(monkeypatch, 2.0, 1.0)
+    choose(make_small(), tmp_path)
+    file = tmp_path / "attention.json"
+    kept = json.loads(file.read_text())
+    set_times(monkeypatch, 1.0, 2.0)
+    encoder = make_small()
+    for text in (json.dumps(kept | {"machine": kept["machine"] | {"device": "another"}}), "{", "[]", '{"fused": true}'):
+        file.write_text(text)
+        encoder.use_kernel()
+        choose(encoder, tmp_path)
+        assert not is_fused(encoder), text
+
+
+def test_what_is_said_by_the_stage_is_done(tmp_path, monkeypatch, kernel):
+    monkeypatch.setattr(speed, "measure", None)
+    for wanted in ("on", "off"):
+        encoder = make_small()
+        assert choose(encoder, tmp_path, wanted) == ([], []) and is_fused(encoder) == (wanted == "on")
+    assert not (tmp_path / "attention.json").exists()
+
+
+def test_where_there_is_nothing_to_choose(tmp_path):
+    encoder = make_small()
+    assert choose(encoder, tmp_path) == ([], []) and not is_fused(encoder)
+    with pytest.raises(ValueError, match="the attention kernel cannot run on cpu"):
+        choose(encoder, tmp_path, "on")
+
+
+def test_a_kernel_that_fails_or_errs_is_left_alone_and_said(tmp_path, kernel):
+    def fails(*_, **__):
+        raise RuntimeError("no such\ninstruction")
+
+    def errs(*arguments, cosine):
+        return 0.9 * by_parts(*arguments, cosine=cosine)
+
+    def errs_backward(qkv, factor, bias, windows, *, cosine):
+        return by_parts(qkv, factor, bias.detach(), windows, cosine=cosine) + 0 * bias.sum()
+
+    def no_number(*arguments, cosine):
+        return by_parts(*arguments, cosine=cosine) * float("nan")
+
+    for number, (function, words) in enumerate(
+        [
+            (fails, "which failed here (RuntimeError: no such instruction)"),
+            (errs, "whose numbers are others here"),
+            (errs_backward, "whose numbers are others here"),
+            (no_number, "whose numbers are others here (nan apart)"),
+        ]
+    ):
+        kernel(function)
+        encoder = make_small()
+        (warning,), said = choose(encoder, tmp_path / str(number))
+        assert words in warning and not said and not is_fused(encoder)
+        assert choose(encoder, tmp_path / str(number))[0] == [warning]
+
+
+def test_memory_that_is_not_enough_without_it(tmp_path, monkeypatch, kernel):
+    def attend_in_parts(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attention, "attend", attend_in_parts)
+    encoder = make_small()
+    assert choose(encoder, tmp_path) == ([], ["attention by its kernel: without it memory is not enough"])
+    assert is_fused(encoder)
+
+
+def test_nothing_else_is_touched(tmp_path, kernel):
+    """Random numbers, weights, gradients, and what the stage says of memory."""
+    torch.manual_seed(5)
+    encoder = make_encoder("swinv2_tiny", embed_dim=8, depths=(2,), num_heads=(1,), image_size=24, window_size=4)
+    encoder.save_memory(checkpointing="full", attention_chunks=3)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    state, seen = torch.get_rng_state(), []
+
+    def spy(*arguments, chunks, **options):
+        seen.append(chunks)
+        return attend(*arguments, chunks=chunks, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend", spy)
+        choose(encoder, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert len(seen) == 2 * 2 * 2 and min(seen) >= 3  # blocks, forward and again for the gradient, warm-up and round
+
+
+def test_rounds_go_in_turns():
+    turns: list[bool] = []
+    times = speed.timed(lambda fused: turns.append(fused) or time.sleep(0.02 * fused), CPU)
+    assert turns == [False, True] * speed.ROUNDS and min(times[True]) >= 0.02
+    assert len(times[False]) == speed.ROUNDS
+
+
+def test_a_run_uses_what_was_chosen_for_training_and_average(tmp_path, monkeypatch, kernel):
+    """It continues with it, may change it, and does a step again as it was done."""
+    set_times(monkeypatch, 2.0, 1.0)
+    used: list[int] = []
+    kernel(lambda *arguments, **options: used.append(1) or by_parts(*arguments, **options))
+    recipe = load_recipe("demo", ["name=tiny", *TINY])
+    stages.pretrain(recipe, tmp_path)
+    folder = tmp_path / "tiny/pretrain"
+    assert used and read_choice(folder).fused
+    encoder = make_small()
+    attend_as_before(encoder, recipe.stages["pretrain"], folder, CPU)
+    assert is_fused(encoder)
+    other = load_recipe("demo", ["name=other", *TINY, "stages.pretrain.speed.fused_attention=off"])
+    used.clear()
+    stages.pretrain(other, tmp_path)
+    assert not used and not (tmp_path / "other/pretrain/attention.json").exists()
+    states = [saved_state(max((tmp_path / name / "pretrain/checkpoints").glob("step_*"))) for name in ("tiny", "other")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    # Settings of speed are none that must stay the same: the stage is done.
+    before = (folder / "export/encoder.json").stat().st_mtime_ns
+    stages.pretrain(load_recipe("demo", ["name=tiny", *TINY, "stages.pretrain.speed.fused_attention=off"]), tmp_path)
+    assert (folder / "export/encoder.json").stat().st_mtime_ns == before
