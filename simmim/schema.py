@@ -173,9 +173,16 @@ class Memory(Settings):
 class Speed(Settings):
     """The same numbers sooner; may change while a stage goes on."""
 
-    fused_attention: Literal["auto", "on", "off"] = Field(
+    compile: bool = Field(False, description="blocks through torch.compile: some minutes at the start")
+    fused_attention: Literal["auto"] | bool = Field(
         "auto", description="attention as one kernel; auto: on a GPU where it is measured to be faster"
     )
+
+    @model_validator(mode="after")
+    def _check_ways(self) -> Speed:
+        if self.compile and self.fused_attention is True:
+            raise ValueError("compile and fused_attention: a compiled block has no use for the kernel, choose one")
+        return self
 
 
 class Log(Settings):
@@ -205,7 +212,7 @@ class Pretrain(Settings):
     optimizer: Optimizer = Field(Optimizer(), description="how weights move")
     schedule: Schedule = Field(Schedule(), description="for how long, and how fast")
     memory: Memory = Field(Memory(), description="what is computed again, or in parts")
-    speed: Speed = Field(Speed(), description="what is computed in other ways")
+    speed: Speed = Field(Speed(), description="what is computed in another way")
     log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")
@@ -280,7 +287,7 @@ class Finetune(Settings):
     optimizer: Optimizer = Field(Optimizer(), description="how weights move")
     schedule: FinetuneSchedule = Field(FinetuneSchedule(), description="for how long, and how fast")
     memory: Memory = Field(Memory(), description="what is computed again, or in parts")
-    speed: Speed = Field(Speed(), description="what is computed in other ways")
+    speed: Speed = Field(Speed(), description="what is computed in another way")
     log: Log = Field(Log(), description="what is written, and how often")
 
     @model_validator(mode="after")

@@ -5,6 +5,8 @@ Letters: b batch, h w token grid, c channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,14 +31,19 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor | None:
+        """What the branches of x ``(b, ...)`` are multiplied by, ``(b, 1, ...)``; None for one."""
         if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+            return None
+        return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
+
+
+def add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    """``x + branch``, times what :meth:`DropPath.draw` said."""
+    return x + branch if keep is None else x + branch * keep
 
 
 class Mlp(nn.Module):
@@ -134,6 +141,7 @@ class SwinBlock(nn.Module):
     """
 
     branch_norm: type[nn.LayerNorm] = nn.LayerNorm
+    compiled = False
 
     def __init__(
         self,
@@ -156,9 +164,35 @@ class SwinBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
+        keep = self.drop_path.draw(x), self.drop_path.draw(x)
+        # What is hooked to the attention wants to see numbers, and a compiled block has them nowhere.
+        if self.compiled and self.training and not self.attn._forward_pre_hooks:
+            out: Tensor = compiled_branches()(self, x, *keep)
+            return out
+        return self.branches(x, *keep)
+
+    def branches(self, x: Tensor, *keep: Tensor | None) -> Tensor:
+        """Both residual branches; ``keep`` is what each is multiplied by."""
+        raise NotImplementedError
+
     def attend(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, h, w, c)``, every token mixed with those of its window."""
         return self.attn(x, fit_windows((x.shape[1], x.shape[2]), self.window_size, self.shifted))
+
+
+@cache
+def compiled_branches() -> Callable[..., Tensor]:
+    """:meth:`SwinBlock.branches` through ``torch.compile``: blocks of the same sizes share what was compiled.
+
+    What is drawn comes from outside: a rate of stochastic depth that is traced would be another program per block.
+    """
+    import torch._dynamo  # takes a second
+
+    # Two of each stage, for every size of images.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(lambda block, x, *keep: block.branches(x, *keep), fullgraph=True, dynamic=False)
 
 
 class ClosedNorm(nn.LayerNorm):
@@ -178,18 +212,16 @@ class ResPostNormBlock(SwinBlock):
 
     branch_norm = ClosedNorm
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
-        x = x + self.drop_path(self.norm1(self.attend(x)))
-        x = x + self.drop_path(self.norm2(self.mlp(x)))
+    def branches(self, x: Tensor, *keep: Tensor | None) -> Tensor:
+        x = add(x, self.norm1(self.attend(x)), keep[0])
+        x = add(x, self.norm2(self.mlp(x)), keep[1])
         return self.norm3(x)
 
 
 class PreNormBlock(SwinBlock):
     """``x + attention(LN(x))``, then ``x + mlp(LN(x))`` (Swin V1, equation 3)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
-        x = x + self.drop_path(self.attend(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+    def branches(self, x: Tensor, *keep: Tensor | None) -> Tensor:
+        x = add(x, self.attend(self.norm1(x)), keep[0])
+        x = add(x, self.mlp(self.norm2(x)), keep[1])
         return self.norm3(x)

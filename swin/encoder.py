@@ -119,6 +119,16 @@ class SwinEncoder(nn.Module):
                 block.attn.fused = on
         return self
 
+    def use_compiler(self, on: bool = True) -> SwinEncoder:
+        """Compile blocks for training, one program for all that are alike: the same numbers but for rounding.
+
+        Without training they run as they are, and so does what :func:`swin.attention.watch_attention` looks at.
+        """
+        for stage in cast(Iterable[Stage], self.layers):
+            for block in cast(Iterable[SwinBlock], stage.blocks):
+                block.compiled = on
+        return self
+
     def embed(self, images: Tensor) -> Tensor:
         """Pixels ``(b, in_chans, H, W)`` -> tokens ``(b, h, w, c)``, h = ceil(H / patch_size)."""
         return self.patch_embed(images)

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+
+from swin.blocks import compiled_branches
 
 
 @pytest.fixture(autouse=True)
 def fresh_start(tmp_path_factory, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compile without a compiler, so that it takes no time: the programs that were traced."""
+    compiled_branches.cache_clear()
+    torch._dynamo.reset()
+    programs = []
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def keep(graph, inputs):
+        programs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=keep, **options))
+    yield programs
+    compiled_branches.cache_clear()
+    torch._dynamo.reset()

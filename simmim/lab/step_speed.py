@@ -78,7 +78,7 @@ def step_speed(
     Args:
         sizes: image in px and window in tokens.
         rivals: see :func:`simmim.lab.rivals.make_rival`.
-        compiled: ours and theirs also through ``torch.compile``.
+        compiled: also through ``torch.compile``, ours block by block as recipes have it, theirs as a whole.
         out: a JSON file.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,13 +150,15 @@ def make_steps(
         everybody |= {name: (make_rival(name, objective).to(device).train(), token_mask) for name in rivals}
         for name, (module, mask) in everybody.items():
             optimizer: torch.optim.Optimizer
+            forward: Callable[[Tensor, Tensor], Tensor] = module
             if isinstance(module, Ours):
+                own.encoder.use_compiler(is_compiled)
                 optimizer = make_optimizer(
                     own, own.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8
                 )
             else:
                 optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05)
-            forward = torch.compile(module) if is_compiled else module
+                forward = torch.compile(module) if is_compiled else module
             title = Path(name.partition(":")[0]).stem + (", compiled" if is_compiled else "")
             steps[title] = make_step(forward, optimizer, images, mask, precision)
     return steps

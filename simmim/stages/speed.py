@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from simmim.footprint import shape_of
@@ -42,6 +43,56 @@ class Choice(NamedTuple):
     kernel_ms: float | None = None
 
 
+def set_speed(
+    encoder: SwinEncoder,
+    stage: Pretrain | Finetune,
+    accelerator: Accelerator,
+    folder: Path,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Do what the stage says of speed; ``folder`` is the stage's, where measurements are kept.
+
+    Args:
+        encoder: with or without numbers in its parameters, which are left alone.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: the stage wants the kernel of attention where it cannot run.
+    """
+    if stage.speed.compile:
+        return compile_blocks(encoder, stage.micro_batch_size, accelerator, say)
+    return choose_attention(encoder, stage, accelerator, folder, say)
+
+
+def compile_blocks(
+    encoder: SwinEncoder, batch_size: int, accelerator: Accelerator, say: Callable[[str], None] = print
+) -> list[str]:
+    """Compile two blocks of every stage, which the others are like; leave all as they are where a process cannot.
+
+    Returns:
+        Warnings.
+    """
+
+    def switch(block: SwinBlock, on: bool) -> None:
+        block.compiled = on
+
+    begin, reason = time.perf_counter(), ""
+    try:
+        with _nothing_drawn(accelerator):
+            for stage, sizes in stages_of(encoder, batch_size):
+                make_step(stage, sizes, accelerator, switch)(True)
+    except Exception as error:  # whatever a compiler may say
+        reason = _in_a_line(error)
+    failed = [text for text in gather_object([reason]) if text]
+    encoder.use_compiler(not failed)
+    if failed:
+        return [f"blocks are not compiled, which failed here ({failed[0]})"]
+    say(f"blocks compiled in {time.perf_counter() - begin:.0f} s")
+    return []
+
+
 def choose_attention(
     encoder: SwinEncoder,
     stage: Pretrain | Finetune,
@@ -54,18 +105,15 @@ def choose_attention(
     The first process measures, for all. What it chooses is kept in ``folder`` and holds for as long as the device, the
     versions and the micro-batch are the same: a run that continues does it bit for bit.
 
-    Args:
-        encoder: with or without numbers in its parameters, which are left alone.
-
     Returns:
         Warnings.
 
     Raises:
-        ValueError: the stage says ``on`` where the kernel cannot run.
+        ValueError: the stage wants it where it cannot run.
     """
     wanted, device = stage.speed.fused_attention, accelerator.device
     if wanted != "auto" or device.type not in DEVICES or not available(device):
-        encoder.use_kernel(wanted == "on", device=device)
+        encoder.use_kernel(wanted is True, device=device)
         return []
     found: list[Any] = [None]
     if accelerator.is_main_process:
@@ -86,7 +134,7 @@ def choose_attention(
 def attend_as_before(encoder: SwinEncoder, stage: Pretrain | Finetune, folder: Path, device: torch.device) -> None:
     """As the stage of that folder did, where the kernel can run."""
     kept, wanted = read_choice(folder), stage.speed.fused_attention
-    fused = wanted == "on" or (wanted == "auto" and kept is not None and kept.fused)
+    fused = wanted is True or (wanted == "auto" and kept is not None and kept.fused)
     encoder.use_kernel(fused and available(device), device=device)
 
 
@@ -118,13 +166,15 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
 
     Two blocks, of fresh weights, stand for all of their stage: no second encoder is held, and none that is whole.
     """
+
+    def switch(block: SwinBlock, on: bool) -> None:
+        block.attn.fused = on
+
     device, furthest = accelerator.device, FURTHEST[accelerator.mixed_precision]
     seconds, fits = {False: 0.0, True: 0.0}, True
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        for index, stage in enumerate(cast(Iterable[Stage], encoder.layers)):
-            sizes = (batch_size, *encoder.config.grids()[index], encoder.config.embed_dim * 2**index)
-            step = make_step(stage, sizes, accelerator)
+    with _nothing_drawn(accelerator):
+        for stage, sizes in stages_of(encoder, batch_size):
+            step = make_step(stage, sizes, accelerator, switch)
             try:
                 expected = step(False)
             except torch.OutOfMemoryError:
@@ -132,8 +182,8 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
             try:
                 found = step(True)
             except Exception as error:  # whatever a compiler or a driver may say
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                return Choice(False, f"attention goes without its kernel, which failed here ({text})", True)
+                text = f"attention goes without its kernel, which failed here ({_in_a_line(error)})"
+                return Choice(False, text, True)
             if expected is not None:
                 apart = max(distance(x, y) for x, y in zip(found, expected, strict=True))
                 if not apart <= furthest:  # or no number
@@ -154,11 +204,20 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
     return Choice(False, f"attention without its kernel: {plain:.1f} ms against {kernel:.1f}", False, plain, kernel)
 
 
-def make_step(stage: Stage, sizes: tuple[int, ...], accelerator: Accelerator) -> Callable[[bool], list[Tensor]]:
+def stages_of(encoder: SwinEncoder, batch_size: int) -> Iterator[tuple[Stage, tuple[int, ...]]]:
+    """Every stage and the sizes ``(b, h, w, c)`` of what its blocks get."""
+    for index, (stage, grid) in enumerate(zip(encoder.layers, encoder.config.grids(), strict=True)):
+        yield cast(Stage, stage), (batch_size, *grid, encoder.config.embed_dim * 2**index)
+
+
+def make_step(
+    stage: Stage, sizes: tuple[int, ...], accelerator: Accelerator, switch: Callable[[SwinBlock, bool], None]
+) -> Callable[[bool], list[Tensor]]:
     """Two blocks like those of a stage, forward and backward -> the output, and the gradients of input and weights.
 
     Args:
         sizes: ``(b, h, w, c)``
+        switch: puts a block to the other way, or back.
     """
     device = accelerator.device
     part = Stage(list(cast(Iterable[SwinBlock], stage.blocks))[:2], nn.Identity())
@@ -170,9 +229,9 @@ def make_step(stage: Stage, sizes: tuple[int, ...], accelerator: Accelerator) ->
     x = torch.randn(sizes, device=device)
     incoming = torch.randn_like(x)
 
-    def step(fused: bool) -> list[Tensor]:
+    def step(other: bool) -> list[Tensor]:
         for block in cast(Iterable[SwinBlock], part.blocks):
-            block.attn.fused = fused
+            switch(block, other)
         torch.manual_seed(0)  # the same branches are dropped
         tokens = x.clone().requires_grad_()
         with accelerator.autocast():
@@ -198,6 +257,17 @@ def timed(step: Callable[[bool], object], device: torch.device) -> dict[bool, li
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _nothing_drawn(accelerator: Accelerator) -> Iterator[None]:
+    """Random numbers go on afterwards as if there had been none."""
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        yield
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def distance(x: Tensor, y: Tensor) -> float:

@@ -33,7 +33,7 @@ from simmim.stages.assembly import (
 )
 from simmim.stages.folder import common_starting_point, export, is_done, open_folder, part_of, publish
 from simmim.stages.sharding import distribute, whole_weights
-from simmim.stages.speed import choose_attention
+from simmim.stages.speed import set_speed
 from simmim.stopping import StopRequest
 
 PREVIEW_IMAGES = 8
@@ -176,7 +176,7 @@ def train(
     if checkpoint:
         log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
     warnings = [("memory", warning) for warning in save_memory(job, stage, accelerator)]
-    warnings += [("speed", text) for text in choose_attention(objective.encoder, stage, accelerator, folder, log.say)]
+    warnings += [("speed", text) for text in set_speed(objective.encoder, stage, accelerator, folder, log.say)]
     for kind, warning in warnings:
         log.event(start_step, kind, warning)
         log.say(f"warning: {warning}")

@@ -8,7 +8,7 @@ import torch
 import swin
 from swin import attention
 from swin.attention import CosineAttention, DotAttention
-from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock
+from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock, add
 from swin.position_bias import make_position_bias
 from swin.sequential import split_heads
 from swin.windows import fit_windows
@@ -170,11 +170,13 @@ def test_extra_norms_sit_after_every_nth_block_of_a_stage():
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     drop = DropPath(0.25)
-    kept = drop(torch.ones(4000, 2, 2, 3))
-    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert torch.equal(kept, kept[:, :1, :1, :1].expand_as(kept))
-    assert kept.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(drop.eval()(kept), kept)
+    x = torch.ones(4000, 2, 2, 3)
+    keep = drop.draw(x)
+    assert keep.shape == (4000, 1, 1, 1)
+    assert keep.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert keep.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(add(x, 2 * x, keep), x + 2 * x * keep)
+    assert drop.eval().draw(x) is None and torch.equal(add(x, 2 * x, None), 3 * x)
 
 
 def test_drop_path_grows_linearly_over_all_blocks():

@@ -1,0 +1,74 @@
+"""Compiled blocks: the numbers of plain ones, from few programs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from swin import make_encoder
+from swin.attention import watch_attention
+from swin.blocks import compiled_branches
+from tests.swin.test_encoder import wake
+
+SMALL = {"embed_dim": 8, "depths": (2, 4), "num_heads": (1, 2), "image_size": 36, "window_size": 4, "drop_path": 0.3}
+
+
+def make_small(**settings):
+    torch.manual_seed(0)
+    encoder = make_encoder("swinv2_tiny", **SMALL | settings).train()
+    wake(encoder)
+    return encoder
+
+
+def numbers(encoder, images):
+    """Tokens and all gradients; the same branches are dropped every time."""
+    torch.manual_seed(3)
+    encoder.zero_grad()
+    out = encoder(images)
+    (out * out.sin()).float().sum().backward()
+    return [out.detach(), *(parameter.grad for parameter in encoder.parameters())]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_blocks_have_the_numbers_of_plain_ones(checkpointing, traced):
+    """In double precision, so that nothing is left to rounding; one program for blocks that are alike."""
+    encoder = make_small().double().save_memory(checkpointing=checkpointing)
+    images = torch.randn(3, 3, 36, 36, dtype=torch.float64)
+    plain = numbers(encoder, images)
+    assert not traced
+    compiled = numbers(encoder.use_compiler(), images)
+    for found, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    # Shifted or not in both stages, and the first block, which is never dropped, is one of the four.
+    assert len(traced) == 4
+    numbers(encoder, images), numbers(encoder.use_compiler(False), images)
+    assert len(traced) == 4
+
+
+def test_without_training_blocks_run_as_they_are(traced):
+    encoder = make_small().use_compiler().eval()
+    encoder(torch.randn(1, 3, 36, 36))
+    assert not traced
+
+
+def test_what_is_watched_runs_as_it_is(traced):
+    encoder, images = make_small(), torch.randn(2, 3, 36, 36)
+    found = []
+    for is_compiled in (False, True):
+        encoder.use_compiler(is_compiled)
+        torch.manual_seed(3)
+        with watch_attention(encoder) as seen:
+            encoder(images)
+        found.append(seen)
+    assert found[0] == found[1] and found[0]["max_attention_logit"] > 0 and not traced
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_through_the_compiler_itself():
+    compiled_branches.cache_clear()
+    encoder, images = make_small(depths=(1,), num_heads=(1,), image_size=16), torch.randn(2, 3, 16, 16)
+    plain, compiled = numbers(encoder, images), numbers(encoder.use_compiler(), images)
+    for found, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
