@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/simmim lab label-efficiency recipes/demo.yaml
+	$(BIN)/simmim lab label-efficiency recipes/demo.yaml --precision fp32
 
 test: $(READY)
 	$(BIN)/python -m pytest -q

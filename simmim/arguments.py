@@ -24,5 +24,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command that trains takes beside its recipe."""
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="default: what accelerate is configured for, else fp32"
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="default: what accelerate is configured for; else bf16 on processors that multiply it, and fp32",
     )

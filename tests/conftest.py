@@ -13,6 +13,7 @@ from swin.blocks import compiled_branches
 def fresh_start(tmp_path_factory, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the same numbers on every processor
 
 
 @pytest.fixture

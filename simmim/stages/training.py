@@ -30,6 +30,7 @@ from simmim.stages.assembly import (
     make_views,
     num_workers_of,
     schedule_of,
+    usual_precision,
 )
 from simmim.stages.folder import common_starting_point, export, is_done, open_folder, part_of, publish
 from simmim.stages.sharding import distribute, whole_weights
@@ -93,7 +94,7 @@ def carry_out(
     Args:
         out: the stage writes into ``out / recipe.name / name``.
         judge: what is said of the trained objective, on the screen and in ``summary.json``.
-        precision: ``bf16``, ``fp32``, or None for what the launcher says.
+        precision: ``bf16``, ``fp32``, or None for what the launcher says, or is usual on this machine.
         allow_changes: continue although settings are not those of the checkpoint.
 
     Returns:
@@ -105,7 +106,7 @@ def carry_out(
         Stopped, NonFiniteLoss, OSError: as of :func:`simmim.engine.fit`.
     """
     stage, folder = recipe.stages[name], out / recipe.name / name
-    accelerator = make_accelerator(precision, stage.log.trackers, folder)
+    accelerator = make_accelerator(precision or usual_precision(), stage.log.trackers, folder)
     job = make_job(recipe, out, name, accelerator.mixed_precision)
     with locked(folder, is_main=accelerator.is_main_process):
         if is_done(folder, job.settings):

@@ -293,6 +293,18 @@ def test_what_accelerate_is_configured_for_is_checked(attribute, value, message,
         assembly.make_accelerator(None)
 
 
+def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True}, raising=False)
+    assert assembly.usual_precision() is None  # a launcher has spoken
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert assembly.usual_precision() == "bf16"
+    stages.pretrain(tiny_recipe(), tmp_path)
+    assert " in bf16; seed " in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
+    assert assembly.usual_precision() is None
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
