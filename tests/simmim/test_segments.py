@@ -228,7 +228,7 @@ def assert_aligned(image, segments, margin=2):
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 40)])
 def test_image_and_map_take_the_same_crop(tmp_path, size):
-    write_pair(tmp_path, "a", blocks(5))
+    write_pair(tmp_path, "a", 2 * blocks(5, classes=3))
     picture = decoded(opened(tmp_path))
     transform = RandomSegmentCrop(size, mean=MEAN, distort=False)
     generator = torch.Generator().manual_seed(0)
@@ -238,6 +238,7 @@ def test_image_and_map_take_the_same_crop(tmp_path, size):
         image, segments = example["image"], example["segments"]
         assert image.shape == (3, *size) and segments.shape == size and segments.dtype == image.dtype == torch.uint8
         assert_aligned(image, segments)
+        assert set(segments.unique().tolist()) <= {0, 2, 4, IGNORED}  # none in between
         fill = segments == IGNORED
         assert (image[:, fill] == 128).all()
         padded += bool(fill.any())
