@@ -202,7 +202,10 @@ class _ImageFile:
 
 def open_image(content: bytes) -> Image.Image:
     """The header of an image. Raises ValueError for one that is too large, UnidentifiedImageError, OSError."""
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} px, more than {MAX_PIXELS / 1e6:.0f} megapixels: a bomb?")
     return image

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simmim.data.decode import Box, Decoder, Picture, open_image
 from simmim.data.listing import VALIDATION
-from simmim.data.sources import Files, Source, open_files, split_holdout
+from simmim.data.sources import Files, Images, Source, open_files, split_holdout
 
 IGNORED = 255
 """The label of pixels that are neither trained on nor judged."""
@@ -52,13 +52,13 @@ class SegmentedImages:
     files of which only the ending differs, but for the first.
 
     Args:
-        annotations: one number per pixel: PNG with grey or palette indices, 8 or 16 bit.
+        annotations: one number per pixel: PNG with grey or palette indices, of any depth.
         classes: their names, or how many; None: as many as the highest label in the annotations asks for, which
             are all read for it. Classes without a name are called by their number.
         ignore_zero: 0 says nothing and the first class is 1 (ADE20K). 255 says nothing in any case.
 
     Raises:
-        ValueError: no pair is left; fewer than two classes, or too many.
+        ValueError: no pair is left; fewer than two classes, or too many; channels as of :class:`Images`.
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class SegmentedImages:
         classes: Sequence[str] | int | None = None,
         ignore_zero: bool = False,
     ) -> None:
-        self.images, self.annotations, self.decoder = images, annotations, decoder or Decoder()
-        self.ignore_zero = ignore_zero
+        self.images, self.annotations, self.ignore_zero = Images(images, decoder), annotations, ignore_zero
         self.problems: list[Problem] = []
         of_images, of_annotations = _by_path(images, self.problems), _by_path(annotations, self.problems)
         for files, these, others, reason in (
@@ -87,11 +86,12 @@ class SegmentedImages:
                 "folder of annotations, but for the ending"
             )
         self.numbers = torch.tensor([(of_images[path], of_annotations[path]) for path in paths])
+        counted = ""
         if classes is None:
-            classes = self._highest_label() + 1
+            classes, counted = self._counted()
         names = [str(number) for number in range(classes)] if isinstance(classes, int) else list(classes)
         if not 2 <= len(names) <= MAX_CLASSES - ignore_zero:
-            raise ValueError(f"{len(names)} classes in label maps: expected 2 to {MAX_CLASSES - ignore_zero}")
+            raise ValueError(f"{len(names)} classes in label maps{counted}: expected 2 to {MAX_CLASSES - ignore_zero}")
         self.classes = names
 
     @property
@@ -115,7 +115,7 @@ class SegmentedImages:
         Raises:
             ValueError: an annotation that is no label map, of another size, or with labels that are no classes.
         """
-        picture, labels = self.decoder(content[0]), read_label_map(content[1])
+        picture, labels = self.images.decode(content[0]), read_label_map(content[1])
         if labels.shape != tuple(picture.size):
             raise ValueError(f"is {_by(picture.size)} px, but its annotation {_by(labels.shape)}")
         return SegmentedPicture(picture, torch.from_numpy(self._numbered(labels)))
@@ -136,17 +136,19 @@ class SegmentedImages:
     def _says_nothing(self, labels: np.ndarray) -> np.ndarray:
         return (labels == IGNORED) | (labels == 0) if self.ignore_zero else labels == IGNORED
 
-    def _highest_label(self) -> int:
-        """Of all annotations that can be read, as a number of a class."""
-        highest = -1
+    def _counted(self) -> tuple[int, str]:
+        """As many classes as the highest label asks for, of all annotations that can be read; and where it is."""
+        most, where = 0, ""
         for number in self.numbers[:, 1].tolist():
             try:
                 labels = read_label_map(cast(bytes, self.annotations.fetch(number)))
             except (ValueError, OSError):
                 continue  # it is named when it is its turn
             found = labels[~self._says_nothing(labels)]
-            highest = max(highest, int(found.max(initial=-1)) - self.ignore_zero)
-        return highest
+            count = int(found.max(initial=-1)) + 1 - self.ignore_zero
+            if count > most:
+                most, where = count, f" (the highest label, {found.max()}, is in {self.annotations.name(number)})"
+        return most, where
 
 
 def read_label_map(content: bytes) -> np.ndarray:
@@ -162,9 +164,11 @@ def read_label_map(content: bytes) -> np.ndarray:
         if image.mode not in _INDEX_MODES or image.format == "JPEG":
             raise ValueError(
                 f"its annotation is a picture ({image.format} {image.mode}), no label map: expected one number per "
-                "pixel, as a PNG with grey or palette indices, 8 or 16 bit"
+                "pixel, as a PNG with grey or palette indices"
             )
-        return np.asarray(image).astype(np.int32)
+        # Pillow stretches grey of 2 and 4 bit to 0..255; the depth is the 25th byte of a PNG.
+        stretched = image.format == "PNG" and image.mode == "L"
+        return np.asarray(image).astype(np.int32) // (255 // (2 ** content[24] - 1) if stretched else 1)
     except UnidentifiedImageError:
         raise ValueError(f"its annotation is no image, it begins with {content[:16]!r}") from None
     except (OSError, SyntaxError) as error:  # Pillow says both of damaged PNG

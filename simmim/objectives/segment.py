@@ -31,11 +31,12 @@ class Segment(nn.Module):
         auxiliary_weight: of the loss of the auxiliary head.
         dropout: of channels before the last layer of either head.
         window, stride: px, for predictions in windows (:func:`simmim.objectives.sliding.sliding_logits`); None:
-            the whole image at once; a stride alone is not possible, a window alone has two thirds of itself.
+            the whole image at once. A window alone has two thirds of itself for a stride.
         scales, flip: see :func:`simmim.objectives.sliding.averaged_log_probabilities`; for predictions.
 
     Raises:
-        ValueError: statistics that do not match the channels, an encoder of one stage.
+        ValueError: statistics that do not match the channels, an encoder of one stage, a stride without a window or
+            longer than it, scales that are not positive.
     """
 
     mean: Tensor
@@ -66,11 +67,21 @@ class Segment(nn.Module):
         stages = len(encoder.config.depths)
         if stages < 2:
             raise ValueError("an encoder of one stage has no pyramid to segment with: expected two stages or more")
+        if window is None and stride is not None:
+            raise ValueError(f"stride {list(stride)} without a window: give the window too, or neither")
+        if window is not None:
+            stride = stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
+            if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
+                raise ValueError(
+                    f"windows of {list(window)} px every {list(stride)} px leave gaps: expected strides from 1 to the "
+                    "sides of the window"
+                )
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"scales {list(scales)}: expected numbers above 0, 1 is the image as it is")
         self.encoder = encoder
         self.classes = list(classes)
         self.auxiliary_weight = auxiliary_weight
-        self.window, self.scales, self.flip = window, tuple(scales), flip
-        self.stride = stride or (None if window is None else (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3)))
+        self.window, self.stride, self.scales, self.flip = window, stride, tuple(scales), flip
         widths = [encoder.config.embed_dim * 2**index for index in range(stages)]
         self.norms = nn.ModuleList(ChannelNorm(width) for width in widths[:-1])
         self.head = UPerHead(widths, len(self.classes), channels, dropout)
@@ -126,25 +137,23 @@ class Segment(nn.Module):
         """Loss of the main head and share of pixels with the right class, of each image, and then their means.
 
         ``segments`` may have another size than ``image``: predictions are resized to it. The mean
-        intersection over union is no mean over images: see :meth:`confusion`.
+        intersection over union is no mean over images: see :class:`simmim.objectives.mean_iou.MeanIoU`.
         """
-        scores, segments = resized(self.predict(batch["image"]), batch["segments"].shape[-2:]), batch["segments"]
+        scores, segments = self.scores(batch), batch["segments"]
         right = (scores.argmax(dim=1) == segments) & (segments != IGNORED)
         share = right.sum(dim=(1, 2)) / num_valid(segments)
         return {"loss": pixel_loss(scores, segments), "pixel_accuracy": share.mean()}
 
     @torch.no_grad()
-    def confusion(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Pixels of each class that were taken for each: as :func:`confusion_matrix`, to be summed over a data set."""
-        scores = resized(self.predict(batch["image"]), batch["segments"].shape[-2:])
-        return confusion_matrix(scores.argmax(dim=1), batch["segments"], len(self.classes))
+    def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Predictions ``(b, classes, H, W)`` at the size of ``segments``; the highest is the class."""
+        return resized(self.predict(batch["image"]), batch["segments"].shape[-2:])
 
     @torch.no_grad()
     def picture(self, batch: Mapping[str, Tensor]) -> Image.Image:
         """Every image, what it holds, what was found, and the classes that are meant by the colours."""
-        scores = resized(self.predict(batch["image"]), batch["segments"].shape[-2:])
         images = resized(visualize.to_rgb(batch["image"] / 255), batch["segments"].shape[-2:])
-        return visualize.segmentation(images, batch["segments"], scores.argmax(dim=1), self.classes)
+        return visualize.segmentation(images, batch["segments"], self.scores(batch).argmax(dim=1), self.classes)
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """The encoder's, and all norms and biases of the heads."""
@@ -174,35 +183,3 @@ def pixel_loss(logits: Tensor, segments: Tensor) -> Tensor:
 def num_valid(segments: Tensor) -> Tensor:
     """Of each image the pixels that have a label, int64 ``(b,)``; 1 where there are none, for a divisor."""
     return (segments != IGNORED).sum(dim=(1, 2)).clamp(min=1)
-
-
-def confusion_matrix(predicted: Tensor, segments: Tensor, classes: int) -> Tensor:
-    """int64 ``(classes, classes)``: how many pixels of the class of the row were taken for that of the column."""
-    valid = segments != IGNORED
-    pairs = classes * segments[valid].long() + predicted[valid].long()
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-
-
-def segmentation_scores(confusion: Tensor) -> dict[str, float]:
-    """The usual numbers of a whole data set, from the sum of its confusion matrices.
-
-    - ``mean_iou``: intersection over union, mean over the classes; a class that is neither in the labels nor in
-      any prediction is not counted.
-    - ``mean_accuracy``: share of the pixels of a class that were found, mean over the classes in the labels.
-    - ``pixel_accuracy``: share of all pixels that have a label.
-    """
-    matrix = confusion.double()
-    right, labelled, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
-    union = labelled + predicted - right
-    return {
-        "mean_iou": float((right / union)[union > 0].mean()),
-        "mean_accuracy": float((right / labelled)[labelled > 0].mean()),
-        "pixel_accuracy": float(right.sum() / labelled.sum()),
-    }
-
-
-def class_iou(confusion: Tensor) -> list[float | None]:
-    """Intersection over union of each class; None of those that :func:`segmentation_scores` does not count."""
-    matrix = confusion.double()
-    union = matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal()
-    return [float(r / u) if u else None for r, u in zip(matrix.diagonal(), union, strict=True)]

@@ -5,6 +5,7 @@ Letters: b batch, c channels, k classes, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,22 +23,25 @@ def sliding_logits(logits: Logits, images: Tensor, window: Pair, stride: Pair) -
     """Means of the logits of all windows that cover a pixel; the last ones of a row or column lie at the border.
 
     Args:
-        window, stride: px; an image that is smaller than the window is seen whole.
+        window: px; an image that is smaller is seen whole.
+        stride: px, not longer than the window.
     """
     size = images.shape[-2:]
     height, width = (min(side, wanted) for side, wanted in zip(size, window, strict=True))
     tops, lefts = starts(size[0], height, stride[0]), starts(size[1], width, stride[1])
     if len(tops) == len(lefts) == 1:
         return logits(images)
-    total, count = torch.zeros(()), images.new_zeros(size)
+    total: Tensor | None = None
+    count = images.new_zeros(size)
     for top in tops:
         for left in lefts:
             inside = (..., slice(top, top + height), slice(left, left + width))
             found = logits(images[inside])
-            if not total.ndim:
+            if total is None:
                 total = found.new_zeros(*found.shape[:2], *size)
             total[inside] += found
             count[inside] += 1
+    assert total is not None
     return total / count
 
 
@@ -60,14 +64,16 @@ def averaged_log_probabilities(
         ``(b, k, H, W)``
     """
     size = images.shape[-2:]
-    views = []
+    total: Tensor | None = None  # one sum, as the maps of many scales and classes would fill the memory
     for scale in scales:
         scaled = [max(1, round(scale * side)) for side in size]
         seen = images if scaled == list(size) else F.interpolate(images, scaled, mode="bilinear", antialias=True)
-        views.append(resized(logits(seen), size).softmax(dim=1))
-        if flip:
-            views.append(resized(logits(seen.flip(-1)), size).softmax(dim=1).flip(-1))
-    return torch.stack(views).mean(dim=0).log()
+        views = [resized(logits(seen), size)] + ([resized(logits(seen.flip(-1)), size).flip(-1)] if flip else [])
+        for view in views:
+            found = view.log_softmax(dim=1)
+            total = found if total is None else torch.logaddexp(total, found)
+    assert total is not None
+    return total - math.log(len(scales) * (1 + flip))
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:

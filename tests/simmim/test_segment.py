@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchmetrics.classification import MulticlassJaccardIndex
 
 import swin
-from simmim.objectives.segment import (
-    Segment,
-    class_iou,
-    confusion_matrix,
-    pixel_loss,
-    segmentation_scores,
-)
+from simmim.objectives.mean_iou import MeanIoU
+from simmim.objectives.segment import Segment, pixel_loss
 from simmim.objectives.sliding import averaged_log_probabilities, sliding_logits, starts
 from simmim.objectives.upernet import (
     POOLS,
@@ -32,13 +30,20 @@ from simmim.optim import make_optimizer
 STATISTICS = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
-def make_segmenter(classes=4, depths=(1, 1), **settings) -> Segment:
+def make_segmenter(classes=4, depths=(1, 1), in_chans=3, **settings) -> Segment:
     torch.manual_seed(0)
     encoder = swin.make_encoder(
-        "swinv2_tiny", embed_dim=8, depths=depths, num_heads=(1,) * len(depths), image_size=32, window_size=4
+        "swinv2_tiny",
+        embed_dim=8,
+        depths=depths,
+        num_heads=(1,) * len(depths),
+        image_size=32,
+        window_size=4,
+        in_chans=in_chans,
     )
     settings = {"channels": 16, "auxiliary_channels": 8, "dropout": 0.0} | settings
-    return Segment(encoder, [f"class {number}" for number in range(classes)], **STATISTICS, **settings)
+    settings |= {"mean": [0.5] * in_chans, "std": [0.25] * in_chans}
+    return Segment(encoder, [f"class {number}" for number in range(classes)], **settings)
 
 
 def make_batch(count=2, size=(32, 32), classes=4, seed=0):
@@ -48,6 +53,12 @@ def make_batch(count=2, size=(32, 32), classes=4, seed=0):
     segments = grid.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, 0, : size[0], : size[1]]
     colours = torch.randint(0, 256, (classes, 3), generator=generator)
     return {"image": colours[segments].permute(0, 3, 1, 2).to(torch.uint8), "segments": segments.to(torch.uint8)}
+
+
+def scores_of(predicted, segments, classes) -> MeanIoU:
+    scores = MeanIoU(classes)
+    scores.add(predicted, segments)
+    return scores
 
 
 def test_as_many_parameters_as_upernet_has():
@@ -138,6 +149,17 @@ def test_any_size(depths, size):
     assert model.predict(batch["image"]).shape == (2, 4, *size)
 
 
+@pytest.mark.parametrize("in_chans", [1, 2, 6])
+def test_any_number_of_channels(in_chans):
+    model, batch = make_segmenter(in_chans=in_chans), make_batch()
+    batch["image"] = batch["image"][:, [number % 3 for number in range(in_chans)]]
+    model(batch).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.head.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.auxiliary_head.parameters())
+    assert model.encoder.patch_embed.proj.weight.grad.abs().max() > 0
+    assert model.picture(batch).height > 2 * 32
+
+
 def test_a_few_steps_reduce_the_loss():
     model, batch = make_segmenter(), make_batch(4)
     optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
@@ -150,7 +172,8 @@ def test_a_few_steps_reduce_the_loss():
         optimizer.zero_grad()
     after = model.measure(batch)
     assert after["loss"] < 0.3 * before["loss"] and after["pixel_accuracy"] > 0.9
-    assert segmentation_scores(model.confusion(batch))["mean_iou"] > 0.8
+    scores = scores_of(model.scores(batch).argmax(dim=1), batch["segments"], 4).compute()
+    assert scores["mean_iou"] > 0.8 and scores["pixel_accuracy"] == pytest.approx(after["pixel_accuracy"].item())
 
 
 def test_a_batch_in_pieces_gives_the_same_gradient():
@@ -172,7 +195,7 @@ def test_ignored_pixels_change_neither_loss_nor_numbers():
     wide, wide_segments = F.pad(logits, (0, 3, 0, 2), value=7.0), F.pad(segments, (0, 3, 0, 2), value=255)
     torch.testing.assert_close(pixel_loss(wide, wide_segments), pixel_loss(logits, segments))
     torch.testing.assert_close(pixel_loss(logits, segments), F.cross_entropy(logits, segments.long()))
-    found = [confusion_matrix(x.argmax(dim=1), y, 4) for x, y in ((wide, wide_segments), (logits, segments))]
+    found = [scores_of(x.argmax(dim=1), y, 4).confusion() for x, y in ((wide, wide_segments), (logits, segments))]
     assert torch.equal(*found) and found[0].sum() == 60
     model, batch = make_segmenter(), make_batch()
     batch["segments"][:, :, 16:] = 255
@@ -190,7 +213,9 @@ def test_images_without_labels_give_no_gradient():
     loss = model(batch)
     loss.backward()
     assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
-    assert model.measure(batch)["pixel_accuracy"] == 0 and model.confusion(batch).sum() == 0
+    assert model.measure(batch)["pixel_accuracy"] == 0
+    scores = scores_of(model.scores(batch).argmax(dim=1), batch["segments"], 4)
+    assert scores.confusion().sum() == 0 and scores.of_classes() == [None] * 4
 
 
 def test_both_heads_are_trained_the_auxiliary_with_its_weight():
@@ -265,6 +290,8 @@ def test_several_views_are_averaged_as_probabilities():
     ramp = torch.linspace(0, 3, 24).expand(1, 2, 16, 24) * torch.tensor([1.0, -1.0])[:, None, None]
     found = averaged_log_probabilities(lambda x: ramp, images, flip=True)
     torch.testing.assert_close(found, ((ramp.softmax(1) + ramp.flip(-1).softmax(1)) / 2).log())
+    far = averaged_log_probabilities(lambda x: x * 400, torch.tensor([1.0, -1.0]).view(1, 2, 1, 1), flip=True)
+    assert far.flatten().tolist() == [0, -800]  # a class that is sure not to be there has a finite loss
     sizes = []
 
     def at_any_size(x):
@@ -290,43 +317,57 @@ def test_the_tests_at_several_scales_are_those_of_the_objective():
 def test_scores_by_hand():
     segments = torch.tensor([[[0, 0, 0, 1], [1, 1, 255, 255]]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0, 1, 1], [1, 2, 0, 2]]])
-    matrix = confusion_matrix(predicted, segments, 5)
-    assert matrix.tolist() == [[2, 1, 0, 0, 0], [0, 2, 1, 0, 0]] + [[0] * 5] * 3
-    scores = segmentation_scores(matrix)
+    found = scores_of(predicted, segments, 5)
+    assert found.confusion().tolist() == [[2, 1, 0, 0, 0], [0, 2, 1, 0, 0]] + [[0] * 5] * 3
+    scores = found.compute()
     assert scores["mean_iou"] == pytest.approx((2 / 3 + 2 / 4 + 0 / 1) / 3)  # 2 is predicted, 3 and 4 are nowhere
     assert scores["mean_accuracy"] == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert scores["pixel_accuracy"] == pytest.approx(4 / 6)
-    assert class_iou(matrix) == [pytest.approx(2 / 3), 0.5, 0.0, None, None]
+    assert found.of_classes() == [pytest.approx(2 / 3), 0.5, 0.0, None, None]
 
 
 def test_scores_of_a_data_set_equal_those_of_numpy_and_torchmetrics():
     generator = torch.Generator().manual_seed(0)
-    total, pairs = torch.zeros(7, 7, dtype=torch.int64), []
+    processes, pairs = [MeanIoU(7), MeanIoU(7)], []
     for size in ((9, 14), (20, 5), (11, 11)):
         segments = torch.randint(0, 6, (1, *size), generator=generator).to(torch.uint8)  # class 6 is nowhere
         predicted = torch.where(torch.rand(1, *size, generator=generator) < 0.6, segments, 3).long()
         segments[torch.rand(1, *size, generator=generator) < 0.2] = 255
-        total += confusion_matrix(predicted, segments, 7)
+        processes[len(pairs) % 2].add(predicted, segments)
         pairs.append((predicted.flatten().numpy(), segments.flatten().numpy()))
     predicted, truth = (np.concatenate(side) for side in zip(*pairs, strict=True))
     predicted, truth = predicted[truth != 255], truth[truth != 255]
     ious = [((predicted == k) & (truth == k)).sum() / ((predicted == k) | (truth == k)).sum() for k in range(6)]
     accuracies = [(predicted[truth == k] == k).mean() for k in range(6)]
-    scores = segmentation_scores(total)
+    matrices = [process.confusion() for process in processes]
+    processes[0].gather(lambda own: [*own, matrices[1]])
+    scores = processes[0].compute()
     assert scores["mean_iou"] == pytest.approx(np.mean(ious))
     assert scores["mean_accuracy"] == pytest.approx(np.mean(accuracies))
     assert scores["pixel_accuracy"] == pytest.approx((predicted == truth).mean())
-    classification = pytest.importorskip("torchmetrics.classification")
-    metric = classification.MulticlassJaccardIndex(7, ignore_index=255)
+    metric = MulticlassJaccardIndex(7, ignore_index=255)
     for found, known in pairs:
         metric.update(torch.from_numpy(found), torch.from_numpy(known).long())
     assert scores["mean_iou"] == pytest.approx(metric.compute().item(), rel=1e-6)
+    assert processes[0].of_classes() == [*(pytest.approx(iou) for iou in ious), None]
+
+
+def test_the_largest_number_of_classes_and_255_beside():
+    segments = torch.tensor([[[254, 254, 255, 0]]], dtype=torch.uint8)
+    scores = scores_of(torch.tensor([[[254, 0, 254, 0]]]), segments, 255)
+    assert scores.compute()["mean_iou"] == pytest.approx(1 / 2) and scores.of_classes()[254] == 0.5
+
+
+def test_without_torchmetrics_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    with pytest.raises(ValueError, match=r"pip install '\.\[segmentation\]'"):
+        MeanIoU(4)
 
 
 def test_labels_may_be_finer_than_images():
     model, batch = make_segmenter(), make_batch()
     large = {**batch, "segments": batch["segments"].repeat_interleave(2, 1).repeat_interleave(3, 2)}
-    assert model.confusion(large).sum() == 2 * 64 * 96
+    assert model.scores(large).shape == (2, 4, 64, 96)
     scores = F.interpolate(model.predict(batch["image"]), (64, 96), mode="bilinear")
     assert model.measure(large)["loss"] == pytest.approx(F.cross_entropy(scores, large["segments"].long()).item())
     assert model.picture(large).height > 2 * 64
@@ -369,3 +410,12 @@ def test_models_that_cannot_be():
         Segment(encoder, ["a", "b"], **STATISTICS)
     with pytest.raises(ValueError, match="mean and std have 2 and 3 numbers for 3 channels"):
         Segment(encoder, ["a", "b"], mean=[0.5] * 2, std=[0.25] * 3)
+    for wrong, message in (
+        ({"stride": (8, 8)}, "without a window"),
+        ({"window": (16, 16), "stride": (8, 17)}, r"every \[8, 17\] px leave gaps"),
+        ({"window": (16, 16), "stride": (0, 8)}, "leave gaps"),
+        ({"scales": ()}, "expected numbers above 0"),
+        ({"scales": (1.0, -0.5)}, "expected numbers above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_segmenter(**wrong)

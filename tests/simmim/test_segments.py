@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -115,6 +117,15 @@ def test_what_has_no_counterpart_is_named_and_left_out(tmp_path):
         opened(tmp_path)
 
 
+def test_empty_folders_and_channels_that_no_file_has(tmp_path):
+    write_pair(tmp_path, "a", blocks(1))
+    with pytest.raises(ValueError, match="image files have 1, 3 or 4 channels, but the encoder wants in_chans=5"):
+        opened(tmp_path, decoder=Decoder(5))
+    (tmp_path / "annotations" / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"no images in .*annotations"):
+        segmented_sources(tmp_path, Decoder(), 10)
+
+
 def test_annotations_in_a_zip(tmp_path):
     write_pair(tmp_path, "a", blocks(1))
     for folder in ("images", "annotations"):
@@ -136,6 +147,27 @@ def test_numbers_are_never_taken_for_colours(tmp_path, mode):
     image.save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode == mode
     assert np.array_equal(read_label_map((tmp_path / "a.png").read_bytes()), labels)
+
+
+def packed_grey(labels, depth):
+    """A grey PNG of few bits, which Pillow reads and does not write."""
+    rows = [np.packbits((row[:, None] >> np.arange(depth)[::-1]) & 1).tobytes() for row in labels]
+    height, width = labels.shape
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row for row in rows)),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts.items()
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_few_bits_are_not_stretched(depth):
+    labels = np.random.default_rng(0).integers(0, 2**depth, (5, 7), dtype=np.uint8)
+    assert np.array_equal(read_label_map(packed_grey(labels, depth)), labels)
 
 
 def damage(path, kind):
@@ -162,11 +194,16 @@ def damage(path, kind):
     if kind == "bomb":
         Image.new("1", (15_000, 10_000)).save(path)
         return "15000 x 10000 px, more than 89 megapixels"
+    if kind == "larger bomb":
+        Image.new("1", (20_000, 10_000)).save(path)
+        return "200000000 pixels"
     Image.fromarray(np.full((60, 80), 300 if kind == "wide label" else 4, np.uint16)).save(path)
     return f"holds the label {300 if kind == 'wide label' else 4}, but there are 4 classes, 0 to 3"
 
 
-@pytest.mark.parametrize("kind", ["colours", "lossy", "empty", "text", "short", "size", "bomb", "label", "wide label"])
+@pytest.mark.parametrize(
+    "kind", ["colours", "lossy", "empty", "text", "short", "size", "bomb", "larger bomb", "label", "wide label"]
+)
 def test_annotations_that_cannot_be_used_are_broken_examples(tmp_path, kind):
     for name in ("a", "b", "c"):
         write_pair(tmp_path, name, blocks(1))
@@ -174,6 +211,8 @@ def test_annotations_that_cannot_be_used_are_broken_examples(tmp_path, kind):
     source = opened(tmp_path, classes=4)
     with pytest.raises(ValueError, match=message):
         decoded(source, 1)
+    if "label" not in kind:
+        assert opened(tmp_path).classes == ["0", "1", "2", "3"]  # counted in the others
     transform = RandomSegmentCrop((32, 32), mean=MEAN)
     (batch,) = training_batches(source, transform, seed=0, batch_size=3, micro_batch_size=3, end_step=1)
     assert batch["segments"].shape == (3, 32, 32)
@@ -199,11 +238,14 @@ def test_labels_that_say_nothing(tmp_path):
 
 def test_numbers_of_classes_that_cannot_be(tmp_path):
     write_pair(tmp_path, "a", np.zeros((20, 20), np.uint8))
-    with pytest.raises(ValueError, match="1 classes in label maps: expected 2 to 255"):
+    with pytest.raises(ValueError, match=r"1 classes in label maps \(the highest label, 0, is in .*a.png\): expected 2 to 255"):
         opened(tmp_path)
     with pytest.raises(ValueError, match="255 classes in label maps: expected 2 to 254"):
         opened(tmp_path, classes=255, ignore_zero=True)
     assert len(opened(tmp_path, classes=255).classes) == 255
+    Image.fromarray(np.full((20, 20), 256, np.uint16)).save(tmp_path / "annotations" / "a.png")
+    with pytest.raises(ValueError, match=r"257 classes .*highest label, 256, is in .*a\.png"):
+        opened(tmp_path)
 
 
 def test_names_of_classes(tmp_path):
