@@ -136,22 +136,30 @@ def overlay(images: Tensor, maps: Tensor) -> Tensor:
     return images * (0.15 + 0.85 * share)
 
 
-def segmentation(images: Tensor, truth: Tensor, predicted: Tensor, classes: Sequence[str]) -> Image.Image:
+def segmentation(images: Tensor, truth: Tensor | None, predicted: Tensor, classes: Sequence[str]) -> Image.Image:
     """One picture: every image, what it holds and what was found in it, with the classes that the colours mean.
 
     Beside each class stands its intersection over union in this image. Pixels without a label stay grey in both.
+    Where the truth is not known only what was found is shown, and its share of the pixels.
 
     Args:
         images: float ``(b, 3, H, W)`` in [0, 1].
         truth, predicted: numbers of classes ``(b, H, W)``; in ``truth`` what is not one of them has no label.
     """
-    images, truth, predicted = images.float().cpu(), truth.long().cpu(), predicted.long().cpu()
-    colours, labelled = class_colours(len(classes)), truth < len(classes)
-    painted = [_painted(images, labels.where(labelled, len(classes)), colours) for labels in (truth, predicted)]
-    picture = panels([("original", images), ("truth", painted[0]), ("prediction", painted[1])], across=1)
-    lines = [
-        _legend(own[valid], found[valid], classes) for own, found, valid in zip(truth, predicted, labelled, strict=True)
-    ]
+    images, predicted, colours = images.float().cpu(), predicted.long().cpu(), class_colours(len(classes))
+    if truth is None:
+        picture = panels([("original", images), ("prediction", _painted(images, predicted, colours))], across=1)
+        lines = [_shares(found, classes) for found in predicted]
+    else:
+        truth = truth.long().cpu()
+        labelled = truth < len(classes)
+        painted = [_painted(images, labels.where(labelled, len(classes)), colours) for labels in (truth, predicted)]
+        columns = [("original", images), ("truth", painted[0]), ("prediction", painted[1])]
+        picture = panels(columns, across=1)
+        lines = [
+            _overlaps(own[valid], found[valid], classes)
+            for own, found, valid in zip(truth, predicted, labelled, strict=True)
+        ]
     font, swatch = ImageFont.load_default(13), 12
     longest = max((font.getlength(text) for legend in lines for _, text in legend), default=0)
     canvas = Image.new("RGB", (picture.width + swatch + int(longest) + 4 * _GAP, picture.height), "white")
@@ -185,14 +193,34 @@ def _painted(images: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
     return torch.where(borders[:, None], torch.ones(()), mixed)
 
 
-def _legend(truth: Tensor, predicted: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+def _overlaps(truth: Tensor, predicted: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
     """Classes of an image, largest first, and how well each was found."""
     counts = torch.bincount(torch.cat([truth, predicted]), minlength=len(classes))
-    lines = []
-    for number in counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist():
-        both = int(((truth == number) & (predicted == number)).sum())
-        lines.append((number, f"{both / (int(counts[number]) - both):.2f}  {classes[number][:_NAME_LETTERS]}"))
-    return lines
+    both = torch.bincount(truth[truth == predicted], minlength=len(classes))
+    return _legend(counts, both / (counts - both), classes)
+
+
+def _shares(found: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """Classes of an image, largest first, and their share of it."""
+    counts = torch.bincount(found.flatten(), minlength=len(classes))
+    return _legend(counts, counts / found.numel(), classes)
+
+
+def _legend(counts: Tensor, numbers: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
+    return [(label, f"{float(numbers[label]):.2f}  {classes[label][:_NAME_LETTERS]}") for label in order]
+
+
+def label_map(labels: Tensor, count: int, *, first: int = 0) -> Image.Image:
+    """Numbers of ``count`` classes ``(H, W)`` -> a palette image that holds them, to be saved as PNG.
+
+    Args:
+        first: the number of the first class in the file; 1 where 0 is no class (ADE20K).
+    """
+    colours = torch.cat([torch.zeros(first, 3), class_colours(count)])
+    image = Image.fromarray((labels + first).to(torch.uint8).cpu().numpy())
+    image.putpalette((colours * 255).round().int().flatten().tolist())
+    return image
 
 
 def grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import swin
+from simmim import visualize
+from simmim.data.segments import read_label_map
 from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment, pixel_loss
 from simmim.objectives.sliding import averaged_log_probabilities, sliding_logits, starts
@@ -402,6 +405,22 @@ def test_the_picture_names_the_classes():
     batch["segments"][0, :8] = 255
     picture = model.picture(batch)
     assert picture.width > 4 * 128 and picture.height > 3 * 128 and picture.info["rows"] == "3"
+
+
+def test_pictures_without_truth_and_maps_to_be_saved(tmp_path):
+    model, batch = make_segmenter(), make_batch()
+    found = model.predict(batch["image"]).argmax(dim=1)
+    picture = visualize.segmentation(batch["image"] / 255, None, found, model.classes)
+    both = visualize.segmentation(batch["image"] / 255, found, found, model.classes)
+    assert picture.width < both.width and picture.height == both.height
+    half = torch.arange(2).repeat_interleave(8).repeat(16, 1)
+    painted = visualize.segmentation(torch.ones(1, 3, 16, 16), None, half[None], ["a", "b"])
+    shown = torch.from_numpy(np.asarray(painted)[30, [6 + 128 + 6 + 20, 6 + 128 + 6 + 110]] / 255).float()
+    torch.testing.assert_close(shown, 0.35 + 0.65 * visualize.class_colours(2), rtol=0, atol=0.01)
+    visualize.label_map(half, 2, first=1).save(tmp_path / "a.png")
+    assert np.array_equal(read_label_map((tmp_path / "a.png").read_bytes()), half.numpy() + 1)
+    colour = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))[0, 15] / 255
+    assert colour == pytest.approx(visualize.class_colours(2)[1].numpy(), abs=0.01)
 
 
 def test_models_that_cannot_be():
