@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 MASK_GREY = 0.5
 _GAP, _CAPTION_PX, _MIN_PANEL_PX = 6, 22, 128
+_LINE_PX, _NAME_LETTERS = 17, 28
 
 
 def to_rgb(pixels: Tensor, bands: Sequence[int] | str | None = None) -> Tensor:
@@ -132,6 +134,93 @@ def overlay(images: Tensor, maps: Tensor) -> Tensor:
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     share = F.interpolate(((maps - low) / (high - low).clamp(min=1e-9))[:, None], images.shape[-2:], mode="bilinear")
     return images * (0.15 + 0.85 * share)
+
+
+def segmentation(images: Tensor, truth: Tensor | None, predicted: Tensor, classes: Sequence[str]) -> Image.Image:
+    """One picture: every image, what it holds and what was found in it, with the classes that the colours mean.
+
+    Beside each class stands its intersection over union in this image. Pixels without a label stay grey in both.
+    Where the truth is not known only what was found is shown, and its share of the pixels.
+
+    Args:
+        images: float ``(b, 3, H, W)`` in [0, 1].
+        truth, predicted: numbers of classes ``(b, H, W)``; in ``truth`` what is not one of them has no label.
+    """
+    images, predicted, colours = images.float().cpu(), predicted.long().cpu(), class_colours(len(classes))
+    if truth is None:
+        picture = panels([("original", images), ("prediction", _painted(images, predicted, colours))], across=1)
+        lines = [_shares(found, classes) for found in predicted]
+    else:
+        truth = truth.long().cpu()
+        labelled = truth < len(classes)
+        painted = [_painted(images, labels.where(labelled, len(classes)), colours) for labels in (truth, predicted)]
+        columns = [("original", images), ("truth", painted[0]), ("prediction", painted[1])]
+        picture = panels(columns, across=1)
+        lines = [
+            _overlaps(own[valid], found[valid], classes)
+            for own, found, valid in zip(truth, predicted, labelled, strict=True)
+        ]
+    font, swatch = ImageFont.load_default(13), 12
+    longest = max((font.getlength(text) for legend in lines for _, text in legend), default=0)
+    canvas = Image.new("RGB", (picture.width + swatch + int(longest) + 4 * _GAP, picture.height), "white")
+    canvas.info |= picture.info
+    canvas.paste(picture, (0, 0))
+    draw, height = ImageDraw.Draw(canvas), (picture.height - _CAPTION_PX - _GAP) // len(images)
+    for row, legend in enumerate(lines):
+        for line, (number, text) in enumerate(legend[: height // _LINE_PX]):
+            left, top = picture.width, _CAPTION_PX + row * height + line * _LINE_PX
+            colour = tuple((colours[number] * 255).round().int().tolist())
+            draw.rectangle((left, top + 2, left + swatch, top + 2 + swatch), fill=colour)
+            draw.text((left + swatch + _GAP, top), text, fill="black", font=font)
+    return canvas
+
+
+def class_colours(count: int) -> Tensor:
+    """Float ``(count, 3)`` in [0, 1]: hues far apart for numbers that are close, the same for ever."""
+    hues = [(0.03 + 0.618034 * number) % 1 for number in range(count)]
+    tones = [((0.75, 1.0), (1.0, 0.7), (0.5, 0.85))[number % 3] for number in range(count)]
+    return torch.tensor([colorsys.hsv_to_rgb(hue, *tone) for hue, tone in zip(hues, tones, strict=True)])
+
+
+def _painted(images: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
+    """Images in the colours of their classes, with light borders; grey where the label is ``len(colours)``."""
+    grey = images.mean(dim=1, keepdim=True)
+    mixed = 0.35 * grey + 0.65 * rearrange(torch.cat([colours, torch.zeros(1, 3)])[labels], "b h w c -> b c h w")
+    mixed = torch.where((labels == len(colours))[:, None], 0.5 * grey, mixed)
+    borders = torch.zeros_like(labels, dtype=torch.bool)
+    borders[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    borders[:, :, 1:] |= labels[:, :, 1:] != labels[:, :, :-1]
+    return torch.where(borders[:, None], torch.ones(()), mixed)
+
+
+def _overlaps(truth: Tensor, predicted: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """Classes of an image, largest first, and how well each was found."""
+    counts = torch.bincount(torch.cat([truth, predicted]), minlength=len(classes))
+    both = torch.bincount(truth[truth == predicted], minlength=len(classes))
+    return _legend(counts, both / (counts - both), classes)
+
+
+def _shares(found: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """Classes of an image, largest first, and their share of it."""
+    counts = torch.bincount(found.flatten(), minlength=len(classes))
+    return _legend(counts, counts / found.numel(), classes)
+
+
+def _legend(counts: Tensor, numbers: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
+    return [(label, f"{float(numbers[label]):.2f}  {classes[label][:_NAME_LETTERS]}") for label in order]
+
+
+def label_map(labels: Tensor, count: int, *, first: int = 0) -> Image.Image:
+    """Numbers of ``count`` classes ``(H, W)`` -> a palette image that holds them, to be saved as PNG.
+
+    Args:
+        first: the number of the first class in the file; 1 where 0 is no class (ADE20K).
+    """
+    colours = torch.cat([torch.zeros(first, 3), class_colours(count)])
+    image = Image.fromarray((labels + first).to(torch.uint8).cpu().numpy())
+    image.putpalette((colours * 255).round().int().flatten().tolist())
+    return image
 
 
 def grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:

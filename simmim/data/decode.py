@@ -106,7 +106,7 @@ class Decoder:
         if content.startswith(b"\x93NUMPY"):
             return Pixels(self._from_array(_load_npy(content)), "NPY")
         try:
-            image = _open(content)
+            image = open_image(content)
         except UnidentifiedImageError:
             if content.startswith(_TIFF):
                 return Pixels(self._from_array(_load_tiff(content)), "TIFF of many channels")
@@ -200,8 +200,12 @@ class _ImageFile:
         return image if image.mode == self.mode else image.convert(self.mode)
 
 
-def _open(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
+def open_image(content: bytes) -> Image.Image:
+    """The header of an image. Raises ValueError for one that is too large, UnidentifiedImageError, OSError."""
+    try:
+        image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} px, more than {MAX_PIXELS / 1e6:.0f} megapixels: a bomb?")
     return image
