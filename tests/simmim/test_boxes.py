@@ -289,7 +289,7 @@ def test_sizes():
 def test_what_a_crop_leaves_nothing_of_is_left_out(tmp_path):
     write_coco(tmp_path)
     scene = scene_of(open_coco(tmp_path, "train"), 100)
-    first, second = scene.boxes.round().int().tolist()
+    first, _ = scene.boxes.round().int().tolist()
     box = (first[1], first[0], first[3] - first[1], first[2] - first[0])
     example = view(scene, box, box[2:], "bilinear")
     assert example["box_labels"].tolist() == [scene.labels[0]]
