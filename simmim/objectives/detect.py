@@ -113,14 +113,20 @@ class Detect(nn.Module):
         What was padded becomes the mean colour, and the canvas a multiple of the largest stride.
         """
         height, width = images.shape[-2:]
-        rows = torch.arange(height, device=images.device) < sizes[:, :1]
-        columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-        images = images * (rows[:, None, :, None] & columns[:, None, None, :])
-        images = F.pad(images, (0, -width % self.strides[-1], 0, -height % self.strides[-1]))
+        images = F.pad(
+            images * self._inside(images, sizes), (0, -width % self.strides[-1], 0, -height % self.strides[-1])
+        )
         maps = self.encoder.pyramid(images)
         last = self.encoder.norm(rearrange(maps[-1], "b c h w -> b h w c"))
         maps[-1] = rearrange(last, "b h w c -> b c h w")
         return self.head(images, maps, [(h, w) for h, w in sizes.tolist()], targets)
+
+    @staticmethod
+    def _inside(images: Tensor, sizes: Tensor) -> Tensor:
+        """What of ``(b, c, H, W)`` is image: bool ``(b, 1, H, W)``."""
+        rows = torch.arange(images.shape[-2], device=images.device) < sizes[:, :1]
+        columns = torch.arange(images.shape[-1], device=images.device) < sizes[:, 1:]
+        return rows[:, None, :, None] & columns[:, None, None, :]
 
     @torch.no_grad()
     def measure(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,19 +199,21 @@ class Detect(nn.Module):
 
     @torch.no_grad()
     def picture(self, batch: Mapping[str, Tensor], *, least_score: float = 0.5) -> Image.Image:
-        """Every image with its objects, and with what was found with at least such a score."""
+        """Every image with its objects, and with what was found: from such a score on, or else the best."""
         images, sizes = batch["image"], batch["image_size"]
         zoom = _PICTURE_PX / max(images.shape[-2:])
         size = [max(1, round(side * zoom)) for side in images.shape[-2:]]
-        shown = F.interpolate(visualize.to_rgb(images / 255), size, mode="bilinear", antialias=True).clamp(0, 1)
+        shown = torch.where(self._inside(images, sizes), visualize.to_rgb(images / 255), 1.0)
+        shown = F.interpolate(shown, size, mode="bilinear", antialias=True).clamp(0, 1)
         counts = batch["box_counts"].tolist()
         truths = zip(batch["boxes"].split(counts), batch["box_labels"].split(counts), strict=True)
         masks = batch["masks"].split(counts) if self.masks else [None] * len(counts)
-        columns: dict[str, list[Tensor]] = {"objects": [], f"found, from a score of {least_score:g} on": []}
+        columns: dict[str, list[Tensor]] = {"objects": [], f"found: {least_score:g} and above, or the best": []}
         for image, (boxes, labels), mask, found in zip(
             shown, truths, masks, self.detections(images, sizes), strict=True
         ):
-            found = {key: value[found["scores"] >= least_score] for key, value in found.items()}
+            shown_from = found["scores"][:1].clamp(max=least_score)
+            found = {key: value[found["scores"] >= shown_from] for key, value in found.items()}
             found = _pasted(found, list(images.shape[-2:]))
             objects = {"boxes": boxes, "labels": labels} | ({} if mask is None else {"masks": mask})
             for column, own in zip(columns.values(), (objects, found), strict=True):

@@ -171,6 +171,11 @@ def test_bad_images_are_named_and_left_out(tmp_path):
     assert reasons["gone.png"] == "is missing" and "id 100 of 0.png" in reasons["twice.png"]
     assert {"image 7 of the list", "image 8 of the list", "category again"} <= set(reasons)
     assert len(reasons) == 6
+    for image_id in source.annotations.image_ids:  # the objects of the missing image left no shape behind
+        truth = source.truth(image_id)
+        for mask, box in zip(truth["masks"], truth["boxes"].tolist(), strict=True):
+            y, x = mask.nonzero().unbind(dim=1)
+            assert [x.min(), y.min(), x.max() + 1, y.max() + 1] == box
     batches = evaluation_batches(source, EvaluationSize(40, 60), batch_size=8)
     (batch,) = batches
     assert len(batch["image"]) == 5 and "41 x 60" in batches.broken[source.name(4)]

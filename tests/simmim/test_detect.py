@@ -93,6 +93,18 @@ class Given(nn.Module):
         return self.features
 
 
+class Fixed(nn.Module):
+    """A layer that says the same of everything, and keeps what it was given."""
+
+    def __init__(self, result, seen=None):
+        super().__init__()
+        self.result, self.seen = result, [] if seen is None else seen
+
+    def forward(self, *given):
+        self.seen.append(given)
+        return self.result
+
+
 @pytest.mark.parametrize("masks", [True, False])
 def test_losses_and_detections_are_those_of_torchvision(trained, masks):
     """One box head, no padding: the same numbers as ``MaskRCNN`` with the same weights on the same pyramid."""
@@ -256,6 +268,47 @@ def test_measures_are_repeatable_and_leave_no_trace(tmp_path):
     assert not torch.isclose(model(batch), first["loss"])
 
 
+def test_a_cascade_goes_on_from_the_boxes_of_the_head_before():
+    """At test: proposals move with the deltas of each head, scores are the mean, boxes those of the last."""
+    model = make_detector(cascade=True).eval()
+    regions = model.head.regions
+    seen, deltas = [], [torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0]), torch.zeros(4)]
+    for number, stage in enumerate(regions.stages):
+        stage.box_roi_pool = Fixed(torch.zeros(1, 1), seen)
+        logits = torch.tensor([[0.0, float(number), -9.0]])
+        stage.box_head, stage.box_predictor = nn.Identity(), Fixed((logits, deltas[number].repeat(1, 3)))
+    regions.masks = None
+    (found,), _ = regions({}, [torch.tensor([[10.0, 10.0, 30.0, 20.0]])], [(100, 100)], (100, 100))
+    boxes = [[10, 10, 30, 20], [12, 10, 32, 20], [12, 11, 32, 21]]  # 1/10 of the width, then 2/20 of the height
+    assert torch.allclose(torch.cat([proposals[0] for _, proposals, _ in seen]), torch.tensor(boxes).float())
+    assert torch.allclose(found["boxes"][0], torch.tensor(boxes[-1]).float())
+    wanted = torch.stack([torch.tensor([0.0, float(n), -9.0]).softmax(0) for n in range(3)]).mean(dim=0)
+    assert found["scores"][0] == pytest.approx(wanted[1].item(), rel=1e-5) and found["labels"].tolist() == [1]
+
+
+def test_each_head_of_a_cascade_learns_from_closer_boxes(tmp_path):
+    model = make_detector(cascade=True).train()
+    batch, _ = make_batch(tmp_path)
+    chosen = []
+    for stage in model.head.regions.stages:
+        choose = stage.select_training_samples
+
+        def watched(proposals, targets, choose=choose):
+            result = choose(proposals, targets)
+            for boxes, labels, target in zip(result[0], result[2], targets, strict=True):
+                overlaps = box_iou(boxes, target["boxes"]).amax(dim=1)
+                chosen[-1][0].extend(overlaps[labels > 0].tolist())
+                chosen[-1][1].extend(overlaps[labels == 0].tolist())
+            return result
+
+        stage.select_training_samples = lambda *given, watched=watched: chosen.append(([], [])) or watched(*given)
+    model(batch)
+    for (objects, background), threshold in zip(chosen, (0.5, 0.6, 0.7), strict=True):
+        assert min(objects) >= threshold and max(background) < threshold
+    coders = [stage.box_coder.weights for stage in model.head.regions.stages]
+    assert coders == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+
+
 def test_batches_without_any_object(tmp_path):
     for settings in ({}, {"cascade": True}):
         model = make_detector(**settings)
@@ -276,8 +329,18 @@ def test_anchors_stand_at_the_strides_of_the_maps_in_float32():
     (anchors,) = generator(images, maps)
     assert anchors.dtype == torch.float32
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert centres[3 * 200**2 :: 3, 0].unique().tolist() == [64.0 * n for n in range(13)]
-    assert len(centres[: 3 * 200**2 : 3, 0].unique()) == 200
+    for side in (0, 1):
+        assert centres[3 * 200**2 :: 3, side].unique().tolist() == [64.0 * n for n in range(13)]
+        assert len(centres[: 3 * 200**2 : 3, side].unique()) == 200
+
+
+def test_strides_are_right_for_small_images_on_a_large_canvas():
+    """torchvision would take them from the sizes of the first images that it sees, and keep them."""
+    model = make_detector().eval()
+    batch = {"image": torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8), "image_size": torch.tensor([[40, 40]])}
+    model.detections(batch["image"], batch["image_size"])
+    for pool in (model.head.regions.stages[0].box_roi_pool, model.head.regions.mask_pool):
+        assert pool.scales == [1 / 4, 1 / 8]
 
 
 def test_half_precision_keeps_boxes_in_float32(trained):
