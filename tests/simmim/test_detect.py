@@ -215,8 +215,10 @@ def test_mirrored_and_zoomed_looks_come_back_to_where_they_were(tmp_path):
         y, x = (seen[0, 0] > 0).nonzero().unbind(dim=1)
         box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
         mask = torch.zeros(1, 1, 28, 28)
-        mask[..., : 14 if box[0] < 20 else 28] = 1.0
-        return [{"boxes": box[None], "scores": torch.ones(1), "labels": torch.ones(1).long(), "masks": mask}], {}
+        mirrored = bool(box[0] > 20 * seen.shape[-1] / 80)
+        mask[..., slice(14, 28) if mirrored else slice(14)] = 1.0
+        scores = torch.full((1,), 1.0 if mirrored else 0.9)  # of two looks the mirrored one is kept
+        return [{"boxes": box[None], "scores": scores, "labels": torch.ones(1).long(), "masks": mask}], {}
 
     model._run = brightest
     (own,) = model.detections(images, sizes, flips=True, zooms=(1.0, 0.5, 2.0))
@@ -226,6 +228,7 @@ def test_mirrored_and_zoomed_looks_come_back_to_where_they_were(tmp_path):
     for zoom, flips in ((1.0, False), (0.5, False), (2.0, False), (1.0, True)):
         (own,) = model.detections(images, sizes, flips=flips, zooms=(zoom,))
         kept.append(own["boxes"])
+        assert own["masks"][..., :14].all() and not own["masks"][..., 14:].any()
     assert torch.allclose(torch.cat(kept), torch.tensor([[12.0, 8.0, 36.0, 20.0]]), atol=1.1)
     assert torch.equal(kept[0], kept[3])
     batch = {"image": images, "image_size": sizes, "original_size": torch.tensor([[80, 120]])}
