@@ -76,7 +76,7 @@ def trained(tmp_path_factory):
     """A detector that knows four images by heart, these as a batch, and their source."""
     model = make_detector()
     batch, source = make_batch(tmp_path_factory.mktemp("coco"), short_px=60)
-    fit(model, batch, 200)
+    fit(model, batch, 150)
     return model.eval(), batch, source
 
 
@@ -174,7 +174,7 @@ def test_it_learns_and_reaches_the_encoder(tmp_path, settings):
         assert parameter.grad is not None, name  # or several processes would wait for it
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
     model.zero_grad()
-    losses = fit(model, batch, 60)
+    losses = fit(model, batch, 40)
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     parts = model.eval().measure(batch)
     assert len(parts) == 1 + 4 + settings.get("masks", True) + 4 * settings.get("cascade", False)
