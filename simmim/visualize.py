@@ -6,6 +6,7 @@ import colorsys
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -122,6 +123,36 @@ def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Im
             Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top + _CAPTION_PX)
         )
     return canvas
+
+
+def with_objects(
+    image: Tensor, boxes: Tensor, labels: Tensor, names: Sequence[str], masks: Tensor | None = None
+) -> Tensor:
+    """An image with boxes, their names and masks drawn on it, in one colour per class: ``(3, H, W)`` in [0, 1].
+
+    Args:
+        image: float ``(3, H, W)`` in [0, 1].
+        boxes: ``(n, 4)``: left, top, right, bottom, px; drawn last to first, so that the best is on top.
+        labels: int ``(n,)``, which decide the colours.
+        names: written at the boxes.
+        masks: ``(n, h, w)`` of any size, shown as large as the image.
+    """
+    image = image.float().cpu()
+    palette = (255 * class_colours(int(labels.max()) + 1 if len(labels) else 0)).round().int().tolist()
+    colours = [tuple(palette[label]) for label in labels.tolist()]
+    if masks is not None and len(masks):
+        masks = F.interpolate(masks[:, None].float().cpu(), image.shape[-2:], mode="bilinear", antialias=True)
+        for mask, colour in reversed(list(zip(masks, colours, strict=True))):
+            image = image + 0.45 * mask * (torch.tensor(colour)[:, None, None] / 255 - image)
+    pixels = (rearrange(image, "c h w -> h w c").clamp(0, 1) * 255).round().to(torch.uint8)
+    canvas = Image.fromarray(pixels.numpy())
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for box, colour, name in reversed(list(zip(boxes.tolist(), colours, names, strict=True))):
+        draw.rectangle(tuple(round(side) for side in box), outline=colour, width=2)
+        left, top = max(0, min(box[0], canvas.width - font.getlength(name) - 4)), max(0, box[1] - 14)
+        draw.rectangle((left, top, left + font.getlength(name) + 4, top + 14), fill=colour)
+        draw.text((left + 2, top), name, fill="white" if sum(colour) < 384 else "black", font=font)
+    return rearrange(torch.from_numpy(np.array(canvas)), "h w c -> c h w") / 255
 
 
 def overlay(images: Tensor, maps: Tensor) -> Tensor:
