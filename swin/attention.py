@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.config import Pair
+from swin.config import Size
 from swin.linear import Linear
 from swin.position_bias import ContinuousBias, PositionBias
 from swin.sequential import at_least_fp32, attend, chunks_in_cache, cut, masked_logits, no_autocast, scale, split_heads
@@ -47,12 +47,12 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> PositionBias:
         return getattr(self, self._bias_name)
 
-    def forward(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, window: Size, mask: Tensor | None) -> Tensor:
         """Attend inside windows.
 
         Args:
             x: ``(b n, t, c)``, the tokens of each window.
-            window: its height and width; their product is t.
+            window: its size on every axis; their product is t.
             mask: bool ``(n, t, t)``, True where attention is allowed; None allows everything.
 
         Returns:
@@ -84,14 +84,14 @@ class WindowAttention(nn.Module):
             weights = logits.softmax(dim=-1).flatten(0, 1)
             return rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
 
-    def logits(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, window: Size, mask: Tensor | None) -> Tensor:
         """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
         q, k, _ = self.split(x)
         with no_autocast(x.device.type):
             q, k = self.scale(q, k, self.factor())
             return masked_logits(q, k, self.position_bias(window), mask, slice(0, len(x)))
 
-    def largest_logit(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+    def largest_logit(self, x: Tensor, window: Size, mask: Tensor | None) -> Tensor:
         """The maximum of :meth:`logits`, of as many at once as :meth:`forward` would compute."""
         q, k, _ = self.split(x)
         largest = []
@@ -102,7 +102,7 @@ class WindowAttention(nn.Module):
                 largest.append(masked_logits(left, right, bias[heads], mask, windows).max())
         return torch.stack(largest).max()
 
-    def attention(self, x: Tensor, window: Pair, mask: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, window: Size, mask: Tensor | None) -> Tensor:
         """What every token of a window attends to: ``(b n, m, t, t)``, rows that sum to one; to be looked at."""
         return self.logits(x, window, mask).softmax(dim=-1)
 
