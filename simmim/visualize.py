@@ -61,6 +61,17 @@ def principal_colours(pixels: Tensor) -> Callable[[Tensor], Tensor]:
     return colours
 
 
+def film(pixels: Tensor, most: int = 4) -> Tensor:
+    """Frames of each clip side by side, from the first to the last: ``(b, c, T, H, W)`` -> ``(b, c, H, k W)``.
+
+    Images ``(b, c, H, W)`` stay as they are.
+    """
+    if pixels.ndim == 4:
+        return pixels
+    frames = torch.linspace(0, pixels.shape[2] - 1, min(most, pixels.shape[2])).round().long()
+    return rearrange(pixels[:, :, frames.to(pixels.device)], "b c k h w -> b c h (k w)")
+
+
 def error_map(prediction: Tensor, target: Tensor, pixel_mask: Tensor, *, largest: float) -> Tensor:
     """Mean absolute error over channels under the mask, as colours ``(b, 3, H, W)``; grey where nothing is predicted.
 

@@ -86,7 +86,7 @@ class RandomCrop:
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
-        return _central_box(height, width, min(max(width / height, self.ratio[0]), self.ratio[1]))
+        return central_box(height, width, min(max(width / height, self.ratio[0]), self.ratio[1]))
 
 
 class CenterCrop:
@@ -99,7 +99,7 @@ class CenterCrop:
         self.size, self.interpolation = size, interpolation
 
     def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
-        box = _central_box(*picture.size, self.size[1] / self.size[0])
+        box = central_box(*picture.size, self.size[1] / self.size[0])
         return picture.crop(box, self.size, self.interpolation)
 
 
@@ -154,6 +154,7 @@ def untouched_generators() -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def _central_box(height: int, width: int, ratio: float) -> Box:
+def central_box(height: int, width: int, ratio: float) -> Box:
+    """The largest box of an aspect ratio, width over height, in the middle of an image of this size."""
     h, w = min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
