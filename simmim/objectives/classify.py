@@ -119,7 +119,7 @@ class Classify(nn.Module):
             f"{self.classes[label]}" if label == guess else f"{self.classes[label]}, not {self.classes[guess]}"
             for label, guess in zip(batch["label"].tolist(), chosen, strict=True)
         ]
-        return visualize.captioned(visualize.to_rgb(visualize.film(batch["image"]) / 255), captions)
+        return visualize.captioned(visualize.to_rgb(visualize.film(batch["image"] / 255)), captions)
 
     @torch.no_grad()
     def class_activation(self, images: Tensor) -> Tensor:

@@ -139,13 +139,16 @@ def test_pictures_show_frames_beside_each_other():
     batch = moving_squares(2)
     model = make_model()
     picture = np.asarray(model.picture(batch)).astype(int)
-    panel = 4 * 4 * 32  # four frames of 32 px, at four times their size
+    panel = 4 * (4 * 32 + 3)  # four frames of 32 px with white between them, at four times their size
     assert picture.shape[1] > 3 * panel and picture.shape[0] > 2 * 128
     original, masked = (picture[22 : 22 + 128, 6 + k * (panel + 6) :][:, :panel] for k in range(2))
-    frames = batch["image"][0, :, [0, 2, 5, 7]].permute(2, 1, 3, 0).flatten(1, 2).numpy()
-    assert np.array_equal(original[::4, ::4], frames)
-    cells = expand_mask(model.inputs(batch)[1], 16)[0].repeat(1, 4).numpy()
-    assert (masked[::4, ::4][cells] == 128).all() and np.array_equal(masked[::4, ::4][~cells], frames[~cells])
+    cells = expand_mask(model.inputs(batch)[1], 16)[0].numpy()
+    for place, number in enumerate([0, 2, 5, 7]):
+        frame = batch["image"][0, :, number].permute(1, 2, 0).numpy()
+        shown, hidden = (x[::4, ::4][:, place * 33 :][:, :32] for x in (original, masked))
+        assert np.array_equal(shown, frame)
+        assert (hidden[cells] == 128).all() and np.array_equal(hidden[~cells], frame[~cells])
+        assert (original[:, (place * 33 + 32) * 4 :][:, :4] == 255).all()
     shown = Classify(make_video(), ["left", "right"], **STATISTICS).picture(batch)
     assert shown.width > 2 * panel
 
