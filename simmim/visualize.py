@@ -64,6 +64,19 @@ def principal_colours(pixels: Tensor) -> Callable[[Tensor], Tensor]:
     return colours
 
 
+def film(pixels: Tensor, most: int = 4) -> Tensor:
+    """Frames of each clip side by side, from the first to the last, with white between them.
+
+    ``(b, c, T, H, W)`` in [0, 1] -> ``(b, c, H, W')``; images ``(b, c, H, W)`` stay as they are.
+    """
+    if pixels.ndim == 4:
+        return pixels
+    numbers = torch.linspace(0, pixels.shape[2] - 1, min(most, pixels.shape[2])).round().long()
+    gap = max(1, pixels.shape[-1] // 32)
+    frames = F.pad(pixels[:, :, numbers.to(pixels.device)], (0, gap), value=1.0)
+    return rearrange(frames, "b c k h w -> b c h (k w)")[..., :-gap]
+
+
 def error_map(prediction: Tensor, target: Tensor, pixel_mask: Tensor, *, largest: float) -> Tensor:
     """Mean absolute error over channels under the mask, as colours ``(b, 3, H, W)``; grey where nothing is predicted.
 

@@ -1,16 +1,21 @@
-"""Swin Transformer encoders for any image size. Knows nothing of masking, recipes or training."""
+"""Swin Transformer encoders for any image size, and for videos. Knows nothing of masking, recipes or training."""
 
 from swin.config import SIZES, SwinConfig, make_config
 from swin.encoder import SwinEncoder, make_encoder
 from swin.importing import import_encoder
+from swin.inflation import inflate
 from swin.transfer import transfer
+from swin.video import VideoConfig, VideoEncoder
 from swin.weights import load_description, load_encoder, save_encoder
 
 __all__ = [
     "SIZES",
     "SwinConfig",
     "SwinEncoder",
+    "VideoConfig",
+    "VideoEncoder",
     "import_encoder",
+    "inflate",
     "load_description",
     "load_encoder",
     "make_config",

@@ -56,13 +56,13 @@ class WindowAttention(nn.Module):
         is_compiling = torch.compiler.is_compiling()
         if self.fused and not is_compiling:
             return self.proj(attend_windows(self.project(x), factor, bias, windows, cosine=self.cosine))
-        grid, (tokens, mask) = (x.shape[1], x.shape[2]), _cut_out(x, windows)
+        tokens, mask = _cut_out(x, windows)
         if is_compiling:  # what is traced is handed on, or compilers cut it as they like
             attended = self.at_once(tokens, factor, bias, mask)
         else:
             qkv, chunks = self.project(tokens), self._chunks(len(tokens), bias)
             attended = attend(qkv, factor, bias, mask, cosine=self.cosine, chunks=chunks)
-        return merge(self.proj(attended), windows, grid)
+        return merge(self.proj(attended), windows, tuple(x.shape[1:-1]))
 
     def _chunks(self, windows: int, bias: Tensor) -> int:
         if self.in_cache and bias.device.type == "cpu":
@@ -183,7 +183,7 @@ ATTENTIONS: dict[str, type[DotAttention] | type[CosineAttention]] = {"cosine": C
 
 def _cut_out(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor | None]:
     """``(b, h, w, c)`` -> the tokens of each window ``(b n, t, c)``, and which of them may attend to which."""
-    return partition(x, windows), attention_mask((x.shape[1], x.shape[2]), windows, x.device)
+    return partition(x, windows), attention_mask(tuple(x.shape[1:-1]), windows, x.device)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The parts of a stage: patch embedding, blocks with the norm before or after a branch, patch merging.
 
-Letters: b batch, h w token grid, c channels.
+Letters: b batch, h w token grid, c channels. Shapes are written for images; tokens of a video are ``(b, f, h, w, c)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swin.attention import WindowAttention
-from swin.config import Pair
+from swin.config import Size
 from swin.linear import Linear
 from swin.windows import fit_windows
 
@@ -125,12 +125,15 @@ class PreNormPatchMerging(nn.Module):
 
 
 def gather_cells(x: Tensor) -> Tensor:
-    """The four tokens of every 2 x 2 cell side by side: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 4c)``."""
-    bottom, right = x.shape[1] % 2, x.shape[2] % 2
+    """The four tokens of every 2 x 2 cell side by side: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 4c)``.
+
+    Frames of a video, ``(b, f, h, w, c)``, stay as many as they are (Video Swin, arXiv 2106.13230).
+    """
+    bottom, right = x.shape[-3] % 2, x.shape[-2] % 2
     if bottom or right:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     # Column by column inside a cell: the order of the official weights.
-    return rearrange(x, "b (h two_h) (w two_w) c -> b h w (two_w two_h c)", two_h=2, two_w=2)
+    return rearrange(x, "b ... (h two_h) (w two_w) c -> b ... h w (two_w two_h c)", two_h=2, two_w=2)
 
 
 class SwinBlock(nn.Module):
@@ -147,7 +150,7 @@ class SwinBlock(nn.Module):
         self,
         dim: int,
         attn: WindowAttention,
-        window_size: Pair,
+        window_size: Size,
         *,
         shifted: bool,
         mlp_ratio: float = 4.0,
@@ -179,7 +182,7 @@ class SwinBlock(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, h, w, c)``, every token mixed with those of its window."""
-        return self.attn(x, fit_windows((x.shape[1], x.shape[2]), self.window_size, self.shifted))
+        return self.attn(x, fit_windows(tuple(x.shape[1:-1]), self.window_size, self.shifted))
 
 
 @cache

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Pair = tuple[int, int]
+Size = tuple[int, ...]
+"""One number for every axis of a token grid: ``(h, w)``, or ``(f, h, w)`` of a video."""
 Attention = Literal["cosine", "dot"]
 Norm = Literal["res-post", "pre"]
 PositionBias = Literal["log_cpb", "log_cpb_paper", "linear_cpb", "table"]
@@ -60,7 +62,7 @@ class SwinConfig:
     num_heads: tuple[int, ...]
     image_size: Pair = (192, 192)
     window_size: Pair = (12, 12)
-    reference_windows: tuple[Pair, ...] | None = None
+    reference_windows: tuple[Size, ...] | None = None
     in_chans: int = 3
     patch_size: int = 4
     mlp_ratio: float = 4.0
@@ -79,8 +81,8 @@ class SwinConfig:
         self._check()
         windows = self.reference_windows
         if windows is None:
-            windows = tuple(effective_window(grid, self.window_size) for grid in self.grids())
-        windows = tuple(as_pair(window, "reference_windows") for window in windows)
+            windows = tuple(effective_window(grid, self.window) for grid in self.grids())
+        windows = tuple(as_sizes(window, len(self.window), "reference_windows") for window in windows)
         if len(windows) != len(self.depths):
             raise ValueError(
                 f"reference_windows has {len(windows)} entries, but the encoder has {len(self.depths)} stages"
@@ -126,7 +128,12 @@ class SwinConfig:
         """Channels of the last stage."""
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
-    def grids(self) -> tuple[Pair, ...]:
+    @property
+    def window(self) -> Size:
+        """The window of attention, in tokens, on every axis of the grid."""
+        return self.window_size
+
+    def grids(self) -> tuple[Size, ...]:
         """Token grid ``(h, w)`` of every stage at ``image_size``; a remainder is padded up."""
         h, w = (-(-side // self.patch_size) for side in self.image_size)
         grids = []
@@ -172,12 +179,13 @@ def check_window(config: SwinConfig) -> None:
     Raises:
         ValueError: the window is larger than the first grid.
     """
-    grid, window = config.grids()[0], config.window_size
-    if window[0] > grid[0] or window[1] > grid[1]:
+    grid, window = config.grids()[0], config.window
+    fitting = effective_window(grid, window)
+    if fitting != window:
+        window_text, grid_text, fitting_text = (" x ".join(map(str, sizes)) for sizes in (window, grid, fitting))
         raise ValueError(
-            f"window_size {window[0]} x {window[1]} is larger than the {grid[0]} x {grid[1]} tokens of an image of "
-            f"{config.image_size[0]} x {config.image_size[1]} px: use at most {min(grid[0], window[0])} x "
-            f"{min(grid[1], window[1])}, or a larger image_size"
+            f"window_size {window_text} is larger than the {grid_text} tokens of an image of "
+            f"{config.image_size[0]} x {config.image_size[1]} px: use at most {fitting_text}, or a larger image_size"
         )
 
 
@@ -187,12 +195,19 @@ def as_pair(value: Any, name: str) -> Pair:
     Raises:
         ValueError: not one or two positive integers.
     """
-    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
-        raise ValueError(f"{name} must be one or two positive integers (height, width), got {value!r}")
-    return pair
+    height, width = as_sizes(value, 2, name)
+    return height, width
 
 
-def effective_window(grid: Pair, window: Pair) -> Pair:
-    """The window that is used on a grid: never larger than the grid, on either axis."""
-    return min(grid[0], window[0]), min(grid[1], window[1])
+def as_sizes(value: Any, axes: int, name: str) -> Size:
+    """As :func:`as_pair`, for grids of two or three axes."""
+    sizes = tuple(value) if isinstance(value, list | tuple) else (value,) * axes
+    if len(sizes) != axes or not all(type(size) is int and size > 0 for size in sizes):
+        wanted = {2: "two positive integers (height, width)", 3: "three positive integers (time, height, width)"}[axes]
+        raise ValueError(f"{name} must be one or {wanted}, got {value!r}")
+    return sizes
+
+
+def effective_window(grid: Size, window: Size) -> Size:
+    """The window that is used on a grid: never larger than the grid, on any axis."""
+    return tuple(min(sizes) for sizes in zip(grid, window, strict=True))

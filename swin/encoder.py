@@ -152,7 +152,7 @@ class SwinEncoder(nn.Module):
         tokens, maps = self.embed(images), []
         for stage in cast(Iterable[Stage], self.layers):
             tokens = stage(tokens)
-            maps.append(rearrange(tokens, "b h w c -> b c h w"))
+            maps.append(rearrange(tokens, "b ... c -> b c ..."))
             tokens = stage.downsample(tokens)
         return maps
 
@@ -202,7 +202,7 @@ def make_blocks(config: SwinConfig, index: int, drop_path: Sequence[float]) -> l
         make_block(
             dim,
             ATTENTIONS[config.attention](dim, heads, make_position_bias(config.position_bias, heads, reference)),
-            config.window_size,
+            config.window,
             shifted=block % 2 == 1,
             mlp_ratio=config.mlp_ratio,
             drop_path=drop_path[block],

@@ -1,7 +1,8 @@
 """Relative position bias: continuous in log-spaced or linear coordinates, or one table entry per offset.
 
-Letters: t tokens per window, m heads. An offset is query minus key, ``(dy, dx)`` in tokens; the row
-of an offset is the one of :func:`swin.windows.relative_index`.
+Letters: t tokens per window, m heads. An offset is query minus key, ``(dy, dx)`` in tokens, or
+``(df, dy, dx)`` in a video; the row of an offset is the one of :func:`swin.windows.relative_index`.
+Shapes are written for two axes; a third one comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.config import Pair, effective_window
+from swin.config import Size, effective_window
 from swin.linear import Linear
 from swin.windows import kept, relative_index
 
@@ -49,16 +50,15 @@ Axis = Callable[[Tensor, int], Tensor]
 
 
 @kept
-def coordinates(axis: Axis, window: Pair, reference: Pair, device: torch.device) -> Tensor:
+def coordinates(axis: Axis, window: Size, reference: Size, device: torch.device) -> Tensor:
     """Coordinates of all offsets inside a window: float32 ``((2 wh - 1) (2 ww - 1), 2)``.
 
     The current window only decides which offsets occur, so a shared offset has the same coordinate
     at any window size. Always rounded to float32, as the released weights were trained with.
     """
     offsets = (torch.arange(-(size - 1), size, dtype=torch.float32, device="cpu") for size in window)
-    rows, columns = (axis(d, r) for d, r in zip(offsets, reference, strict=True))
-    grid = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack(grid, dim=-1).flatten(0, 1).to(device)
+    grid = torch.meshgrid(*(axis(d, r) for d, r in zip(offsets, reference, strict=True)), indexing="ij")
+    return torch.stack(grid, dim=-1).flatten(0, -2).to(device)
 
 
 class PositionBias(nn.Module):
@@ -67,19 +67,19 @@ class PositionBias(nn.Module):
     In evaluation the table of the last window is kept until a parameter changes.
     """
 
-    reference_window: Pair
+    reference_window: Size
     _kept: tuple[tuple[Any, ...], Tensor] | None = None
 
-    def make_table(self, window: Pair) -> Tensor:
+    def make_table(self, window: Size) -> Tensor:
         """One bias per offset and head: ``((2 wh - 1) (2 ww - 1), m)``."""
         raise NotImplementedError
 
-    def forward(self, window: Pair) -> Tensor:
+    def forward(self, window: Size) -> Tensor:
         """The bias of every pair of tokens in a window: ``(m, t, t)``."""
         table = self._table(window)
         return table[relative_index(window, table.device)].permute(2, 0, 1)
 
-    def _table(self, window: Pair) -> Tensor:
+    def _table(self, window: Size) -> Tensor:
         parameters = list(self.parameters())
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or parameters[0].is_inference():
             return self.make_table(window)
@@ -100,12 +100,13 @@ class ContinuousBias(PositionBias, nn.Sequential):
     The bound of 16 is the official code's; the paper does not name it.
     """
 
-    def __init__(self, axis: Axis, num_heads: int, reference_window: Pair, hidden: int = 512) -> None:
-        nn.Sequential.__init__(self, Linear(2, hidden), nn.ReLU(inplace=True), Linear(hidden, num_heads, bias=False))
+    def __init__(self, axis: Axis, num_heads: int, reference_window: Size, hidden: int = 512) -> None:
+        first = Linear(len(reference_window), hidden)
+        nn.Sequential.__init__(self, first, nn.ReLU(inplace=True), Linear(hidden, num_heads, bias=False))
         self.axis = axis
         self.reference_window = reference_window
 
-    def make_table(self, window: Pair) -> Tensor:
+    def make_table(self, window: Size) -> Tensor:
         weight: Tensor = self[0].weight  # type: ignore[assignment]
         x = coordinates(self.axis, window, self.reference_window, weight.device).to(weight.dtype)
         return 16 * torch.sigmoid(nn.Sequential.forward(self, x))
@@ -118,24 +119,23 @@ class BiasTable(PositionBias):
     the table is resampled bicubically, as the official code does once when it loads.
     """
 
-    def __init__(self, num_heads: int, reference_window: Pair) -> None:
+    def __init__(self, num_heads: int, reference_window: Size) -> None:
         super().__init__()
         self.reference_window = reference_window
-        height, width = reference_window
-        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
+        self.table = nn.Parameter(torch.empty(math.prod(2 * size - 1 for size in reference_window), num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def make_table(self, window: Pair) -> Tensor:
-        (height, width), (wh, ww) = self.reference_window, effective_window(self.reference_window, window)
-        field: Tensor = rearrange(self.table, "(y x) m -> y x m", y=2 * height - 1)
-        field = field[height - wh : height + wh - 1, width - ww : width + ww - 1]
-        return resample_table(field.flatten(0, 1), (wh, ww), window)
+    def make_table(self, window: Size) -> Tensor:
+        reference, inner = self.reference_window, effective_window(self.reference_window, window)
+        field = self.table.unflatten(0, [2 * size - 1 for size in reference])
+        field = field[*(slice(r - w, r + w - 1) for r, w in zip(reference, inner, strict=True))]
+        return resample_table(field.flatten(0, -2), inner, window)
 
 
-def make_position_bias(kind: str, num_heads: int, reference_window: Pair) -> PositionBias:
+def make_position_bias(kind: str, num_heads: int, reference_window: Size) -> PositionBias:
     """The bias that :class:`swin.SwinConfig` calls ``kind``."""
     if kind == "table":
         return BiasTable(num_heads, reference_window)
@@ -143,28 +143,33 @@ def make_position_bias(kind: str, num_heads: int, reference_window: Pair) -> Pos
     return ContinuousBias(axis, num_heads, reference_window)
 
 
-def resample_table(table: Tensor, old: Pair, new: Pair, method: TableResampling = "bicubic") -> Tensor:
+def resample_table(table: Tensor, old: Size, new: Size, method: TableResampling = "bicubic") -> Tensor:
     """A bias table for another window: ``((2 wh - 1) (2 ww - 1), m)`` of ``old`` -> the same of ``new``.
 
     ``bicubic`` stretches the whole field of offsets evenly (V1 and V2 official code). ``geometric``
     keeps near offsets near: the k-th old offset moves to ``1 + q + ... + q^(k-1)``, with q such that
     the outermost one lands on the new edge, and a bicubic spline is read at the whole offsets
     (SimMIM's and BEiT's code; here q may also be below 1, which shrinks a window, and is not capped).
+    In time, where the distance of frames stays, shared offsets stay and further ones repeat the last.
 
     Raises:
         ValueError: unknown method.
     """
     if method not in ("bicubic", "geometric"):
         raise ValueError(f"unknown table resampling {method!r}: expected bicubic or geometric")
+    if len(old) == 3 and old[0] != new[0]:
+        offset = torch.arange(1 - new[0], new[0], device=table.device).clamp(1 - old[0], old[0] - 1)
+        table = table.unflatten(0, (2 * old[0] - 1, -1))[offset + old[0] - 1].flatten(0, 1)
+    old, new = old[-2:], new[-2:]
     if old == new:
         return table
-    field = rearrange(table, "(y x) m -> m y x", y=2 * old[0] - 1)
+    field = rearrange(table, "(f y x) m -> (f m) y x", y=2 * old[0] - 1, x=2 * old[1] - 1)
     if method == "bicubic":
         field = F.interpolate(field[None], (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic")[0]
     else:
         rows, columns = (_geometric_matrix(*axis).to(table) for axis in zip(old, new, strict=True))
         field = torch.einsum("Yy, Xx, myx -> mYX", rows, columns, field)
-    return rearrange(field, "m y x -> (y x) m")
+    return rearrange(field, "(f m) y x -> (f y x) m", m=table.shape[1])
 
 
 def geometric_positions(old: int, new: int) -> Tensor:

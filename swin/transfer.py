@@ -1,4 +1,4 @@
-"""The same weights at another image size, window or number of channels."""
+"""The same weights at another image size, window, length of clips or number of channels."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
-from swin.config import Pair, SwinConfig, as_pair, check_window, effective_window
+from swin.config import Size, SwinConfig, as_pair, check_window, effective_window
 from swin.encoder import SwinEncoder
 from swin.position_bias import TableResampling, resample_table
+from swin.video import build
 
 Inflation = Literal["mean", "repeat"]
-FREE = ("image_size", "window_size", "drop_path", "in_chans")
+GEOMETRY = ("image_size", "window_size", "frames", "temporal_window")
+FREE = (*GEOMETRY, "drop_path", "in_chans")
 
 
 def transfer(
@@ -33,7 +35,8 @@ def transfer(
     a table.
 
     Args:
-        settings: ``image_size``, ``window_size``, ``drop_path``; ``in_chans`` together with ``inflate``.
+        settings: ``image_size``, ``window_size``, ``drop_path``; ``in_chans`` together with ``inflate``;
+            of an encoder of videos also ``frames`` and ``temporal_window``.
             Any other field of the configuration may be named only to confirm what is stored.
         inflate: how the patch embedding gets another number of channels, see :func:`inflate_channels`.
         table_resampling: ``bicubic`` or ``geometric``, see :func:`swin.position_bias.resample_table`.
@@ -54,8 +57,8 @@ def transfer(
     if new.position_bias != old.position_bias:
         _freeze_bias(state, encoder)
         history.append({"step": "freeze", "position_bias": old.position_bias})
-    if (new.image_size, new.window_size) != (old.image_size, old.window_size):
-        step = {"step": "transfer", "image_size": list(new.image_size), "window_size": list(new.window_size)}
+    if geometry(new) != geometry(old):
+        step = {"step": "transfer", **geometry(new)}
         if new.position_bias == "table":
             _resample_tables(state, _table_windows(old), new, table_resampling)
             step["table_resampling"] = table_resampling
@@ -72,7 +75,7 @@ def assemble(config: SwinConfig, state: dict[str, Tensor]) -> SwinEncoder:
         RuntimeError: torch's list of what is missing, unexpected or of another shape.
     """
     with torch.device("meta"):
-        encoder = SwinEncoder(config)
+        encoder = build(config)
     # Views of other shapes, as resampling leaves them, cannot be shared out among processes.
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     encoder.load_state_dict(state, strict=True, assign=True)
@@ -80,7 +83,7 @@ def assemble(config: SwinConfig, state: dict[str, Tensor]) -> SwinEncoder:
 
 
 def inflate_channels(weight: Tensor, channels: int, how: Inflation) -> Tensor:
-    """A patch embedding for another number of channels: ``(d, c, p, p)`` -> ``(d, channels, p, p)``.
+    """A patch embedding for another number of channels: ``(d, c, ...)`` -> ``(d, channels, ...)``.
 
     ``mean`` gives every channel the mean of the old ones; ``repeat`` cycles through them. Both are
     scaled by c / channels, so that the size of the sum stays.
@@ -92,15 +95,21 @@ def inflate_channels(weight: Tensor, channels: int, how: Inflation) -> Tensor:
         raise ValueError(f"unknown inflation {how!r}: expected mean or repeat")
     old = weight.shape[1]
     if how == "mean":
-        wide = repeat(reduce(weight, "d c p q -> d p q", "mean"), "d p q -> d c p q", c=channels)
+        wide = repeat(reduce(weight, "d c ... -> d ...", "mean"), "d ... -> d c ...", c=channels)
     else:
         wide = weight[:, torch.arange(channels, device=weight.device) % old]
     return (wide * (old / channels)).contiguous()
 
 
+def geometry(config: SwinConfig) -> dict[str, Any]:
+    """What resolution and windows are, for JSON."""
+    found = {name: getattr(config, name) for name in GEOMETRY if hasattr(config, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
 def changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | None) -> SwinConfig:
     """The configuration of :func:`transfer`, which raises the same."""
-    known = {field.name for field in fields(SwinConfig)}
+    known = {field.name for field in fields(old)}
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"unknown encoder settings {unknown}: expected some of {', '.join(sorted(known))}")
     for name in ("image_size", "window_size"):
@@ -121,19 +130,18 @@ def changed(old: SwinConfig, settings: dict[str, Any], inflate: Inflation | None
             f"the weights take {old.in_chans} channels, but in_chans is {wanted.in_chans}: "
             "ask for inflate='mean' or 'repeat' to spread them over other channels"
         )
-    if "window_size" in settings:
+    if not {"window_size", "temporal_window"}.isdisjoint(settings):
         check_window(wanted)
-    moving = ("image_size", "window_size", "position_bias")
-    moved = any(getattr(wanted, name) != getattr(old, name) for name in moving)
+    moved = geometry(wanted) != geometry(old) or wanted.position_bias != old.position_bias
     return replace(wanted, reference_windows=None) if moved and wanted.position_bias == "table" else wanted
 
 
-def _table_windows(config: SwinConfig) -> tuple[Pair, ...]:
+def _table_windows(config: SwinConfig) -> tuple[Size, ...]:
     """The window of every stage's table; of a continuous bias, the one that :func:`_freeze_bias` takes."""
     if config.position_bias == "table":
         assert config.reference_windows is not None
         return config.reference_windows
-    return tuple(effective_window(grid, config.window_size) for grid in config.grids())
+    return tuple(effective_window(grid, config.window) for grid in config.grids())
 
 
 @torch.no_grad()
@@ -148,7 +156,7 @@ def _freeze_bias(state: dict[str, Tensor], encoder: SwinEncoder) -> None:
             state[f"{prefix}relative_position_bias.table"] = table.clone()
 
 
-def _resample_tables(state: dict[str, Tensor], old: tuple[Pair, ...], new: SwinConfig, method: TableResampling) -> None:
+def _resample_tables(state: dict[str, Tensor], old: tuple[Size, ...], new: SwinConfig, method: TableResampling) -> None:
     assert new.reference_windows is not None
     for stage, windows in enumerate(zip(old, new.reference_windows, strict=True)):
         for block in range(new.depths[stage]):

@@ -14,6 +14,7 @@ from swin.config import SwinConfig
 from swin.encoder import SwinEncoder
 from swin.position_bias import TableResampling
 from swin.transfer import Inflation, assemble, transfer
+from swin.video import read_config
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
@@ -67,7 +68,7 @@ def load_config(folder: Path) -> SwinConfig:
 
 def _described(description: dict[str, Any], folder: Path) -> SwinConfig:
     try:
-        return SwinConfig.from_dict(description["encoder"])
+        return read_config(description["encoder"])
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / DESCRIPTION} does not describe an encoder ({error})") from None
 
@@ -82,7 +83,8 @@ def load_encoder(
     """Rebuild an exported encoder with its weights, on the CPU, at any resolution.
 
     ``load_encoder("export")`` gives what was saved; ``load_encoder("export", image_size=384,
-    window_size=24)`` the same weights at another geometry, one number or ``(height, width)`` each.
+    window_size=24)`` the same weights at another geometry, one number or ``(height, width)`` each. Where videos were
+    encoded it is a :class:`swin.VideoEncoder`.
     The other arguments are those of :func:`swin.transfer.transfer`.
 
     Raises:

@@ -1,5 +1,6 @@
-"""Images from where they lie to uint8 batches. Knows nothing of masks or models."""
+"""Images and videos from where they lie to uint8 batches. Knows nothing of masks or models."""
 
+from simmim.data.clips import MiddleClip, RandomClip, Video, VideoDecoder, Views
 from simmim.data.decode import Decoder, Pixels
 from simmim.data.loader import evaluation_batches, training_batches
 from simmim.data.shapes import Shapes
@@ -24,12 +25,17 @@ __all__ = [
     "Images",
     "Labelled",
     "LabelledImages",
+    "MiddleClip",
     "Pixels",
     "RandAugmentedCrop",
+    "RandomClip",
     "RandomCrop",
     "Shapes",
     "Source",
     "Subset",
+    "Video",
+    "VideoDecoder",
+    "Views",
     "evaluation_batches",
     "few_labels",
     "labelled_sources",

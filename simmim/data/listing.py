@@ -1,4 +1,4 @@
-"""What lies in a folder, a list of paths, a zip or a tar: one entry for each image."""
+"""What lies in a folder, a list of paths, a zip or a tar: one entry for each image, or for each video."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 PHOTOS = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".jp2", ".bmp"))
 EXTENSIONS = PHOTOS | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy"}
+VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"))
 ARCHIVES = frozenset((".zip", ".tar"))
 SHARDS = ARCHIVES | {".parquet", ".arrow"}
 LISTS = frozenset((".txt", ".lst", ".csv", ".tsv"))
 VALIDATION = ("val", "validation", "test")
-PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "name")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "video", "name")
 LABEL_COLUMNS = ("label", "class", "category", "target")
+KINETICS = ("youtube_id", "time_start", "time_end")
+"""Columns of its lists, which name a part of a video but no file."""
 WHOLE, STORED, ZIPPED, LOST = 0, 1, 2, 3  # how an image lies: its own file, bytes, a zip entry; or not at all
 DEFLATED = 1 << 62  # a bit of the size: the bytes are deflated
 
@@ -42,6 +45,8 @@ class Found(NamedTuple):
     folders: list[Path]
     shards: list[Path]
     """Archives and tables, sorted."""
+    videos: list[str]
+    """As images."""
     num_others: int
 
 
@@ -52,6 +57,7 @@ def scan(root: Path) -> Found:
         OSError: a folder that cannot be read.
     """
     images: list[str] = []
+    videos: list[str] = []
     shards: list[Path] = []
     watched: list[Path] = []
     num_others = 0
@@ -71,11 +77,13 @@ def scan(root: Path) -> Found:
                     folders.append((f"{prefix}{entry.name}/", Path(entry.path)))
                 elif is_image(entry.name) and entry.is_file():
                     images.append(prefix + entry.name)
+                elif is_video(entry.name) and entry.is_file():
+                    videos.append(prefix + entry.name)
                 elif os.path.splitext(entry.name)[1].lower() in SHARDS:
                     shards.append(Path(entry.path))
                 else:
                     num_others += 1
-    return Found(sorted(images), watched, sorted(shards), num_others)
+    return Found(sorted(images), watched, sorted(shards), sorted(videos), num_others)
 
 
 def is_image(name: str) -> bool:
@@ -83,8 +91,17 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def read_list(path: Path) -> list[Entry]:
-    """A text file with a path per line, or a table with a column of paths and perhaps one of labels."""
+def is_video(name: str) -> bool:
+    """By its extension."""
+    return os.path.splitext(name)[1].lower() in VIDEOS
+
+
+def read_list(path: Path) -> tuple[list[Entry], list[Path]]:
+    """A text file with a path per line, or a table with a column of paths and perhaps one of labels, or of Kinetics.
+
+    Returns:
+        The entries, and the files and folders that they depend on.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() in (".txt", ".lst"):
             entries = [Entry(line.strip()) for line in file if line.strip() and not line.startswith("#")]
@@ -92,7 +109,11 @@ def read_list(path: Path) -> list[Entry]:
             rows = [row for row in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if row]
             head = [cell.strip().lower() for cell in rows[0]] if rows else []
             place, label = 0, 1
-            if rows and not is_image(rows[0][0]):
+            if set(KINETICS) <= set(head):
+                found = scan(path.parent)
+                named = [dict(zip(head, row, strict=False)) for row in rows[1:]]
+                return _find_kinetics(path, found.videos, named), [path, *found.folders]
+            if rows and not (is_image(rows[0][0]) or is_video(rows[0][0])):
                 place = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
                 label = next((head.index(word) for word in LABEL_COLUMNS if word in head), len(head))
                 if place < 0:
@@ -103,6 +124,24 @@ def read_list(path: Path) -> list[Entry]:
             entries = [Entry(row[place], row[label] if label < len(row) else None) for row in rows]
     if not entries:
         raise ValueError(f"{path} lists no images: expected one path per line, relative to {path.parent}")
+    return entries, [path]
+
+
+def _find_kinetics(path: Path, videos: list[str], rows: list[dict[str, str]]) -> list[Entry]:
+    """Files of the names that Kinetics has, ``ID_000010_000020.mp4``, anywhere below the folder of the list.
+
+    One that is not there stays in, to be named and counted when it is read: some have always gone since.
+    """
+    by_stem = {video.rpartition("/")[2].rpartition(".")[0]: video for video in videos}
+    entries = []
+    for row in rows:
+        stem = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+        entries.append(Entry(by_stem.get(stem, f"{stem}.mp4"), row.get("label")))
+    if not {entry.name for entry in entries} & set(videos):
+        raise ValueError(
+            f"none of the {len(entries)} videos of {path} are in {path.parent} or below it ({len(videos)} others): "
+            "expected files called ID_START_END.mp4, with six digits for each time, as dQw4w9WgXcQ_000010_000020.mp4"
+        )
     return entries
 
 

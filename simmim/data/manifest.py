@@ -172,12 +172,13 @@ def open_manifest(path: Path, archives: list[Path] | None = None) -> Manifest:
     began = time.time()
     if archives is not None:
         return _keep(path, Manifest(make_table(list_archives(archives)), path.parent, archives), archives, began)
-    return _keep(path, Manifest(make_table(read_list(path)), path.parent, []), [path], began)
+    entries, watched = read_list(path)
+    return _keep(path, Manifest(make_table(entries), path.parent, []), watched, began)
 
 
 def keep_folder(root: Path, found: Found, began: float) -> Manifest:
-    """The manifest of a folder that was listed at ``began``, s."""
-    table = make_table(Entry(name) for name in found.images)
+    """The manifest of a folder that was listed at ``began``, s: its images, or its videos where it has none."""
+    table = make_table(Entry(name) for name in found.images or found.videos)
     return _keep(root, Manifest(table, root, []), found.folders, began)
 
 

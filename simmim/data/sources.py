@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from simmim.counter_rng import derive_seed, permutation
+from simmim.data.clips import VideoDecoder
 from simmim.data.decode import MODES, Decoder, Picture, whole
-from simmim.data.listing import ARCHIVES, EXTENSIONS, LISTS, scan
+from simmim.data.listing import ARCHIVES, EXTENSIONS, LISTS, is_video, scan
 from simmim.data.manifest import cached_manifest, keep_folder, load_manifest, open_manifest
 from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
 
@@ -79,14 +80,18 @@ class Labelled(Source, Protocol):
 
 
 class Images:
-    """Pictures of any files.
+    """Pictures of any files; or videos, by a :class:`simmim.data.VideoDecoder`.
 
     Raises:
-        ValueError: a number of channels that none of the files can have.
+        ValueError: a number of channels that none of the files can have, videos for images or the other way round.
     """
 
     def __init__(self, files: Files, decoder: Decoder | None = None) -> None:
         self.files, self.decoder = files, decoder or Decoder()
+        wants_videos = isinstance(self.decoder, VideoDecoder)
+        if len(files) and is_video(files.name(0)) != wants_videos:
+            kinds = ("videos", "images") if wants_videos else ("images", "videos")
+            raise ValueError(f"wanted are {kinds[0]}, but {files.name(0)} is one of {len(files)} {kinds[1]}")
         if self.decoder.channels not in MODES and not isinstance(files, Array) and len(files):
             first = files.name(0)
             if Path(first).suffix and not first.lower().endswith(ARRAYS):
@@ -194,7 +199,7 @@ class Subset:
 def open_files(path: str | Path) -> Files:
     """Whatever ``path`` names.
 
-    - a folder: of images, flat or nested; else of ``.tar`` or ``.zip`` shards; else of parquet or Arrow
+    - a folder: of images, flat or nested; else of videos; else of ``.tar`` or ``.zip`` shards; else of parquet or Arrow
       files; packed by ``simmim data pack``; or saved by ``datasets``
     - a file: ``.zip``, ``.tar``, a list (``.txt``, ``.csv``, ``.tsv``), ``.parquet``, ``.arrow``, ``.npy``
     - a pattern of such files: ``shards/*.tar``
@@ -238,7 +243,7 @@ def _open_folder(folder: Path) -> Files:
         return manifest
     began = time.time()
     found = scan(folder)
-    if found.images:
+    if found.images or found.videos:
         return keep_folder(folder, found, began)
     if found.shards:
         return _open_shards(folder, found.shards)

@@ -155,6 +155,6 @@ def untouched_generators() -> Iterator[None]:
 
 
 def central_box(height: int, width: int, ratio: float) -> Box:
-    """The largest one of this width over height."""
+    """The largest box of an aspect ratio, width over height, in the middle of an image of this size."""
     h, w = min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
     return (height - h) // 2, (width - w) // 2, h, w

@@ -1,4 +1,4 @@
-"""Classification: mean of the final features, one linear layer, cross-entropy."""
+"""Classification of images and clips: mean of the final features, one linear layer, cross-entropy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from swin.linear import Linear
 
 
 class Classify(nn.Module):
-    """The classifier of the Swin papers around any encoder that gives features ``(b, h, w, c)``.
+    """The classifier of the Swin papers around any encoder that gives features ``(b, h, w, c)`` or ``(b, f, h, w, c)``.
+
+    ``image`` is ``(b, c, H, W)``, or ``(b, c, T, H, W)`` where the encoder is one of videos.
 
     Args:
         classes: their names; how many decides the size of the head.
         mean, std: channel statistics of pixels in [0, 1], one number per channel.
         label_smoothing, mixup, cutmix, erasing: in training only; alphas of mixup (arXiv 1710.09412) and
             CutMix (arXiv 1905.04899), which need even batches, and the probability of random erasing
-            (arXiv 1708.04896); all by timm. They draw from the global generators.
+            (arXiv 1708.04896); all by timm. They draw from the global generators. What is cut out of a clip
+            is the same in all frames (VideoMix, arXiv 2012.03457).
 
     Raises:
         ValueError: statistics that do not match the channels.
@@ -67,27 +70,38 @@ class Classify(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``label`` int64 ``(b,)``."""
         images, target = self.normalize(batch["image"]), batch["label"]
+        shape = images.shape
+        images = images.flatten(1, -3)  # frames as channels
         if self.training and self.mix is not None:
             images, target = self.mix(images, target)
         if self.training and self.erasing:
             images = RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
         smoothing = self.label_smoothing if target.ndim == 1 else 0.0  # mixup has smoothed already
-        return F.cross_entropy(self.logits(images).float(), target, label_smoothing=smoothing)
+        logits = self.logits(images.view(shape))
+        return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 pixels -> float with mean 0 and standard deviation 1 over the data."""
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return normalize(images, self.mean, self.std)
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalised ``(b, c, H, W)`` -> ``(b, classes)``."""
-        return self.head(reduce(self.encoder(images), "b h w c -> b c", "mean"))
+        return self.head(reduce(self.encoder(images), "b ... c -> b c", "mean"))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """uint8 ``(b, c, H, W)`` -> logits ``(b, classes)``; of several views of each clip, ``(b, v, c, T, H, W)``,
+        the logarithm of the mean of their probabilities."""
+        if images.ndim < 6:
+            return self.logits(self.normalize(images)).float()
+        probabilities = [self.predict(view).softmax(dim=1) for view in images.unbind(dim=1)]
+        return torch.stack(probabilities).mean(dim=0).log()
 
     @torch.no_grad()
     def measure(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Loss without smoothing; the share of images with the right class first, or among the first five;
         and the share given to another class with 90 % certainty, which rises with the share of wrong labels.
         """
-        logits = self.logits(self.normalize(batch["image"])).float()
+        logits = self.predict(batch["image"])
         right = logits.topk(min(5, len(self.classes))).indices == batch["label"][:, None]
         certain = logits.softmax(dim=1).amax(dim=1) > 0.9
         return {
@@ -99,21 +113,22 @@ class Classify(nn.Module):
 
     @torch.no_grad()
     def picture(self, batch: Mapping[str, Tensor]) -> Image.Image:
-        """Every image with what it is and what it was taken for."""
-        chosen = self.logits(self.normalize(batch["image"])).argmax(dim=1).tolist()
+        """Every image, or some frames of every clip, with what it is and what it was taken for."""
+        chosen = self.predict(batch["image"]).argmax(dim=1).tolist()
         captions = [
             f"{self.classes[label]}" if label == guess else f"{self.classes[label]}, not {self.classes[guess]}"
             for label, guess in zip(batch["label"].tolist(), chosen, strict=True)
         ]
-        return visualize.captioned(visualize.to_rgb(batch["image"] / 255), captions)
+        return visualize.captioned(visualize.to_rgb(visualize.film(batch["image"] / 255)), captions)
 
     @torch.no_grad()
     def class_activation(self, images: Tensor) -> Tensor:
-        """Where each class is seen: normalised ``(b, c, H, W)`` -> ``(b, classes, h, w)``, whose mean is the logit.
+        """Where each class is seen: normalised ``(b, c, H, W)`` -> ``(b, classes, h, w)``, whose mean is the logit;
+        of a clip ``(b, classes, f, h, w)``.
 
         The head is linear on the mean over the grid, so the map is exact (CAM, arXiv 1512.04150).
         """
-        return rearrange(self.head(self.encoder(images)), "b h w k -> b k h w")
+        return rearrange(self.head(self.encoder(images)), "b ... k -> b k ...")
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
         """The encoder's and the bias of the head."""
@@ -124,3 +139,10 @@ class Classify(nn.Module):
         depths = self.encoder.depth_of_parameters()
         by_parameter = {parameter: depths[name] for name, parameter in self.encoder.named_parameters()}
         return by_parameter | {parameter: max(depths.values()) for parameter in self.head.parameters()}
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 ``(b, c, H, W)`` or ``(b, c, T, H, W)`` -> float; statistics ``(c, 1, 1)`` are of pixels in [0, 1]."""
+    if pixels.ndim == 5:
+        mean, std = mean[:, None], std[:, None]
+    return (pixels.to(mean.dtype) / 255 - mean) / std
