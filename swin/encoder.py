@@ -97,6 +97,10 @@ class SwinEncoder(nn.Module):
                 block.attn.chunks = number
         return self
 
+    def can_use_kernel(self, device: torch.device) -> bool:
+        """Whether :meth:`use_kernel` would do there."""
+        return available(device)
+
     def use_kernel(self, on: bool = True, *, device: torch.device | str | None = None) -> SwinEncoder:
         """Attend by one kernel, see :mod:`swin.kernel`: the same numbers but for rounding; ``False`` goes back.
 
@@ -109,7 +113,7 @@ class SwinEncoder(nn.Module):
             ValueError: Triton is not installed, or does not run there.
         """
         place = next(self.parameters()).device if device is None else torch.device(device)
-        if on and not available(place):
+        if on and not self.can_use_kernel(place):
             raise ValueError(
                 f"the attention kernel cannot run on {place.type}: it needs Triton and a GPU (or, to be tried, "
                 "TRITON_INTERPRET=1 on a processor); leave it off there"

@@ -96,10 +96,10 @@ def make_accelerator(precision: str | None, trackers: Sequence[str] = (), folder
 
 
 def usual_precision() -> str | None:
-    """What a stage is trained in where nobody says: bf16 on a processor that multiplies it; None is accelerate's own."""
+    """What a stage is trained in where nobody says: bf16 on processors that multiply it; None is accelerate's own."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ or torch.accelerator.is_available():
         return None
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
     return "bf16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None
 
 

@@ -22,7 +22,6 @@ from simmim.schema import Finetune, Pretrain
 from swin import SwinEncoder
 from swin.blocks import SwinBlock
 from swin.encoder import Stage
-from swin.kernel import available
 
 FILE = "attention.json"
 DEVICES = ("cuda",)  # where there is something to choose
@@ -112,7 +111,7 @@ def choose_attention(
         ValueError: the stage wants it where it cannot run.
     """
     wanted, device = stage.speed.fused_attention, accelerator.device
-    if wanted != "auto" or device.type not in DEVICES or not available(device):
+    if wanted != "auto" or device.type not in DEVICES or not encoder.can_use_kernel(device):
         encoder.use_kernel(wanted is True, device=device)
         return []
     found: list[Any] = [None]
@@ -135,7 +134,7 @@ def attend_as_before(encoder: SwinEncoder, stage: Pretrain | Finetune, folder: P
     """As the stage of that folder did, where the kernel can run."""
     kept, wanted = read_choice(folder), stage.speed.fused_attention
     fused = wanted is True or (wanted == "auto" and kept is not None and kept.fused)
-    encoder.use_kernel(fused and available(device), device=device)
+    encoder.use_kernel(fused and encoder.can_use_kernel(device), device=device)
 
 
 def read_choice(folder: Path, machine: dict[str, Any] | None = None) -> Choice | None:

@@ -32,7 +32,6 @@ def by_parts(qkv, factor, bias, windows, *, cosine):
 def kernel(monkeypatch):
     """A processor on which there is something to choose: set what attends as the kernel, and how."""
     monkeypatch.setattr(speed, "DEVICES", ("cpu",))
-    monkeypatch.setattr(speed, "available", lambda device: True)
     monkeypatch.setattr("swin.encoder.available", lambda device: True)
     monkeypatch.setattr(speed, "ROUNDS", 1)
 
