@@ -51,11 +51,11 @@ class Machine(NamedTuple):
 class Grid(NamedTuple):
     """One stage of the encoder."""
 
-    grid: tuple[int, int]
-    window: tuple[int, int]
-    shift: tuple[int, int]
-    padding: tuple[int, int]
-    reference: tuple[int, int]
+    grid: tuple[int, ...]
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+    padding: tuple[int, ...]
+    reference: tuple[int, ...]
 
     @property
     def is_global(self) -> bool:
