@@ -13,19 +13,16 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.memory import TrackedMemory
-from simmim.objectives.classify import Classify
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.objectives.objective import Objective
 from swin.attention import WindowAttention
 from swin.blocks import SwinBlock
 from swin.checkpointing import Checkpointing
 
-Objective = Reconstruct | Classify
 ZEROS = ("none", "1", "2", "3")
 FREE_SHARE = 0.05  # of a memory, left to allocator and libraries
 MOMENTS, NUMBER = 8, 4  # bytes of a parameter: AdamW and fp32; bf16 is what autocast computes in
@@ -159,27 +156,9 @@ def shape_of(tensor: Tensor) -> Tensor:
 
 
 def _loss(objective: Objective, batch_size: int) -> Tensor:
-    """The loss of images without numbers; of as many tokens as masks leave on average."""
+    """The loss of images without numbers."""
     config = objective.encoder.config
-    images = torch.zeros(batch_size, config.in_chans, *config.image_size)
-    images = (images - objective.mean) / objective.std
-    if isinstance(objective, Classify):
-        target = torch.zeros(batch_size, dtype=torch.int64)
-        return F.cross_entropy(objective.logits(images).float(), target)
-    masks = objective.masks
-    cells = torch.zeros(batch_size, *masks.grid, dtype=torch.bool)
-    features = objective.encode(images, cells)
-    share = 1.0 if objective.pixels == "all" else share_of_tokens(objective)
-    rows = max(1, round(share * features[..., 0].numel()))
-    whole = not isinstance(objective.head, nn.Linear)
-    drawn = objective.head(features) if whole else objective.head(features.flatten(0, 2)[:rows])
-    return F.l1_loss(drawn.float(), torch.zeros_like(drawn, dtype=torch.float32))
-
-
-def share_of_tokens(objective: Reconstruct) -> float:
-    """Of the tokens of the last stage those that hold masked pixels: exact where cells are no smaller than tokens."""
-    cells = max(1, objective.encoder.config.stride // objective.masks.mask_patch_size) ** 2
-    return 1 - (1 - objective.masks.num_masked / objective.masks.num_cells) ** cells
+    return objective.planned_loss(objective.normalize(torch.zeros(batch_size, config.in_chans, *config.input_size)))
 
 
 def _size(module: nn.Module) -> int:

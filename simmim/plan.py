@@ -22,14 +22,16 @@ from simmim.footprint import (
     states_bytes,
 )
 from simmim.masking import MaskGenerator
-from simmim.objectives.classify import Classify
+from simmim.objectives.objective import Objective
 from simmim.objectives.reconstruct import Reconstruct
-from simmim.schema import Finetune, Pretrain, Recipe, encoder_config
+from simmim.objectives.video import ReconstructVideo
+from simmim.schema import Recipe, Stage, Supervised, encoder_config
 from simmim.stages.assembly import check_start, chunks_of, derive_accumulation, geometry, micro_batch_sizes
-from simmim.stages.pretraining import make_objective
-from swin import SwinConfig, SwinEncoder
+from simmim.stages.rooms import room_of
+from swin import SwinConfig
 from swin.checkpointing import CHECKPOINTINGS
 from swin.transfer import changed
+from swin.video import build
 from swin.weights import DESCRIPTION, load_config
 from swin.windows import fit_windows
 
@@ -102,13 +104,13 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         name,
         config,
         grids_of(config),
-        objective.masks if isinstance(objective, Reconstruct) else None,
+        objective.masks if isinstance(objective, Reconstruct | ReconstructVideo) else None,
         sizes(objective),
         flops(objective, stage.memory.checkpointing),
         official_flops(config),
         chunks,
         footprints,
-        isinstance(stage, Finetune) and stage.ema_decay is not None,
+        isinstance(stage, Supervised) and stage.ema_decay is not None,
         [],
     )
     try:
@@ -119,9 +121,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
     return plan
 
 
-def memory_problems(
-    plan: StagePlan, objective: Reconstruct | Classify, stage: Pretrain | Finetune, machine: Machine, zero: str
-) -> list[str]:
+def memory_problems(plan: StagePlan, objective: Objective, stage: Stage, machine: Machine, zero: str) -> list[str]:
     """Empty, or what does not fit and what would."""
     states = plan.states(zero, machine)
     free = free_bytes(machine.memory, states)
@@ -148,9 +148,7 @@ def memory_problems(
     ]
 
 
-def fitting_batch(
-    plan: StagePlan, objective: Reconstruct | Classify, stage: Pretrain | Finetune, machine: Machine, free: float
-) -> int:
+def fitting_batch(plan: StagePlan, objective: Objective, stage: Stage, machine: Machine, free: float) -> int:
     """The largest micro-batch that fits. With fewer images attention may be computed at once, which keeps more."""
     kind = stage.memory.checkpointing
     largest, chunks = plan.footprints[kind].largest_batch(free), plan.chunks
@@ -220,13 +218,11 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     return changed(old, {"image_size": size, "window_size": window, "drop_path": stage.drop_path}, None)
 
 
-def make_planned(recipe: Recipe, name: str, classes: int) -> Reconstruct | Classify:
+def make_planned(recipe: Recipe, name: str, classes: int) -> Objective:
     """The objective of a stage on the meta device, where tensors have shapes only."""
     stage, config = recipe.stages[name], config_of(recipe, name)
     with torch.device("meta"):
-        if isinstance(stage, Pretrain):
-            return make_objective(recipe, stage, SwinEncoder(config))
-        return Classify(SwinEncoder(config), [""] * classes, mean=recipe.data.mean, std=recipe.data.std)
+        return room_of(stage).plan_objective(recipe, stage, build(config), classes)
 
 
 def product_rate(device: torch.device, precision: str) -> float:

@@ -10,7 +10,7 @@ from simmim.arguments import add_command, add_recipe
 
 if TYPE_CHECKING:
     from simmim.plan import Machine, StagePlan
-    from simmim.schema import Finetune, Pretrain, Recipe
+    from simmim.schema import Recipe, Stage
 
 EXAMPLES = """examples:
   simmim plan recipes/simmim_swinv2_b.yaml
@@ -119,7 +119,7 @@ def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, image
     )
 
 
-def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero: str) -> list[str]:
+def _memory(plan: StagePlan, stage: Stage, machine: Machine, zero: str) -> list[str]:
     from simmim.footprint import free_bytes
 
     lines = [
@@ -140,9 +140,7 @@ def _memory(plan: StagePlan, stage: Pretrain | Finetune, machine: Machine, zero:
     return lines
 
 
-def _time_and_disk(
-    plan: StagePlan, stage: Pretrain | Finetune, recipe: Recipe, machine: Machine, images: int | None
-) -> list[str]:
+def _time_and_disk(plan: StagePlan, stage: Stage, recipe: Recipe, machine: Machine, images: int | None) -> list[str]:
     from simmim.footprint import gigabytes
 
     builtin = recipe.data.path == "builtin:shapes"

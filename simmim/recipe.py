@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from simmim.schema import Data, Encoder, Finetune, Pretrain, Recipe, Settings
+from simmim.schema import KINDS, Data, Encoder, Recipe, Settings
 
 MAX_BYTES = 1_000_000
 
@@ -154,7 +154,7 @@ def _without_kind(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     if location[:1] == ("stages",) and len(location) > 2:
-        model, location = Pretrain if location[2] == "pretrain" else Finetune, location[3:]
+        model, location = KINDS[str(location[2])], location[3:]
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)
@@ -172,7 +172,8 @@ and what to expect. `accelerate/` holds configurations of machines, `slurm.sh` a
 def document() -> str:
     """Markdown: a table for each part of a recipe, from the schema."""
     parts: list[tuple[str, Any]] = [("", Recipe), ("data", Data), ("encoder", Encoder)]
-    for model, name in ((Pretrain, "pretrain"), (Finetune, "finetune")):
+    for model in dict.fromkeys(KINDS.values()):
+        name = model.__name__.lower()
         parts.append((f"stages.{name}", model))
         for key, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):

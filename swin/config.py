@@ -129,6 +129,11 @@ class SwinConfig:
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
     @property
+    def input_size(self) -> Size:
+        """Pixels on every axis of an image."""
+        return self.image_size
+
+    @property
     def window(self) -> Size:
         """The window of attention, in tokens, on every axis of the grid."""
         return self.window_size

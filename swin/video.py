@@ -45,6 +45,10 @@ class VideoConfig(SwinConfig):
     def window(self) -> Size:
         return (self.temporal_window, *self.window_size)
 
+    @property
+    def input_size(self) -> Size:
+        return (self.frames, *self.image_size)
+
     def grids(self) -> tuple[Size, ...]:
         """Token grid ``(f, h, w)`` of every stage for clips of ``frames``: merging leaves time alone."""
         f = -(-self.frames // self.temporal_patch)

@@ -10,14 +10,15 @@ from einops import rearrange, reduce
 from PIL import Image
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor, nn
+from torch import Tensor
 
 from simmim import visualize
+from simmim.objectives.objective import Objective
 from swin import SwinEncoder
 from swin.linear import Linear
 
 
-class Classify(nn.Module):
+class Classify(Objective):
     """The classifier of the Swin papers around any encoder that gives features ``(b, h, w, c)`` or ``(b, f, h, w, c)``.
 
     ``image`` is ``(b, c, H, W)``, or ``(b, c, T, H, W)`` where the encoder is one of videos.
@@ -34,9 +35,6 @@ class Classify(nn.Module):
         ValueError: statistics that do not match the channels.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         encoder: SwinEncoder,
@@ -49,14 +47,7 @@ class Classify(nn.Module):
         cutmix: float = 0.0,
         erasing: float = 0.0,
     ) -> None:
-        super().__init__()
-        channels = encoder.config.in_chans
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(
-                f"mean and std have {len(mean)} and {len(std)} numbers for {channels} channels: "
-                "give one number per channel"
-            )
-        self.encoder = encoder
+        super().__init__(encoder, mean, std)
         self.classes = list(classes)
         self.label_smoothing = label_smoothing
         self.mix: Mixup | None = None
@@ -64,8 +55,6 @@ class Classify(nn.Module):
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=len(self.classes))
         self.erasing = erasing
         self.head = Linear(encoder.config.num_features, len(self.classes))
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``label`` int64 ``(b,)``."""
@@ -80,13 +69,13 @@ class Classify(nn.Module):
         logits = self.logits(images.view(shape))
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels -> float with mean 0 and standard deviation 1 over the data."""
-        return normalize(images, self.mean, self.std)
-
     def logits(self, images: Tensor) -> Tensor:
         """Normalised ``(b, c, H, W)`` -> ``(b, classes)``."""
         return self.head(reduce(self.encoder(images), "b ... c -> b c", "mean"))
+
+    def planned_loss(self, images: Tensor) -> Tensor:
+        target = torch.zeros(len(images), dtype=torch.int64)
+        return F.cross_entropy(self.logits(images).float(), target)
 
     def predict(self, images: Tensor) -> Tensor:
         """uint8 ``(b, c, H, W)`` -> logits ``(b, classes)``; of several views of each clip, ``(b, v, c, T, H, W)``,
@@ -129,20 +118,3 @@ class Classify(nn.Module):
         The head is linear on the mean over the grid, so the map is exact (CAM, arXiv 1512.04150).
         """
         return rearrange(self.head(self.encoder(images)), "b ... k -> b k ...")
-
-    def no_decay_parameters(self) -> set[nn.Parameter]:
-        """The encoder's and the bias of the head."""
-        return self.encoder.no_decay_parameters() | {self.head.bias}
-
-    def depth_of_parameters(self) -> dict[nn.Parameter, int]:
-        """For layer-wise learning rates: as in the encoder, the head as deep as the last norm."""
-        depths = self.encoder.depth_of_parameters()
-        by_parameter = {parameter: depths[name] for name, parameter in self.encoder.named_parameters()}
-        return by_parameter | {parameter: max(depths.values()) for parameter in self.head.parameters()}
-
-
-def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 ``(b, c, H, W)`` or ``(b, c, T, H, W)`` -> float; statistics ``(c, 1, 1)`` are of pixels in [0, 1]."""
-    if pixels.ndim == 5:
-        mean, std = mean[:, None], std[:, None]
-    return (pixels.to(mean.dtype) / 255 - mean) / std

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim import visualize
 from simmim.objectives.detection_head import DetectionHead, Objects
+from simmim.objectives.objective import Objective
 from simmim.objectives.suppression import SoftNMS, suppress
 from swin import SwinEncoder
-from swin.encoder import no_decay_parameters
 
 _PICTURE_PX = 448
 
 
-class Detect(nn.Module):
+class Detect(Objective):
     """Mask R-CNN around any encoder; the norm of its last map is the encoder's own.
 
     Batches hold ``image`` uint8 ``(b, c, H, W)``, each image at the upper left, ``image_size`` int64 ``(b, 2)``, and
@@ -42,9 +42,6 @@ class Detect(nn.Module):
         ValueError: statistics that do not match the channels, anchors that do not match the maps.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         encoder: SwinEncoder,
@@ -59,14 +56,9 @@ class Detect(nn.Module):
         anchor_px: Sequence[int] | None = None,
         soft_nms: SoftNMS | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, mean, std)
         config = encoder.config
-        if len(mean) != config.in_chans or len(std) != config.in_chans:
-            raise ValueError(
-                f"mean and std have {len(mean)} and {len(std)} numbers for {config.in_chans} channels: "
-                "give one number per channel"
-            )
-        self.encoder, self.classes, self.masks = encoder, list(classes), masks
+        self.classes, self.masks = list(classes), masks
         stages = range(len(config.depths))
         self.strides = [config.patch_size * 2**stage for stage in stages]
         self.head = DetectionHead(
@@ -82,16 +74,10 @@ class Detect(nn.Module):
         self.soft_nms = self.head.regions.soft_nms = soft_nms
         if soft_nms is not None:
             self.head.regions.least_score = 1e-3
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The sum of the losses."""
         return torch.stack(list(self.losses(batch).values())).sum()
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels -> float with mean 0 and standard deviation 1 over the data."""
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of objects against background and of boxes, in the proposals (``objectness``, ``rpn_box_reg``) and in the
@@ -116,10 +102,16 @@ class Detect(nn.Module):
         images = F.pad(
             images * self._inside(images, sizes), (0, -width % self.strides[-1], 0, -height % self.strides[-1])
         )
+        return self.head(images, self._maps(images), [(h, w) for h, w in sizes.tolist()], targets)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
         maps = self.encoder.pyramid(images)
         last = self.encoder.norm(rearrange(maps[-1], "b c h w -> b h w c"))
-        maps[-1] = rearrange(last, "b h w c -> b c h w")
-        return self.head(images, maps, [(h, w) for h, w in sizes.tolist()], targets)
+        return [*maps[:-1], rearrange(last, "b h w c -> b c h w")]
+
+    def planned_loss(self, images: Tensor) -> Tensor:
+        """With as many regions as are drawn at most; cutting them out of the maps is left out."""
+        return self.head.planned_loss(self._maps(images))
 
     @staticmethod
     def _inside(images: Tensor, sizes: Tensor) -> Tensor:
@@ -224,16 +216,6 @@ class Detect(nn.Module):
                     visualize.with_objects(image, own["boxes"] * zoom, own["labels"], names, own.get("masks"))
                 )
         return visualize.panels([(caption, torch.stack(column)) for caption, column in columns.items()])
-
-    def no_decay_parameters(self) -> set[nn.Parameter]:
-        """Vectors, and those of the encoder that are not to decay."""
-        return no_decay_parameters(self)
-
-    def depth_of_parameters(self) -> dict[nn.Parameter, int]:
-        """For layer-wise learning rates: as in the encoder, the head as deep as the last norm."""
-        depths = self.encoder.depth_of_parameters()
-        by_parameter = {parameter: depths[name] for name, parameter in self.encoder.named_parameters()}
-        return by_parameter | {parameter: max(depths.values()) for parameter in self.head.parameters()}
 
 
 def _mirrored(images: Tensor, sizes: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from simmim.objectives.suppression import SoftNMS, suppress
 Objects = dict[str, Tensor]
 """Of one image: ``boxes (n, 4)``, ``labels (n,)``, and for detections ``scores (n,)``; ``masks``."""
 
+REGIONS, POSITIVE = 512, 0.25  # that are trained on in an image, and the share of objects among them
 # Of each box head: the overlap from which on a proposal is an object, the weights of its box coordinates, and the
 # weight of its losses. The cascade is that of arXiv 1712.00726.
 PLAIN = ((0.5, (10.0, 10.0, 5.0, 5.0), 1.0),)
@@ -95,15 +96,26 @@ class DetectionHead(nn.Module):
             maps: of the encoder, ``(b, c, h, w)``; the last is normalised.
             sizes: of each image without what it was padded with, px.
         """
-        normed = [
-            rearrange(norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
-            for norm, x in zip(self.norms, maps, strict=False)
-        ]
-        features = self.fpn(OrderedDict((str(number), x) for number, x in enumerate([*normed, maps[-1]])))
+        features = self._pyramid(maps)
         self.rpn.train(targets is not None)  # the only thing that its mode decides is whether there are losses
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, more = self.regions(features, proposals, sizes, tuple(images.shape[-2:]), targets)
         return detections, losses | more
+
+    def planned_loss(self, maps: Sequence[Tensor]) -> Tensor:
+        """Of maps without numbers: what a training step computes, but for what depends on numbers."""
+        features = self._pyramid(maps)
+        logits, deltas = self.rpn.head(list(features.values()))
+        losses = [x.mean() for x in (*logits, *deltas)]
+        finest = next(iter(features.values()))
+        return torch.stack([*losses, *self.regions.planned_losses(finest)]).sum()
+
+    def _pyramid(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
+        normed = [
+            rearrange(norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+            for norm, x in zip(self.norms, maps, strict=False)
+        ]
+        return self.fpn(OrderedDict((str(number), x) for number, x in enumerate([*normed, maps[-1]])))
 
 
 class Anchors(AnchorGenerator):
@@ -185,8 +197,8 @@ class RegionHeads(nn.Module):
                 BoxPredictor(hidden, num_classes + 1, shared=cascade),
                 fg_iou_thresh=iou,
                 bg_iou_thresh=iou,
-                batch_size_per_image=512,
-                positive_fraction=0.25,
+                batch_size_per_image=REGIONS,
+                positive_fraction=POSITIVE,
                 bbox_reg_weights=weights,
                 score_thresh=self.least_score,
                 nms_thresh=self.iou,
@@ -241,6 +253,18 @@ class RegionHeads(nn.Module):
         counts = [len(own) for own in proposals]
         found = [self._best(*own) for own in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
         return self._with_masks(features, found, canvas), losses
+
+    def planned_losses(self, features: Tensor) -> list[Tensor]:
+        """Of one map ``(b, c, h, w)`` without numbers: as many regions an image as are drawn at most."""
+        images, width = features.shape[:2]
+        losses: list[Tensor] = []
+        for stage in cast(Iterable[RoIHeads], self.stages):
+            pooled = features.mean() + features.new_zeros(images * REGIONS, width, 7, 7)
+            losses += [x.mean() for x in stage.box_predictor(stage.box_head(pooled))]
+        if self.masks is not None:
+            pooled = features.mean() + features.new_zeros(round(images * REGIONS * POSITIVE), width, 14, 14)
+            losses.append(self.masks(pooled).float().mean())
+        return losses
 
     def _refined(self, boxes: Tensor, counts: list[int], sizes: list[tuple[int, int]], is_choice: bool) -> list[Tensor]:
         """The boxes of each image, inside it; in training without those of which nothing is left."""

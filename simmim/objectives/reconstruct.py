@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from simmim import visualize
 from simmim.masking import MaskGenerator, expand_mask
 from simmim.objectives.heads import make_head
-from swin import SwinEncoder
-from swin.encoder import no_decay_parameters
+from simmim.objectives.objective import Objective
+from swin import SwinConfig, SwinEncoder
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -35,7 +35,7 @@ class Reconstruction(NamedTuple):
     """bool ``(b, 1, H, W)``, True = masked."""
 
 
-class Reconstruct(nn.Module):
+class Reconstruct(Objective):
     """Masked image modelling around any encoder with ``embed`` and ``encode`` (arXiv 2111.09886, section 3).
 
     Args:
@@ -52,9 +52,6 @@ class Reconstruct(nn.Module):
             hold whole tokens, or squares that neither cells nor features can be divided into.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         encoder: SwinEncoder,
@@ -68,25 +65,16 @@ class Reconstruct(nn.Module):
         downsample: int = 1,
         head: str = "linear",
     ) -> None:
-        super().__init__()
-        config = encoder.config
-        if len(mean) != config.in_chans or len(std) != config.in_chans:
-            raise ValueError(
-                f"mean and std have {len(mean)} and {len(std)} numbers for {config.in_chans} channels: "
-                "give one number per channel"
-            )
-        self.encoder = encoder
+        super().__init__(encoder, mean, std)
         self.pixels, self.downsample, self.head_kind = pixels, downsample, head
         self.use_masks(masks)
         if norm_target_window is not None and (norm_target_window % 2 == 0 or norm_target_window < 3):
             raise ValueError(f"the window of a normalised target must be odd, from 3, got {norm_target_window}")
         self.elementwise_loss = LOSSES[loss]
         self.norm_target_window = norm_target_window
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.embed_dim))
-        self.head = make_head(head, config)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, encoder.config.embed_dim))
+        self.head = make_head(head, encoder.config)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
@@ -114,8 +102,7 @@ class Reconstruct(nn.Module):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Normalised images ``(b, c, H, W)`` and their ``cell_mask (b, hm, wm)``."""
-        images = (batch["image"].to(self.mean.dtype) / 255 - self.mean) / self.std
-        return images, self.masks(batch["epoch"], batch["index"])
+        return self.normalize(batch["image"]), self.masks(batch["epoch"], batch["index"])
 
     def loss(self, images: Tensor, cell_mask: Tensor) -> Tensor:
         """Mean error over the pixels; only tokens that hold any of them are predicted."""
@@ -135,6 +122,15 @@ class Reconstruct(nn.Module):
             error = rearrange(error, "k (c pq) -> k c pq", c=images.shape[1])
             weight = mask[needed].to(error.dtype)[:, None]
             return (error * weight).sum() / (weight.sum() * images.shape[1])
+
+    def planned_loss(self, images: Tensor) -> Tensor:
+        """Of as many tokens as masks leave on average."""
+        features = self.encode(images, torch.zeros(len(images), *self.masks.grid, dtype=torch.bool))
+        share = 1.0 if self.pixels == "all" else share_of_tokens(self.encoder.config, self.masks)
+        rows = max(1, round(share * features[..., 0].numel()))
+        is_linear = isinstance(self.head, nn.Linear)
+        drawn = self.head(features.flatten(0, 2)[:rows]) if is_linear else self.head(features)
+        return F.l1_loss(drawn.float(), torch.zeros_like(drawn, dtype=torch.float32))
 
     def reconstruct(self, images: Tensor, cell_mask: Tensor) -> Reconstruction:
         """Predict every pixel, masked or not."""
@@ -203,8 +199,8 @@ class Reconstruct(nn.Module):
         }
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """The encoder's, the mask token and the vectors of the head."""
-        return no_decay_parameters(self) | {self.mask_token}
+        """As of any objective, and the mask token."""
+        return super().no_decay_parameters() | {self.mask_token}
 
     def encode(self, images: Tensor, cell_mask: Tensor) -> Tensor:
         """Features ``(b, h, w, num_features)`` of normalised images, the tokens under the mask replaced."""
@@ -237,6 +233,12 @@ class Reconstruct(nn.Module):
         if bottom or right:
             pixels = F.pad(pixels, (0, right, 0, bottom))
         return rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=stride, q=stride)
+
+
+def share_of_tokens(config: SwinConfig, masks: MaskGenerator) -> float:
+    """Of the tokens of the last stage those that hold masked pixels: exact where cells are no smaller than tokens."""
+    cells = max(1, config.stride // masks.mask_patch_size) ** 2
+    return 1 - (1 - masks.num_masked / masks.num_cells) ** cells
 
 
 def mean_of_squares(pixels: Tensor, side: int) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from simmim import visualize
 from simmim.data.segments import IGNORED
+from simmim.objectives.objective import Objective
 from simmim.objectives.sliding import averaged_log_probabilities, resized, sliding_logits
 from simmim.objectives.upernet import ChannelNorm, FCNHead, UPerHead, enlarge
 from swin import SwinEncoder
 from swin.config import Pair
-from swin.encoder import no_decay_parameters
 
 
-class Segment(nn.Module):
+class Segment(Objective):
     """The segmenter of the Swin papers (UPerNet, and an FCN head on the last map but one while training).
 
     Each map of the encoder has a norm; of the last map it is the encoder's own, so that features are those that
@@ -39,9 +39,6 @@ class Segment(nn.Module):
             longer than it, scales that are not positive.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         encoder: SwinEncoder,
@@ -58,12 +55,7 @@ class Segment(nn.Module):
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
     ) -> None:
-        super().__init__()
-        if len(mean) != encoder.config.in_chans or len(std) != encoder.config.in_chans:
-            raise ValueError(
-                f"mean and std have {len(mean)} and {len(std)} numbers for {encoder.config.in_chans} channels: "
-                "give one number per channel"
-            )
+        super().__init__(encoder, mean, std)
         stages = len(encoder.config.depths)
         if stages < 2:
             raise ValueError("an encoder of one stage has no pyramid to segment with: expected two stages or more")
@@ -78,7 +70,6 @@ class Segment(nn.Module):
                 )
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales {list(scales)}: expected numbers above 0, 1 is the image as it is")
-        self.encoder = encoder
         self.classes = list(classes)
         self.auxiliary_weight = auxiliary_weight
         self.window, self.stride, self.scales, self.flip = window, stride, tuple(scales), flip
@@ -86,20 +77,20 @@ class Segment(nn.Module):
         self.norms = nn.ModuleList(ChannelNorm(width) for width in widths[:-1])
         self.head = UPerHead(widths, len(self.classes), channels, dropout)
         self.auxiliary_head = FCNHead(widths[-2], len(self.classes), auxiliary_channels, dropout)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``segments`` uint8 ``(b, H, W)``, 255 = ignored."""
-        images, segments = self.normalize(batch["image"]), batch["segments"]
+        return self.loss(self.normalize(batch["image"]), batch["segments"])
+
+    def loss(self, images: Tensor, segments: Tensor) -> Tensor:
+        """Of both heads; images are normalised."""
         maps = self.maps(images)
         loss = pixel_loss(self.at_pixels(self.head(maps), 0, images), segments)
         auxiliary = self.auxiliary_head(maps[-2])
         return loss + self.auxiliary_weight * pixel_loss(self.at_pixels(auxiliary, len(maps) - 2, images), segments)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels -> float with mean 0 and standard deviation 1 over the data."""
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+    def planned_loss(self, images: Tensor) -> Tensor:
+        return self.loss(images, torch.zeros(len(images), *images.shape[-2:], dtype=torch.uint8))
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Normalised images ``(b, c, H, W)`` -> normalised maps ``(b, c, h, w)``, finest first."""
@@ -154,16 +145,6 @@ class Segment(nn.Module):
         """Every image, what it holds, what was found, and the classes that are meant by the colours."""
         images = resized(visualize.to_rgb(batch["image"] / 255), batch["segments"].shape[-2:])
         return visualize.segmentation(images, batch["segments"], self.scores(batch).argmax(dim=1), self.classes)
-
-    def no_decay_parameters(self) -> set[nn.Parameter]:
-        """The encoder's, and all norms and biases of the heads."""
-        return no_decay_parameters(self)
-
-    def depth_of_parameters(self) -> dict[nn.Parameter, int]:
-        """For layer-wise learning rates: as in the encoder, all else as deep as its last norm."""
-        depths = self.encoder.depth_of_parameters()
-        by_parameter = {parameter: depths[name] for name, parameter in self.encoder.named_parameters()}
-        return {parameter: by_parameter.get(parameter, max(depths.values())) for parameter in self.parameters()}
 
 
 def pixel_loss(logits: Tensor, segments: Tensor) -> Tensor:

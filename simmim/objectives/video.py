@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from simmim import visualize
 from simmim.masking import MaskGenerator, expand_mask
-from simmim.objectives.classify import normalize
-from swin.encoder import no_decay_parameters
+from simmim.objectives.objective import Objective
+from simmim.objectives.reconstruct import share_of_tokens
 from swin.linear import Linear
 from swin.video import VideoEncoder
 
 
-class ReconstructVideo(nn.Module):
+class ReconstructVideo(Objective):
     """Masked video modelling: mask tokens between embed and encode, one linear layer, L1 on the masked pixels (SimMIM,
     arXiv 2111.09886, section 3), with tubes for masks, so that no other frame tells what is behind them (VideoMAE,
     arXiv 2203.12602).
@@ -36,30 +36,22 @@ class ReconstructVideo(nn.Module):
         ValueError: statistics that do not match the channels, or cells that do not hold whole tokens.
     """
 
-    mean: Tensor
-    std: Tensor
+    encoder: VideoEncoder
 
     def __init__(
         self, encoder: VideoEncoder, masks: MaskGenerator, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, mean, std)
         config = encoder.config
-        if len(mean) != config.in_chans or len(std) != config.in_chans:
-            raise ValueError(
-                f"mean and std have {len(mean)} and {len(std)} numbers for {config.in_chans} channels: "
-                "give one number per channel"
-            )
         if masks.mask_patch_size % config.patch_size:
             raise ValueError(
                 f"mask_patch_size {masks.mask_patch_size} must be a multiple of the token size {config.patch_size} px"
             )
-        self.encoder, self.masks = encoder, masks
+        self.masks = masks
         self.token = {"k": config.temporal_patch, "p": config.stride, "q": config.stride}
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, 1, config.embed_dim))
         self.head = Linear(config.num_features, config.in_chans * config.temporal_patch * config.stride**2)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, T, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
@@ -71,7 +63,7 @@ class ReconstructVideo(nn.Module):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Normalised clips ``(b, c, T, H, W)`` and their ``cell_mask (b, hm, wm)``, of every frame."""
-        return normalize(batch["image"], self.mean, self.std), self.masks(batch["epoch"], batch["index"])
+        return self.normalize(batch["image"]), self.masks(batch["epoch"], batch["index"])
 
     def loss(self, clips: Tensor, cell_mask: Tensor) -> Tensor:
         """Mean absolute error over the masked pixels of all frames; only tokens that hold any of them are predicted."""
@@ -85,6 +77,13 @@ class ReconstructVideo(nn.Module):
             error = rearrange(error, "n (c kpq) -> n c kpq", c=clips.shape[1])
             weight = mask[needed].to(error.dtype)[:, None]
             return (error * weight).sum() / (weight.sum() * clips.shape[1])
+
+    def planned_loss(self, images: Tensor) -> Tensor:
+        """Of as many tokens as masks leave on average."""
+        features = self.encode(images, torch.zeros(len(images), *self.masks.grid, dtype=torch.bool))
+        rows = max(1, round(share_of_tokens(self.encoder.config, self.masks) * features[..., 0].numel()))
+        drawn = self.head(features.flatten(0, 3)[:rows])
+        return F.l1_loss(drawn.float(), torch.zeros_like(drawn, dtype=torch.float32))
 
     def reconstruct(self, clips: Tensor, cell_mask: Tensor) -> Tensor:
         """Every pixel predicted, masked or not: normalised ``(b, c, T, H, W)``."""
@@ -116,8 +115,8 @@ class ReconstructVideo(nn.Module):
         }
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """The encoder's, the mask token and the bias of the head."""
-        return no_decay_parameters(self) | {self.mask_token}
+        """As of any objective, and the mask token."""
+        return super().no_decay_parameters() | {self.mask_token}
 
     def encode(self, clips: Tensor, cell_mask: Tensor) -> Tensor:
         """Features ``(b, f, h, w, num_features)`` of normalised clips, the tokens of the tubes replaced."""

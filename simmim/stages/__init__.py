@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simmim.schema import Pretrain, Recipe
+from simmim.schema import Recipe
 from simmim.stages.finetuning import finetune
 from simmim.stages.pretraining import pretrain
+from simmim.stages.rooms import room_of
+from simmim.stages.training import carry_out
 
 __all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
 
@@ -25,9 +27,8 @@ def run_stage(
     """
     if name not in recipe.stages:
         raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
-    if isinstance(recipe.stages[name], Pretrain):
-        return pretrain(recipe, out, name=name, precision=precision, allow_changes=allow_changes)
-    return finetune(recipe, out, name=name, precision=precision, allow_changes=allow_changes)
+    room = room_of(recipe.stages[name])
+    return carry_out(recipe, out, name, room.make_job, room.judge, precision=precision, allow_changes=allow_changes)
 
 
 def run(recipe: Recipe, out: Path, *, precision: str | None = None, allow_changes: bool = False) -> Path:

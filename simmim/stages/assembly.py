@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from simmim.counter_rng import permutation
-from simmim.data import CenterCrop, Decoder, Shapes, Source, evaluation_batches, training_images
+from simmim.data import Decoder, Shapes, Source, evaluation_batches, training_images
 from simmim.data.loader import Batches
 from simmim.data.sources import Subset
+from simmim.data.transforms import Transform
 from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
-from simmim.schema import Data, Finetune, Pretrain, Recipe, encoder_config
+from simmim.schema import Data, Finetune, Pretrain, Recipe, Stage, Supervised, encoder_config
 from swin import SwinConfig, SwinEncoder, import_encoder, load_encoder, transfer
 from swin.config import Pair
 from swin.weights import DESCRIPTION
@@ -169,14 +170,14 @@ def reserved_images(recipe: Recipe, path: str) -> int:
 
 def make_views(
     source: Source | None,
-    view: CenterCrop,
+    view: Transform,
     batch_size: int,
     labelled: bool,
     shares: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     timeout_s: float = 60.0,
 ) -> Batches | list:
-    """Fixed central crops, the same in every epoch and run; of (rank, world size) the share of one process."""
+    """Fixed views, the same in every epoch and run; of (rank, world size) the share of one process."""
     if source is None:
         return []
     rank, world_size = shares
@@ -192,7 +193,7 @@ def make_views(
     )
 
 
-def derive_accumulation(stage: Pretrain | Finetune, num_processes: int) -> int:
+def derive_accumulation(stage: Stage, num_processes: int) -> int:
     """Micro-steps per optimizer step.
 
     Raises:
@@ -215,16 +216,15 @@ def derive_accumulation(stage: Pretrain | Finetune, num_processes: int) -> int:
     )
 
 
-def micro_batch_sizes(stage: Pretrain | Finetune, num_processes: int) -> list[int]:
+def micro_batch_sizes(stage: Stage, num_processes: int) -> list[int]:
     """Those that the batch can be divided into, in ascending order; even ones where images are mixed in pairs."""
     if stage.batch_size % num_processes:
         return []
-    pairs = isinstance(stage, Finetune) and stage.augment.in_pairs
     share = stage.batch_size // num_processes
-    return [size for size in range(1, share + 1) if share % size == 0 and not (pairs and size % 2)]
+    return [size for size in range(1, share + 1) if share % size == 0 and not (stage.in_pairs and size % 2)]
 
 
-def schedule_of(stage: Pretrain | Finetune, num_images: int, total_steps: int) -> LearningRate:
+def schedule_of(stage: Stage, num_images: int, total_steps: int) -> LearningRate:
     """The learning rate of every step of a stage."""
     return make_lr(
         batch_size=stage.batch_size,
@@ -272,7 +272,7 @@ def check_start(recipe: Recipe, name: str, path: Path, found: SwinConfig) -> Non
             )
 
 
-def geometry(stage: Pretrain | Finetune, old: SwinConfig) -> tuple[Pair, Pair]:
+def geometry(stage: Stage, old: SwinConfig) -> tuple[Pair, Pair]:
     """Image and window of a stage: as given, else those of the encoder, the window in proportion to the image."""
     size = stage.image_size or old.image_size
     in_proportion = tuple(
@@ -282,7 +282,7 @@ def geometry(stage: Pretrain | Finetune, old: SwinConfig) -> tuple[Pair, Pair]:
     return size, stage.window_size or (in_proportion[0], in_proportion[1])
 
 
-def chunks_of(stage: Pretrain | Finetune, config: SwinConfig, budget: int) -> list[int]:
+def chunks_of(stage: Stage, config: SwinConfig, budget: int) -> list[int]:
     """In how many chunks each stage of the encoder computes its attention; ``budget`` in bytes decides what is open."""
     chunks = stage.memory.attention_chunks
     if isinstance(chunks, str):  # auto
@@ -309,7 +309,7 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
         {"micro_batch_size"} if isinstance(stage, Pretrain) else set()
     )
     settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": PASSING_DATA})
-    if isinstance(stage, Finetune):
+    if isinstance(stage, Supervised):
         settings["data"] = {key: settings["data"][key] for key in ("mean", "std", "value_range")}
     own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, "labels": {"path", "val_path"}})
     config = start.encoder.config

@@ -8,15 +8,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from simmim.classifier import load_classifier, take_over, take_over_rows
+from simmim.classifier import load_classifier, save_classifier, take_over, take_over_rows
 from simmim.counter_rng import derive_seed
-from simmim.data import Decoder, Labelled, RandAugmentedCrop, RandomCrop, Shapes, few_labels, labelled_sources
+from simmim.data import (
+    CenterCrop,
+    Decoder,
+    Labelled,
+    RandAugmentedCrop,
+    RandomCrop,
+    Shapes,
+    few_labels,
+    labelled_sources,
+)
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
 from simmim.runlog import write_whole
 from simmim.schema import Finetune, Recipe
 from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_start, reserved_images
+from simmim.stages.folder import part_of
 from simmim.stages.training import Job, Trained, carry_out
+from swin import SwinEncoder
 from swin.config import Pair
 
 
@@ -53,7 +64,8 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     assert isinstance(stage, Finetune)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
-    training, holdout = make_labelled(recipe, stage, start.encoder.config.image_size)
+    size = start.encoder.config.image_size
+    training, holdout = make_labelled(recipe, stage, size)
     objective = make_objective(recipe, stage, start, list(training.classes))
     settings = decisive_settings(
         recipe,
@@ -68,10 +80,14 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         objective=objective,
         training=training,
         holdout=holdout,
-        transform=make_transform(recipe, stage, start.encoder.config.image_size),
+        transform=make_transform(recipe, stage, size),
+        view=CenterCrop(size, stage.crop.interpolation),
         settings=settings,
         start=str(start.path or "scratch"),
         pictures="predictions",
+        about={"classes": objective.classes},
+        save=lambda folder, weights: save_classifier(folder, part_of(weights, "head")),
+        labelled=True,
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
     )
@@ -100,6 +116,11 @@ def make_transform(recipe: Recipe, stage: Finetune, size: Pair) -> RandomCrop:
     if stage.augment.rand_augment is None:
         return RandomCrop(size, **crop)
     return RandAugmentedCrop(size, rand_augment=stage.augment.rand_augment, mean=recipe.data.mean, **crop)
+
+
+def plan_objective(recipe: Recipe, stage: Finetune, encoder: SwinEncoder, classes: int) -> Classify:
+    """For as many classes."""
+    return Classify(encoder, [""] * classes, mean=recipe.data.mean, std=recipe.data.std)
 
 
 def make_objective(recipe: Recipe, stage: Finetune, start: Start, classes: list[str]) -> Classify:

@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from simmim.counter_rng import derive_seed
-from simmim.data import RandomCrop
+from simmim.data import CenterCrop, RandomCrop
 from simmim.engine import evaluate, in_step, mean_over_images, to_device
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct, mean_of_squares
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
+from simmim.reconstructions import save_decoder
 from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
 from simmim.stages.assembly import decisive_settings, make_sources, make_start, reserved_images
@@ -30,7 +31,7 @@ def pretrain(
     allow_changes: bool = False,
 ) -> Path:
     """Run a pretraining stage of a recipe, from where it stands; see :func:`simmim.stages.training.carry_out`."""
-    return carry_out(recipe, out, name, make_job, sum_up, precision=precision, allow_changes=allow_changes)
+    return carry_out(recipe, out, name, make_job, judge, precision=precision, allow_changes=allow_changes)
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
@@ -45,14 +46,18 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans, reserved)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
+    objective, crop = make_objective(recipe, stage, start.encoder), stage.crop
     return Job(
-        objective=make_objective(recipe, stage, start.encoder),
+        objective=objective,
         training=training,
         holdout=holdout,
-        transform=RandomCrop(stage.image_size, **stage.crop.model_dump()),
+        transform=RandomCrop(stage.image_size, **crop.model_dump()),
+        view=CenterCrop(stage.image_size, crop.interpolation),
         settings=decisive_settings(recipe, name, start, num_training_images=len(training), precision=precision),
         start=str(start.path or "scratch"),
         pictures="reconstructions",
+        about={"reconstruction": objective.description()},
+        save=save_decoder,
     )
 
 
@@ -73,8 +78,13 @@ def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Rec
     )
 
 
+def plan_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder, classes: int) -> Reconstruct:
+    """As the stage makes it."""
+    return make_objective(recipe, stage, encoder)
+
+
 @torch.no_grad()
-def sum_up(trained: Trained, accelerator: Accelerator) -> None:
+def judge(trained: Trained, accelerator: Accelerator) -> None:
     """Held-out loss beside predictors without learning, on the screen and in ``summary.json``.
 
     Trivial predictors know nothing of a normalised target but its mean, which is zero.

@@ -20,9 +20,8 @@ from simmim.counter_rng import derive_seed
 from simmim.data.loader import Batch, Samples
 from simmim.engine import to_device
 from simmim.recipe import load_recipe
-from simmim.schema import Pretrain
-from simmim.stages import finetuning, pretraining
 from simmim.stages.assembly import make_accelerator
+from simmim.stages.rooms import room_of
 from simmim.stages.sharding import give_memory
 from simmim.stages.speed import attend_as_before
 from simmim.stages.training import Job
@@ -64,8 +63,7 @@ def replay(report: Path) -> Replay:
     accelerator = make_accelerator(about["precision"])
     recipe = load_recipe(str(stage_folder / "recipe.yaml"))
     name = stage_folder.name
-    room = pretraining if isinstance(recipe.stages[name], Pretrain) else finetuning
-    job = room.make_job(recipe, stage_folder.parents[1], name, accelerator.mixed_precision)
+    job = room_of(recipe.stages[name]).make_job(recipe, stage_folder.parents[1], name, accelerator.mixed_precision)
     give_memory(job.objective, torch.device("cpu"))
     load_weights(weights, job.objective)
     job.objective.to(accelerator.device).train()
@@ -90,7 +88,7 @@ def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accel
             losses.append(loss.item())
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values()).item()
-    images = [name for batch in batches for name in _images_alone(batch, job, accelerator)]
+    images = [name for batch in batches for name in _images_alone(batch, samples, job, accelerator)]
     loss_value = sum(losses) / len(losses)
     bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
     reproduced = _same(loss_value, about["loss"]) and _same(norm, about["grad_norm"])
@@ -106,13 +104,13 @@ def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accel
 
 
 @torch.no_grad()
-def _images_alone(batch: Batch, job: Job, accelerator: Accelerator) -> list[str]:
+def _images_alone(batch: Batch, samples: Samples, job: Job, accelerator: Accelerator) -> list[str]:
     """The images of a batch that are not finite by themselves."""
     job.objective.eval()
     names = []
     with accelerator.autocast():
         for place, number in enumerate(batch["index"].tolist()):
-            one = {key: value[place : place + 1] for key, value in batch.items() if isinstance(value, Tensor)}
+            one = samples.__getitems__([(int(batch["epoch"][place]), number)])
             if not math.isfinite(float(job.objective.measure(to_device(one, accelerator.device))["loss"])):
                 names.append(job.training.name(number))
     job.objective.train()

@@ -16,13 +16,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from simmim.footprint import shape_of
-from simmim.objectives.classify import Classify
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.objectives.objective import Objective
 from swin.blocks import SwinBlock
 
 
 def distribute(
-    objective: Reconstruct | Classify,
+    objective: Objective,
     make_optimizer: Callable[[], torch.optim.Optimizer],
     ema_decay: float | None,
     accelerator: Accelerator,
@@ -50,13 +49,13 @@ def distribute(
         give_memory(average.module, accelerator.device)
         average.set(objective)
     for module in shared:
-        for method in ("measure", "picture", "reconstruct"):
+        for method in ("measure", "picture", "predict", "reconstruct"):
             if hasattr(module, method):
                 register_fsdp_forward_method(module, method)
     return model, accelerator.prepare_optimizer(make_optimizer()), average
 
 
-def average_of(objective: Reconstruct | Classify, decay: float, *, shapes_only: bool) -> ModelEmaV3:
+def average_of(objective: Objective, decay: float, *, shapes_only: bool) -> ModelEmaV3:
     """The average of the weights, which begins with a copy of them, or of their shapes on the meta device."""
     average = ModelEmaV3(objective.head, decay=decay)  # which must not be on the meta device
     copied: dict[int, Any] = {id(p): shape_of(p) for p in objective.parameters()} if shapes_only else {}

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from simmim import schema
 from simmim.footprint import shape_of
 from simmim.runlog import write_whole
-from simmim.schema import Finetune, Pretrain
 from swin import SwinEncoder
 from swin.blocks import SwinBlock
 from swin.encoder import Stage
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 def set_speed(
     encoder: SwinEncoder,
-    stage: Pretrain | Finetune,
+    stage: schema.Stage,
     accelerator: Accelerator,
     folder: Path,
     say: Callable[[str], None] = print,
@@ -94,7 +94,7 @@ def compile_blocks(
 
 def choose_attention(
     encoder: SwinEncoder,
-    stage: Pretrain | Finetune,
+    stage: schema.Stage,
     accelerator: Accelerator,
     folder: Path,
     say: Callable[[str], None] = print,
@@ -130,7 +130,7 @@ def choose_attention(
     return []
 
 
-def attend_as_before(encoder: SwinEncoder, stage: Pretrain | Finetune, folder: Path, device: torch.device) -> None:
+def attend_as_before(encoder: SwinEncoder, stage: schema.Stage, folder: Path, device: torch.device) -> None:
     """As the stage of that folder did, where the kernel can run."""
     kept, wanted = read_choice(folder), stage.speed.fused_attention
     fused = wanted is True or (wanted == "auto" and kept is not None and kept.fused)

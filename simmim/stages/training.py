@@ -11,18 +11,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from simmim.checkpoint import Checkpoints, load_checkpoint
-from simmim.classifier import save_classifier
-from simmim.data import CenterCrop, RandomCrop, Source, training_batches
+from simmim.data import Source, training_batches
 from simmim.data.loader import Batch, Batches
+from simmim.data.transforms import Transform
 from simmim.engine import fit
 from simmim.footprint import footprint, free_bytes, gigabytes, sizes, states_bytes
 from simmim.memory import device_bytes
-from simmim.objectives.classify import Classify
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.objectives.objective import Objective
 from simmim.optim import make_optimizer
-from simmim.reconstructions import save_decoder
 from simmim.runlog import RunLog, locked
-from simmim.schema import Finetune, Optimizer, Pretrain, Recipe
+from simmim.schema import Optimizer, Recipe, Stage
 from simmim.stages.assembly import (
     chunks_of,
     derive_accumulation,
@@ -32,7 +30,7 @@ from simmim.stages.assembly import (
     schedule_of,
     usual_precision,
 )
-from simmim.stages.folder import common_starting_point, export, is_done, open_folder, part_of, publish
+from simmim.stages.folder import common_starting_point, export, is_done, open_folder, publish
 from simmim.stages.sharding import distribute, whole_weights
 from simmim.stages.speed import set_speed
 from simmim.stopping import StopRequest
@@ -41,29 +39,35 @@ PREVIEW_IMAGES = 8
 
 
 class Job(NamedTuple):
-    """What a stage brings: the objective, and the images that it is trained on and judged by."""
+    """What a stage brings: the objective, the images that it is trained on and judged by, and what is exported."""
 
-    objective: Reconstruct | Classify
+    objective: Objective
     training: Source
     holdout: Source | None
-    transform: RandomCrop
+    transform: Transform
+    """Of training images."""
+    view: Transform
+    """Of held-out images, the same in every epoch."""
     settings: dict[str, Any]
     """What must not change when the stage continues."""
     start: str
     pictures: str
+    about: dict[str, Any]
+    """What ``encoder.json`` says beside the encoder."""
+    save: Callable[[Path, dict[str, Tensor]], None]
+    """Write, of the whole weights, what an export has beside the encoder."""
+    labelled: bool = False
+    """Whether batches have labels, one of each image."""
     layer_decay: float = 1.0
     ema_decay: float | None = None
-
-    @property
-    def labelled(self) -> bool:
-        return isinstance(self.objective, Classify)
 
 
 class Trained(NamedTuple):
     """What is left of it: the objective to judge, its whole weights to export, and the held-out images."""
 
-    objective: Reconstruct | Classify
+    objective: Objective
     weights: dict[str, Tensor]
+    holdout: Source | None
     views: Batches | list
     preview: Batch
     log: RunLog
@@ -127,18 +131,11 @@ def carry_out(
 
 
 def write_export(job: Job, recipe: Recipe, name: str, folder: Path, weights: dict[str, Tensor]) -> Path:
-    """The encoder, and a classifier where there is one, with how they were trained; not yet under its name."""
+    """The encoder, and what is around it, with how they were trained; not yet under its name."""
     steps = num_steps(recipe, name, len(job.training))
-    about = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": job.settings}
-    objective = job.objective
-    if isinstance(objective, Reconstruct):
-        unfinished = export(
-            objective.encoder, weights, folder / "export", recipe, about, reconstruction=objective.description()
-        )
-        save_decoder(unfinished, weights)
-        return unfinished
-    unfinished = export(objective.encoder, weights, folder / "export", recipe, about, classes=objective.classes)
-    save_classifier(unfinished, part_of(weights, "head"))
+    trained = {"recipe": recipe.name, "stage": name, "steps": steps, "seed": recipe.seed, "settings": job.settings}
+    unfinished = export(job.objective.encoder, weights, folder / "export", recipe, trained, **job.about)
+    job.save(unfinished, weights)
     return unfinished
 
 
@@ -153,7 +150,8 @@ def train(
         Stopped, NonFiniteLoss, OSError: as of :func:`simmim.engine.fit`.
     """
     stage = recipe.stages[name]
-    objective, size = job.objective, job.transform.size
+    objective = job.objective
+    height, width = objective.encoder.config.image_size
     accumulation = derive_accumulation(stage, accelerator.num_processes)
     total_steps = num_steps(recipe, name, len(job.training))
     checkpoint, start_step, passed_over, changed = common_starting_point(
@@ -162,7 +160,7 @@ def train(
     log = open_folder(folder, recipe, accelerator, job.pictures, len(job.training))
     log.say(
         f"{recipe.name}/{name}: {recipe.encoder.name}, {sum(p.numel() for p in objective.parameters()):,} "
-        f"parameters; {len(job.training):,} images at {size[0]} x {size[1]} px; {total_steps} steps of "
+        f"parameters; {len(job.training):,} images at {height} x {width} px; {total_steps} steps of "
         f"{stage.batch_size} = {accelerator.num_processes} process(es) x {accumulation} x "
         f"{stage.micro_batch_size} on {accelerator.device.type} ({accelerator.distributed_type.value}) "
         f"in {accelerator.mixed_precision}; seed {recipe.seed}"
@@ -187,11 +185,10 @@ def train(
     if checkpoint is not None:
         load_checkpoint(checkpoint, objective, optimizer, average and average.module)
 
-    view = CenterCrop(size, job.transform.interpolation)
     shares = (accelerator.process_index, accelerator.num_processes)
     timeout_s = recipe.data.read_timeout_s
-    views = make_views(job.holdout, view, stage.micro_batch_size, job.labelled, shares, timeout_s=timeout_s)
-    preview = make_preview(job, view)
+    views = make_views(job.holdout, job.view, stage.micro_batch_size, job.labelled, shares, timeout_s=timeout_s)
+    preview = make_preview(job)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         job.settings,
@@ -242,7 +239,7 @@ def train(
     if isinstance(views, Batches):
         log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
-    return Trained(judged.eval(), whole_weights(judged, accelerator), views, preview, log)
+    return Trained(judged.eval(), whole_weights(judged, accelerator), job.holdout, views, preview, log)
 
 
 def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:
@@ -251,12 +248,12 @@ def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:
         job.objective,
         job.objective.no_decay_parameters(),
         layer_decay=job.layer_decay,
-        depths=job.objective.depth_of_parameters() if isinstance(job.objective, Classify) else None,
+        depths=job.objective.depth_of_parameters() if job.layer_decay < 1 else None,
         **settings.model_dump(include={"weight_decay", "betas", "eps"}),
     )
 
 
-def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) -> list[str]:
+def save_memory(job: Job, stage: Stage, accelerator: Accelerator) -> list[str]:
     """Do what the recipe says of memory, and compare what the stage needs with what there is.
 
     Returns:
@@ -290,14 +287,14 @@ def save_memory(job: Job, stage: Pretrain | Finetune, accelerator: Accelerator) 
     ]
 
 
-def make_preview(job: Job, view: CenterCrop) -> Batch:
+def make_preview(job: Job) -> Batch:
     """The first images that can be read: held-out ones, or of training where there are none.
 
     Raises:
         ValueError: none can be read.
     """
     for source in (job.holdout, job.training):
-        views = make_views(source, view, PREVIEW_IMAGES, job.labelled)
+        views = make_views(source, job.view, PREVIEW_IMAGES, job.labelled)
         for batch in views:
             return batch
     assert isinstance(views, Batches)

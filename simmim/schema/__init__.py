@@ -1,0 +1,19 @@
+"""The schema of a recipe: one YAML file with data, encoder and an ordered set of stages."""
+
+from simmim.schema.images import Finetune, Pretrain
+from simmim.schema.parts import Data, Encoder, Optimizer, Settings, Stage, Supervised
+from simmim.schema.recipe import KINDS, Recipe, encoder_config
+
+__all__ = [
+    "KINDS",
+    "Data",
+    "Encoder",
+    "Finetune",
+    "Optimizer",
+    "Pretrain",
+    "Recipe",
+    "Settings",
+    "Stage",
+    "Supervised",
+    "encoder_config",
+]

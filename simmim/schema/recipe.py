@@ -1,0 +1,110 @@
+"""The whole file: data, encoder and an ordered set of stages, which have to agree."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from simmim.schema.images import Finetune, Pretrain
+from simmim.schema.parts import Data, Encoder, Settings, Stage
+from swin import SwinConfig, make_config
+
+KINDS: dict[str, type[Stage]] = {
+    "pretrain": Pretrain,
+    "supervised": Finetune,
+    "finetune": Finetune,
+    "transfer": Finetune,
+}
+
+
+def _name_kinds(stages: Any) -> Any:
+    """A stage is of the kind that its name begins with, unless it says otherwise."""
+    if not isinstance(stages, dict):
+        return stages
+    named = {}
+    for name, stage in stages.items():
+        kind = str(name).split("_")[0]
+        if isinstance(stage, dict) and "kind" not in stage:
+            if kind not in KINDS:
+                raise ValueError(
+                    f"what is stage {name!r}? Begin its name with one of {', '.join(KINDS)}, or give its kind"
+                )
+            stage = {"kind": kind, **stage}
+        named[name] = stage
+    return named
+
+
+AnyStage = Annotated[Pretrain | Finetune, Field(discriminator="kind")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+Stages = Annotated[dict[Name, AnyStage], BeforeValidator(_name_kinds), Field(min_length=1)]
+
+
+class Recipe(Settings):
+    """The whole file."""
+
+    name: str = Field(
+        "",
+        pattern=r"^[\w+-][\w .+-]*$|^$",
+        description="folder of the run below the output folder; the file's name by default",
+    )
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    data: Data = Field(Data(), description="which images")
+    encoder: Encoder = Field(Encoder(), description="which encoder")
+    stages: Stages = Field({"pretrain": Pretrain()}, description="what is done, in this order")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        channels = self.encoder.in_chans
+        for name in ("mean", "std"):
+            count = len(getattr(self.data, name))
+            if count != channels:
+                raise ValueError(f"data.{name} has {count} numbers, but encoder.in_chans is {channels}")
+        for name, stage in self.stages.items():
+            chunks, config = stage.memory.attention_chunks, encoder_config(self.encoder, stage)
+            if isinstance(chunks, list) and len(chunks) != len(config.depths):
+                raise ValueError(
+                    f"stages.{name}.memory.attention_chunks has {len(chunks)} numbers for an encoder of "
+                    f"{len(config.depths)} stages"
+                )
+            if isinstance(stage, Pretrain):
+                token = config.patch_size
+                if stage.mask.patch_size % token:
+                    raise ValueError(
+                        f"stages.{name}.mask.patch_size {stage.mask.patch_size} must be a "
+                        f"multiple of encoder.patch_size {token}"
+                    )
+                largest = gcd(config.stride, stage.mask.patch_size)
+                if largest % stage.target.downsample:
+                    raise ValueError(
+                        f"stages.{name}.target.downsample {stage.target.downsample} must divide mask.patch_size and "
+                        f"the stride of the encoder: take a divisor of {largest}"
+                    )
+            elif not self.start_of(name):
+                raise ValueError(
+                    f"stages.{name} starts from nothing: put a stage before it, or name init_from: "
+                    "an export folder, a file of weights, or scratch"
+                )
+            elif stage.init_from == "scratch" and stage.image_size is None:
+                raise ValueError(f"stages.{name} starts from scratch: give its image_size and window_size")
+            if stage.init_from in list(self.stages)[list(self.stages).index(name) :]:
+                raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
+            if isinstance(stage, Finetune) and stage.augment.rand_augment and channels != 3:
+                raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
+        return self
+
+    def start_of(self, name: str) -> str:
+        """What a stage starts from: its ``init_from``, else the stage before it; empty where there is neither."""
+        names = list(self.stages)
+        before = ["", *names][names.index(name)]
+        return self.stages[name].init_from or before
+
+
+def encoder_config(encoder: Encoder, stage: Stage) -> SwinConfig:
+    """The encoder that a stage trains from scratch."""
+    given = {key: value for key, value in encoder if value is not None and key != "name"}
+    for name in ("image_size", "window_size"):
+        if getattr(stage, name) is not None:
+            given[name] = getattr(stage, name)
+    return make_config(encoder.name, **given, drop_path=stage.drop_path)
