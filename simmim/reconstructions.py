@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simmim import visualize
+from simmim.around import load_around
 from simmim.data import CenterCrop, Decoder, Images, Shapes, Source, evaluation_batches, open_files
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct
@@ -23,12 +22,6 @@ from swin.config import Pair, as_pair
 
 DECODER = "decoder.safetensors"
 Bands = Sequence[int] | str | None
-
-
-def save_decoder(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write what an objective has beside its encoder into an export."""
-    own = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.")}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, folder / DECODER)
 
 
 def load_reconstruct(
@@ -72,10 +65,7 @@ def load_reconstruct(
         downsample=trained.get("downsample", 1),
         head=trained.get("head", "linear"),
     )
-    try:
-        objective.load_state_dict(load_file(export / DECODER), strict=False)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"cannot read {export / DECODER}: {error}") from None
+    load_around(export / DECODER, objective)
     return objective.eval()
 
 

@@ -14,6 +14,7 @@ FLOORS = [
     {"swin", "simmim", "simmim.counter_rng", "simmim.stopping"},
     {
         "simmim.alarms",
+        "simmim.around",
         "simmim.memory",
         "simmim.masking",
         "simmim.classifier",

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from simmim.around import save_around
 from simmim.counter_rng import derive_seed
 from simmim.data import CenterCrop, RandomCrop
 from simmim.engine import evaluate, in_step, mean_over_images, to_device
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct, mean_of_squares
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
-from simmim.reconstructions import save_decoder
+from simmim.reconstructions import DECODER
 from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
 from simmim.stages.assembly import decisive_settings, make_sources, make_start, reserved_images
@@ -57,7 +58,7 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         start=str(start.path or "scratch"),
         pictures="reconstructions",
         about={"reconstruction": objective.description()},
-        save=save_decoder,
+        save=lambda folder, weights: save_around(folder / DECODER, weights),
     )
 
 

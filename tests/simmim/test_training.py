@@ -24,7 +24,8 @@ from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_lr, make_optimizer
 from simmim.recipe import load_recipe
 from simmim.runlog import RunLog
-from simmim.schema import Augment, Finetune, Pretrain, encoder_config
+from simmim.schema import Finetune, Pretrain, encoder_config
+from simmim.schema.images import Augment
 from simmim.stages import assembly
 from simmim.stages.pretraining import make_objective
 from simmim.stopping import StopRequest
