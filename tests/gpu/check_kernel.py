@@ -29,6 +29,7 @@ FURTHEST = {"fp32": 1e-4, "bf16": 2e-2}
 """By the norm of the difference over the norm; rounding leaves 1e-6 to 1e-5, and 4e-3."""
 FURTHEST_LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 STEPS = 5
+IMAGES = 2
 BATCHES = {"swinv2_base": 128, "swinv2_huge": 16, "swinv2_3b": 2}
 """Where doubling begins."""
 LADDER: tuple[tuple[list[str], bool], ...] = ((["timm"], True), ([], True), ([], False))
@@ -41,7 +42,7 @@ def agreement(config: SwinConfig, precision: str, device: torch.device) -> dict[
     for stage, (h, w) in enumerate(config.grids()):
         kinds = {"plain": ((h, w), False), "shifted": ((h, w), True), "shifted, padded": ((h - h // 6, w - 1), True)}
         for kind, (grid, shifted) in kinds.items():
-            case = make_case(config, stage, 2, precision, device, grid=grid, shifted=shifted)
+            case = make_case(config, stage, IMAGES, precision, device, grid=grid, shifted=shifted)
             expected = exact(case)
             for name in ("kernel", "chunks"):
                 function, on_grid = ways(case)[name]
