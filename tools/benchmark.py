@@ -1,10 +1,11 @@
-"""Measure: `python tools/benchmark.py step`, `memory`, `data FOLDER_OF_PHOTOS`."""
+"""Measure: `python tools/benchmark.py step`, `attention`, `memory`, `data FOLDER_OF_PHOTOS`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from simmim.lab.attention_speed import attention_speed
 from simmim.lab.data_speed import data_speed
 from simmim.lab.memory_costs import memory_costs
 from simmim.lab.step_speed import step_speed
@@ -64,6 +65,19 @@ if __name__ == "__main__":
             precisions=given.precisions,
             rivals=given.rivals,
             compiled=given.compiled,
+            rounds=given.rounds,
+            out=given.out,
+        )
+    )
+    attention = what.add_parser("attention", help="window attention alone: ours, its kernel and torch's; time, bytes")
+    add_settings(attention, ["swinv2_tiny"], batch_size=2, precisions=["fp32"], rounds=7)
+    attention.add_argument("--out", type=Path, metavar="FILE", help="the numbers as JSON")
+    attention.set_defaults(
+        run=lambda given: attention_speed(
+            given.encoders,
+            given.sizes,
+            batch_size=given.batch_size,
+            precisions=given.precisions,
             rounds=given.rounds,
             out=given.out,
         )

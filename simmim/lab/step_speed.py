@@ -24,6 +24,7 @@ from simmim.masking import expand_mask
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.optim import make_optimizer
 from simmim.plan import product_rate
+from swin.kernel import available
 
 Step = Callable[[], Tensor]
 """One training step -> its loss."""
@@ -48,17 +49,6 @@ class Speed:
     """What autograd keeps for the backward pass, beside the weights; on a GPU the highest point of a step."""
     share_of_limit: float
     """Of the rate of matrix products that was measured beside it."""
-
-
-class Ours(nn.Module):
-    """With the arguments of a rival."""
-
-    def __init__(self, objective: Reconstruct) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, images: Tensor, cell_mask: Tensor) -> Tensor:
-        return self.objective.loss(images, cell_mask)
 
 
 def step_speed(
@@ -143,24 +133,31 @@ def make_steps(
     images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
     cell_mask = masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
     token_mask = expand_mask(cell_mask, masks.mask_patch_size // config.patch_size)
-    steps = {}
+    steps: dict[str, Step] = {}
+    own = copy.deepcopy(objective)
+    optimizer: torch.optim.Optimizer = make_optimizer(
+        own, own.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8
+    )
+
+    def ours(fused: bool, is_compiled: bool) -> Step:  # a step hardly moves the weights, so all share them
+
+        def forward(images: Tensor, mask: Tensor) -> Tensor:
+            own.encoder.use_kernel(fused).use_compiler(is_compiled)
+            return own.loss(images, mask)
+
+        return make_step(forward, optimizer, images, cell_mask, precision)
+
     for is_compiled in (False, True) if compiled else (False,):
-        own = copy.deepcopy(objective)
-        everybody: dict[str, tuple[nn.Module, Tensor]] = {"simmim": (Ours(own), cell_mask)}
-        everybody |= {name: (make_rival(name, objective).to(device).train(), token_mask) for name in rivals}
-        for name, (module, mask) in everybody.items():
-            optimizer: torch.optim.Optimizer
-            forward: Callable[[Tensor, Tensor], Tensor] = module
-            if isinstance(module, Ours):
-                own.encoder.use_compiler(is_compiled)
-                optimizer = make_optimizer(
-                    own, own.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8
-                )
-            else:
-                optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05)
-                forward = torch.compile(module) if is_compiled else module
-            title = Path(name.partition(":")[0]).stem + (", compiled" if is_compiled else "")
-            steps[title] = make_step(forward, optimizer, images, mask, precision)
+        suffix = ", compiled" if is_compiled else ""
+        steps["simmim" + suffix] = ours(False, is_compiled)
+        if available(device) and not is_compiled:  # what is compiled attends by plain operations
+            steps["simmim, kernel"] = ours(True, False)
+        for name in rivals:
+            module = make_rival(name, objective).to(device).train()
+            forward = torch.compile(module) if is_compiled else module
+            optimizer_of_theirs = torch.optim.AdamW(module.parameters(), weight_decay=0.05)
+            title = Path(name.partition(":")[0]).stem + suffix
+            steps[title] = make_step(forward, optimizer_of_theirs, images, token_mask, precision)
     return steps
 
 
