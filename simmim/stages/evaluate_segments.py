@@ -28,6 +28,8 @@ from simmim.objectives.sliding import resized
 from simmim.stages.assembly import make_accelerator, make_views
 from simmim.stages.training import left_out
 from swin import load_description, load_encoder
+from swin.config import as_pair
+from swin.weights import load_config
 
 HEAD = "head.safetensors"
 SIZES = ("image_size", "window_size")
@@ -59,9 +61,9 @@ def load_segmenter(export: Path | str, **options: Any) -> Segment:
     """The segmenter of an export, on the CPU, ready to predict.
 
     Args:
-        options: other ``image_size`` and ``window_size`` of the encoder; and for predictions, other ``short_px``,
-            ``window`` (px, or None for the whole image at once), ``stride``, ``scales``, ``flip``, as of
-            :class:`simmim.objectives.segment.Segment`.
+        options: other ``image_size`` and ``window_size`` of the encoder, which whole images and windows follow; and for
+            predictions, other ``short_px``, ``window`` (px, or None for the whole image at once), ``stride``,
+            ``scales``, ``flip``, as of :class:`simmim.objectives.segment.Segment`.
 
     Raises:
         ValueError: an export that is not of segmentation, or options that do not fit.
@@ -72,13 +74,17 @@ def load_segmenter(export: Path | str, **options: Any) -> Segment:
     if described is None or not (export / HEAD).exists():
         raise ValueError(f"{export} holds no segmenter: give the export of a stage of segmentation")
     sizes = {name: options.pop(name) for name in SIZES if name in options}
+    encoder, trained_size = load_encoder(export, **sizes), load_config(export).image_size
+    size = encoder.config.image_size
+    if size != trained_size:
+        short_px = round(described["short_px"] * min(size) / min(trained_size))
+        described = {**described, "short_px": short_px, "window": described["window"] and size, "stride": None}
     if "window" in options:  # the stride belongs to it
         described = {**described, "stride": None}
     settings = {**described, **options}
-    pairs = {name: settings[name] and tuple(settings[name]) for name in ("window", "stride")}
+    settings |= {name: settings[name] and as_pair(settings[name], name) for name in ("window", "stride")}
     pixels = about["pixels"]
-    encoder = load_encoder(export, **sizes)
-    objective = Segment(encoder, **{**settings, **pairs}, mean=pixels["mean"], std=pixels["std"])
+    objective = Segment(encoder, **settings, mean=pixels["mean"], std=pixels["std"])
     load_around(export / HEAD, objective)
     return objective.eval()
 
