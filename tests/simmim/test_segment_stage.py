@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import swin
 from simmim import stages
 from simmim.cli import main
-from simmim.data import Decoder
+from simmim.data import Decoder, Shapes
 from simmim.data.segments import read_label_map, segmented_sources, validation_segments
 from simmim.optim import make_lr
 from simmim.recipe import load_recipe
@@ -27,6 +27,7 @@ from simmim.report import write_report
 from simmim.stages import assembly
 from simmim.stages.evaluate_segments import evaluate_segments, load_segmenter, predict_segments
 from simmim.stages.segmenting import make_segmented
+from tools import paint_shapes
 
 ROOT = Path(__file__).parents[2]
 COLOURS = np.array([[60, 60, 60], [230, 40, 40], [40, 200, 60]], np.uint8)
@@ -366,3 +367,27 @@ def test_the_page_and_the_plan(done, capsys):
 def test_the_data_of_the_recipe_is_that_of_the_sources(data):
     sources = segmented_sources(data, Decoder(), 5000, ignore_zero=True)
     assert sources.classes == ["wall", "square", "disc"] and len(sources.holdout) == 7
+
+
+@pytest.mark.parametrize("in_front_of", ["leaves", "photos"])
+def test_painted_shapes_have_known_maps(in_front_of, tmp_path):
+    photos = []
+    if in_front_of == "photos":
+        write_data(tmp_path, "photos", 12, seed=7)
+        photos = ["--photos", str(tmp_path / "images/photos")]
+    out = tmp_path / "painted"
+    assert paint_shapes.main([str(out), "--training", "6", "--validation", "3", "--size", "24", *photos]) == 0
+    sources = segmented_sources(out, Decoder(), 1)
+    assert sources.classes == ["background", "plain", "stripes", "checks", "rings"] and not sources.problems
+    assert (len(sources.training), len(sources.holdout)) == (6, 3)
+    for number in range(6):
+        picture = sources.training.decode(sources.training.fetch(number))
+        label = 1 + Shapes(6).label(number)
+        assert picture.segments.unique().tolist() == [0, label]
+        assert 0.2 < (picture.segments == label).float().mean() < 0.9
+
+
+def test_too_few_photographs_to_paint_on(tmp_path, capsys):
+    write_data(tmp_path, "photos", 4, seed=7)
+    assert paint_shapes.main([str(tmp_path / "out"), "--photos", str(tmp_path / "images/photos")]) == 2
+    assert "holds 4 images: too few to keep some for validation" in capsys.readouterr().err
