@@ -68,10 +68,10 @@ def make_lr(
     milestones_epochs: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> LearningRate:
-    """``lr_at(step)``: linear warm-up from ``warmup_lr``, then cosine to ``min_lr`` or steps by ``gamma``.
+    """``lr_at(step)``: linear warm-up from ``warmup_lr``, then cosine or linear to ``min_lr`` or steps by ``gamma``.
 
     All three rates are given for 512 images per step and scaled with ``batch_size`` (the linear rule
-    of the official recipes). The cosine begins where the warm-up ends, without a jump.
+    of the official recipes). Cosine and line begin where the warm-up ends, without a jump.
     """
     lr, warmup, floor = (rate * batch_size / REFERENCE_BATCH_SIZE for rate in (base_lr, warmup_lr, min_lr))
     warmup_steps = round(warmup_epochs * steps_per_epoch)
@@ -83,6 +83,7 @@ def make_lr(
         if name == "multistep":
             return lr * gamma ** bisect.bisect_right(milestones, step)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return floor + (lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        left = 1 - progress if name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return floor + (lr - floor) * left
 
     return lr_at

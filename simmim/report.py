@@ -35,6 +35,7 @@ CURVES = (
     ("loss", "training loss", True),
     ("holdout_loss", "held-out loss", False),
     ("holdout_top1", "held-out top-1", False),
+    ("holdout_pixel_accuracy", "held-out share of pixels", False),
     ("grad_norm", "gradient norm", True),
     ("lr", "learning rate", True),
     ("max_attention_logit", "largest attention logit", False),
@@ -167,7 +168,7 @@ def section(run: Run) -> str:
         rows = sorted(run.summary["holdout_masked_l1"].items(), key=lambda item: item[1])
         parts.append(_table(("held-out masked L1", ""), [(name, f"{value:.4f}") for name, value in rows]))
     elif run.summary:
-        parts.append(_table(("held out", ""), [(name, _number(value)) for name, value in run.summary.items()]))
+        parts.append(_table(("held out", ""), _summary_rows(run.summary)))
     parts += pictures(run)
     if run.events:
         shown = run.events[-SHOWN_EVENTS:]
@@ -177,6 +178,15 @@ def section(run: Run) -> str:
     parts.append(f"<details><summary>Recipe</summary><pre>{html.escape(run.recipe)}</pre></details>")
     parts.append(f"<details><summary>Machine</summary><pre>{html.escape(environment)}</pre></details>")
     return "".join(parts)
+
+
+def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Numbers by name; of those with parts (classes), every part."""
+    rows = []
+    for name, value in summary.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{name} {part}".strip(), _number(number)) for part, number in parts]
+    return rows
 
 
 def pictures(run: Run) -> list[str]:

@@ -17,7 +17,7 @@ VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m
 ARCHIVES = frozenset((".zip", ".tar"))
 SHARDS = ARCHIVES | {".parquet", ".arrow"}
 LISTS = frozenset((".txt", ".lst", ".csv", ".tsv"))
-VALIDATION = ("val", "validation", "test")
+TRAINING, VALIDATION = ("train", "training"), ("val", "validation", "test")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "video", "name")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 KINETICS = ("youtube_id", "time_start", "time_end")
@@ -147,7 +147,7 @@ def _find_kinetics(path: Path, videos: list[str], rows: list[dict[str, str]]) ->
 
 def part_names(part: str) -> tuple[str, ...]:
     """What ``train`` or ``val`` may be called."""
-    return VALIDATION if part == "val" else (part,)
+    return VALIDATION if part == "val" else TRAINING
 
 
 def part_of(name: str) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as adjust
 
-from simmim.data.decode import Box
+from simmim.data.decode import Box, Picture
 from simmim.data.segments import IGNORED, SegmentedPicture
 from simmim.data.transforms import central_box
 
@@ -146,10 +146,13 @@ class WholeSegments:
         self.short_px, self.interpolation = short_px, interpolation
 
     def __call__(self, picture: SegmentedPicture, draws: Sequence[float]) -> dict[str, Tensor]:
+        return {"image": self.image(picture), "segments": picture.segments}
+
+    def image(self, picture: Picture) -> Tensor:
+        """uint8 ``(c, h, w)``, for pictures without a map, too."""
         zoom = self.short_px / min(picture.size)
         size = (round(picture.size[0] * zoom), round(picture.size[1] * zoom))
-        image = picture.crop((0, 0, *picture.size), size, self.interpolation)
-        return {"image": image, "segments": picture.segments}
+        return picture.crop((0, 0, *picture.size), size, self.interpolation)
 
 
 def distorted(image: Tensor, draws: Sequence[float]) -> Tensor:

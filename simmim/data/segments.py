@@ -16,13 +16,12 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from simmim.data.decode import Box, Decoder, Picture, open_image
-from simmim.data.listing import VALIDATION
-from simmim.data.sources import Files, Images, Source, open_files, split_holdout
+from simmim.data.listing import TRAINING, VALIDATION
+from simmim.data.sources import Files, Images, Source, Subset, open_files, split_holdout
 
 IGNORED = 255
 """The label of pixels that are neither trained on nor judged."""
 MAX_CLASSES = 255
-TRAINING = ("training", "train")
 NAME_FILES = ("objectInfo150.txt", "classes.txt")
 _INDEX_MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
 Problem = tuple[str, str]
@@ -195,11 +194,13 @@ def segmented_sources(
     val_annotations: str | Path | None = None,
     classes: Sequence[str] | int | None = None,
     ignore_zero: bool = False,
+    reserved: int = 0,
 ) -> SegmentedSources:
     """Images with label maps, and held-out ones.
 
     - ``path`` alone: a folder with ``images`` and ``annotations``, each with ``training`` and ``validation`` (or
-      ``train``, ``val``, ``test``) as ADE20K has them, or without, then with the split of :func:`split_holdout`.
+      ``train``, ``val``, ``test``) as ADE20K has them, or without, then with the split of :func:`split_holdout`: those
+      images that are kept from pretraining as well.
     - ``path`` and ``annotations``: two folders (or archives); held-out ones are ``val_path`` and
       ``val_annotations``, or those of the split.
 
@@ -207,6 +208,7 @@ def segmented_sources(
         classes: names or number; None: ``objectInfo150.txt`` or ``classes.txt`` in ``path``, see
             :func:`read_class_names`; else the annotations are counted.
         ignore_zero: as of :class:`SegmentedImages`.
+        reserved: as of :func:`split_holdout`.
 
     Raises:
         ValueError: as :class:`SegmentedImages`; folders that are missing, too few images to hold any out.
@@ -214,14 +216,12 @@ def segmented_sources(
     """
     if (val_path is None) != (val_annotations is None):
         raise ValueError("held-out images need both val_path and val_annotations: give the one that is missing")
-    root, training_part, val_part = Path(path).expanduser(), "", ""
+    training_part, val_part = "", ""
     if classes is None:
-        classes = next((read_class_names(root / name) for name in NAME_FILES if (root / name).is_file()), None)
+        classes = class_names_in(path)
     images = path
     if annotations is None:
-        images, annotations = root / "images", root / "annotations"
-        if not (images.is_dir() and annotations.is_dir()):
-            raise ValueError(f"{path} has no folders images and annotations: say where the annotations are")
+        images, annotations = _folders(path)
         if val_path is None:
             training_part, val_part = _part(images, TRAINING), _part(images, VALIDATION)
     if training_part and val_part:
@@ -231,10 +231,38 @@ def segmented_sources(
     if val_path is not None and val_annotations is not None:
         holdout = _open_pair(val_path, val_annotations, decoder, training.classes, ignore_zero)
         return SegmentedSources(training, holdout, training.classes, training.problems + holdout.problems)
-    kept, held_out = split_holdout(training, holdout_images)
-    if held_out is None:
+    kept, held_out = (_pairs_of(training, part) for part in split_holdout(training.images, holdout_images, reserved))
+    if not len(held_out):
         raise ValueError(f"{path} holds {len(training)} images: too few to hold a tenth out, 10 are the least")
     return SegmentedSources(kept, held_out, training.classes, training.problems)
+
+
+def validation_segments(
+    path: str | Path,
+    decoder: Decoder,
+    *,
+    annotations: str | Path | None = None,
+    classes: Sequence[str] | int | None = None,
+    ignore_zero: bool = False,
+) -> SegmentedImages:
+    """Images with label maps that a model is to be judged by: of a folder as ADE20K has it the validation part, where
+    it has one; of two folders all.
+
+    Raises:
+        ValueError, OSError: as of :func:`segmented_sources`.
+    """
+    images = path
+    if annotations is None:
+        images, annotations = _folders(path)
+        if part := _part(images, VALIDATION):
+            images, annotations = images / part, annotations / part
+    return _open_pair(images, annotations, decoder, classes, ignore_zero)
+
+
+def class_names_in(folder: str | Path) -> list[str] | None:
+    """From a file of names that lies in the folder of a data set; None where there is none."""
+    files = (Path(folder).expanduser() / name for name in NAME_FILES)
+    return next((read_class_names(file) for file in files if file.is_file()), None)
 
 
 def read_class_names(file: Path) -> list[str]:
@@ -261,6 +289,21 @@ def _open_pair(
     return SegmentedImages(
         open_files(images), open_files(annotations), decoder, classes=classes, ignore_zero=ignore_zero
     )
+
+
+def _pairs_of(source: SegmentedImages, images: Source | None) -> Subset:
+    """Those whose image is among some of the images."""
+    numbers = images.numbers if isinstance(images, Subset) else torch.empty(0)
+    return Subset(source, torch.isin(source.numbers[:, 0], numbers).nonzero().flatten())
+
+
+def _folders(path: str | Path) -> tuple[Path, Path]:
+    """Those of images and of annotations."""
+    root = Path(path).expanduser()
+    images, annotations = root / "images", root / "annotations"
+    if not (images.is_dir() and annotations.is_dir()):
+        raise ValueError(f"{path} has no folders images and annotations: say where the annotations are")
+    return images, annotations
 
 
 def _part(folder: Path, names: Sequence[str]) -> str:

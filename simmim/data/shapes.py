@@ -64,19 +64,25 @@ class Shapes:
         """uint8 ``(c, H, W)``."""
         if number in self._drawn:
             return self._drawn[number]
-        image = self._draw(number)
+        image, _ = self.paint(number)
         if (len(self._drawn) + 1) * image.nbytes <= KEPT_BYTES:
             self._drawn[number] = image
         return image
 
-    def _draw(self, number: int) -> Tensor:
+    def paint(self, number: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The picture, uint8 ``(c, H, W)``, and bool ``(H, W)`` where its shape is.
+
+        Args:
+            background: float ``(c, H, W)`` in [0, 1], instead of leaves.
+        """
         draws = self._draws(number)
         shape, texture = self._classes(draws)
         leaves, rest = draws[2:].split([_NUM_LEAVES * (_LEAF_DRAWS + self.channels), _OBJECT_DRAWS + 2 * self.channels])
         y, x = _coordinates(self.size)
-        image = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
-        image = _draw_object(image, rest, y, x, shape, texture)
-        return ((image + self._grain(number)).clamp(0, 1) * 255).round().to(torch.uint8)
+        if background is None:
+            background = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
+        image, inside = _draw_object(background, rest, y, x, shape, texture)
+        return ((image + self._grain(number)).clamp(0, 1) * 255).round().to(torch.uint8), inside
 
     def _grain(self, number: int) -> Tensor:
         """Noise of a sensor, uniform within ``GRAIN``: one byte of a random word for each value."""
@@ -116,7 +122,8 @@ def _dead_leaves(draws: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return (draws[:, _LEAF_DRAWS:][top].permute(2, 0, 1) * light).clamp(0, 1)
 
 
-def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int, texture: int) -> Tensor:
+def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int, texture: int) -> tuple[Tensor, Tensor]:
+    """The image with the object in front, and where that is."""
     place, size, angle, period, phase, tilt, light = draws[:2], *draws[2:8].tolist()
     channels = image.shape[0]
     first, second = draws[_OBJECT_DRAWS:].view(2, channels)
@@ -131,7 +138,7 @@ def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int,
     pattern = _pattern(texture, s, t, period=0.33 + 0.17 * period, phase=phase)
     colour = torch.where(pattern, first[:, None, None], second[:, None, None])
     shading = 1 + 0.4 * (u * math.cos(6.28 * light) + v * math.sin(6.28 * light))
-    return torch.where(inside, (colour * shading).clamp(0, 1), image)
+    return torch.where(inside, (colour * shading).clamp(0, 1), image), inside
 
 
 def _rotate(y: Tensor, x: Tensor, angle: float) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from simmim.classifier import load_classifier
 from simmim.lab.arms import check_seeds
-from simmim.lab.page import draw_page
+from simmim.lab.page import draw_page, final_of, measure_of
 from simmim.lab.results import percent
-from simmim.schema import Finetune, Pretrain, Recipe
+from simmim.schema import Finetune, Pretrain, Recipe, Supervised
 from simmim.stages import run, run_stage
 from simmim.stages.assembly import geometry, make_accelerator
 from simmim.stages.evaluate import judge
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Held-out top-1 of every seed."""
+    """Held-out top-1, or of segmentation mean IoU, of every seed."""
 
     accuracy: dict[str, list[float]]
     """By stage."""
@@ -78,14 +78,15 @@ def label_efficiency(
         part = with_seed(recipe, seed, out)
         run(part, folder / "seeds", precision=precision)
         for name, stage in part.stages.items():
-            summary = json.loads((folder / "seeds" / part.name / name / "summary.json").read_text(encoding="utf-8"))
-            findings.accuracy.setdefault(name, []).append(summary["holdout_top1"])
+            final = final_of(folder / "seeds" / part.name / name, stage)
+            findings.accuracy.setdefault(name, []).append(final)
             if stage.kind == "transfer" and stage.init_from in part.stages:
                 judged = judge_transfer(part, name, folder / "seeds", precision)
-                for what, top1 in {**judged, TUNED: summary["holdout_top1"]}.items():
+                for what, top1 in {**judged, TUNED: final}.items():
                     findings.transfers.setdefault(name, {}).setdefault(what, []).append(top1)
     if make_accelerator(precision).is_main_process:
-        table = format_table(pairs, findings, seeds)
+        titles = dict.fromkeys(measure_of(recipe.stages[pair.pretrained]).title for pair in pairs)
+        table = format_table(pairs, findings, seeds, " or ".join(titles))
         say(table)
         (folder / "label_efficiency.txt").write_text(table + "\n", encoding="utf-8")
         content = {"seeds": list(seeds), "pairs": [pair._asdict() for pair in pairs], **findings._asdict()}
@@ -104,12 +105,12 @@ def find_pairs(recipe: Recipe) -> list[Pair]:
     controls = {
         _budget(recipe, stage): name
         for name, stage in recipe.stages.items()
-        if isinstance(stage, Finetune) and stage.init_from == "scratch"
+        if isinstance(stage, Supervised) and stage.init_from == "scratch"
     }
     pairs = []
     for name, stage in recipe.stages.items():
         start = recipe.stages.get(recipe.start_of(name))
-        if isinstance(stage, Finetune) and isinstance(start, Pretrain) and _budget(recipe, stage) in controls:
+        if isinstance(stage, Supervised) and isinstance(start, Pretrain) and _budget(recipe, stage) in controls:
             pairs.append(Pair(name, controls[_budget(recipe, stage)]))
     if not pairs:
         raise ValueError(
@@ -119,9 +120,9 @@ def find_pairs(recipe: Recipe) -> list[Pair]:
     return pairs
 
 
-def _budget(recipe: Recipe, stage: Finetune) -> tuple[Any, ...]:
+def _budget(recipe: Recipe, stage: Supervised) -> tuple[Any, ...]:
     size = stage.image_size or next((s.image_size for s in recipe.stages.values() if isinstance(s, Pretrain)), None)
-    return stage.labels, size, stage.batch_size, stage.schedule.epochs
+    return type(stage), getattr(stage, "labels", None), size, stage.batch_size, stage.schedule.epochs
 
 
 def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
@@ -129,7 +130,7 @@ def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
     stages = {}
     for name, stage in recipe.stages.items():
         start = recipe.start_of(name)
-        if isinstance(stage, Finetune):
+        if isinstance(stage, Supervised):
             if isinstance(recipe.stages.get(start), Pretrain):
                 start = str(out / recipe.name / start / "export")
             stages[name] = stage.model_copy(update={"init_from": start})
@@ -160,9 +161,9 @@ def judge_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) 
     return accuracies
 
 
-def format_table(pairs: Sequence[Pair], findings: Findings, seeds: Sequence[int]) -> str:
+def format_table(pairs: Sequence[Pair], findings: Findings, seeds: Sequence[int], measure: str = "top-1") -> str:
     """Mean ± standard deviation over the seeds in percent; differences are paired by seed."""
-    lines = [f"held-out top-1, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}"]
+    lines = [f"held-out {measure}, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}"]
     width = max(len(name) for pair in pairs for name in (pair.title, *findings.transfers)) + 2
     lines.append(f"{'':<{width}}{'pretrained':>16}{'from scratch':>16}{'difference':>16}")
     for pair in pairs:

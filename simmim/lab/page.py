@@ -6,18 +6,42 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from simmim.runlog import read_lines
-from simmim.schema import Pretrain, Recipe
+from simmim.schema import Pretrain, Recipe, Segment, Stage
 from simmim.visualize import folded
 
 PRETRAINED, SCRATCH = "C0", "C1"
 Transfers = dict[str, dict[str, list[float]]]
+
+
+class Measure(NamedTuple):
+    """What stages with labels are compared by."""
+
+    title: str
+    final: str
+    """In ``summary.json``."""
+    curve: str
+    """In ``metrics.jsonl``, while a stage is trained."""
+
+
+TOP1 = Measure("top-1", "holdout_top1", "holdout_top1")
+MEAN_IOU = Measure("mean IoU", "holdout_mean_iou", "holdout_pixel_accuracy")
+
+
+def measure_of(stage: Stage) -> Measure:
+    """By the kind of a stage."""
+    return MEAN_IOU if isinstance(stage, Segment) else TOP1
+
+
+def final_of(folder: Path, stage: Stage) -> float:
+    """What came of a stage."""
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))[measure_of(stage).final]
 
 
 def draw_page(
@@ -43,8 +67,8 @@ def draw_page(
         left.set_title(f"held-out images, step {int(pictures[-1].stem.removeprefix('step_'))}")
     draw_pretraining(right, folder / pretraining)
     curves, gains, larger = bottom.subplots(1, 3)
-    draw_curves(curves, folder / "seeds", pairs, seeds)
-    draw_pairs(gains, folder / "seeds", pairs, seeds)
+    draw_curves(curves, folder / "seeds", pairs[0], seeds, measure_of(recipe.stages[pairs[0][0]]).curve)
+    draw_pairs(gains, folder / "seeds", pairs, seeds, recipe)
     draw_transfers(larger, transfers)
     figure.savefig(folder / "page.png", dpi=90)
 
@@ -66,34 +90,32 @@ def draw_pretraining(axis: Axes, folder: Path) -> None:
     axis.grid(alpha=0.3)
 
 
-def draw_curves(axis: Axes, folder: Path, pairs: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> None:
-    """Held-out accuracy over the epochs of the first pair, one thin line per seed."""
-    for stage, colour, label in zip(pairs[0], (PRETRAINED, SCRATCH), ("pretrained", "from scratch"), strict=True):
+def draw_curves(axis: Axes, folder: Path, pair: tuple[str, ...], seeds: Sequence[int], curve: str) -> None:
+    """Held-out accuracy over the epochs of a pair, one thin line per seed."""
+    for stage, colour, label in zip(pair, (PRETRAINED, SCRATCH), ("pretrained", "from scratch"), strict=True):
         for seed in seeds:
             rows = read_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
             epochs_per_step = next(row["epoch"] / row["step"] for row in rows if "epoch" in row)
-            points = [
-                (row["step"] * epochs_per_step, 100 * row["holdout_top1"]) for row in rows if "holdout_top1" in row
-            ]
+            points = [(row["step"] * epochs_per_step, 100 * row[curve]) for row in rows if curve in row]
             axis.plot(*zip(*points, strict=True), color=colour, label=label if seed == seeds[0] else None)
-    axis.set(title=" and ".join(pairs[0]), xlabel="epoch", ylabel="held-out top-1, %")
+    axis.set(title=" and ".join(pair), xlabel="epoch", ylabel=f"{curve.replace('_', ' ')}, %")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
 
 
-def draw_pairs(axis: Axes, folder: Path, pairs: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> None:
+def draw_pairs(
+    axis: Axes, folder: Path, pairs: Sequence[tuple[str, ...]], seeds: Sequence[int], recipe: Recipe
+) -> None:
     """Final accuracy of every pair: a dot per seed, a bar for the mean."""
     for number, pair in enumerate(pairs):
         for stage, colour, shift in zip(pair, (PRETRAINED, SCRATCH), (-0.2, 0.2), strict=True):
-            values = []
-            for seed in seeds:
-                text = (folder / f"seed_{seed}" / stage / "summary.json").read_text(encoding="utf-8")
-                values.append(100 * json.loads(text)["holdout_top1"])
+            values = [100 * final_of(folder / f"seed_{seed}" / stage, recipe.stages[stage]) for seed in seeds]
             axis.bar(number + shift, mean(values), 0.38, color=colour, alpha=0.4)
             axis.plot([number + shift] * len(values), values, "o", color=colour, markersize=4)
             axis.annotate(f"{mean(values):.1f}", (number + shift, 1), ha="center", fontsize=9)
     axis.set_xticks(range(len(pairs)), [pair[0] for pair in pairs])
-    axis.set(title="pretrained (blue) and from scratch (orange)", ylabel="held-out top-1, %", ylim=(0, 100))
+    titles = " or ".join(dict.fromkeys(measure_of(recipe.stages[pair[0]]).title for pair in pairs))
+    axis.set(title="pretrained (blue) and from scratch (orange)", ylabel=f"held-out {titles}, %", ylim=(0, 100))
     axis.grid(alpha=0.3, axis="y")
 
 

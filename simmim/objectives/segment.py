@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ class Segment(Objective):
         window, stride: px, for predictions in windows (:func:`simmim.objectives.sliding.sliding_logits`); None:
             the whole image at once. A window alone has two thirds of itself for a stride.
         scales, flip: see :func:`simmim.objectives.sliding.averaged_log_probabilities`; for predictions.
+        short_px: the short side at which whole images are looked at; None: that of the encoder's image size.
+        first_label: the number of the first class in label maps; 1 where 0 is no class (ADE20K).
 
     Raises:
         ValueError: statistics that do not match the channels, an encoder of one stage, a stride without a window or
@@ -54,6 +57,8 @@ class Segment(Objective):
         stride: Pair | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        short_px: int | None = None,
+        first_label: int = 0,
     ) -> None:
         super().__init__(encoder, mean, std)
         stages = len(encoder.config.depths)
@@ -70,13 +75,30 @@ class Segment(Objective):
                 )
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales {list(scales)}: expected numbers above 0, 1 is the image as it is")
-        self.classes = list(classes)
+        self.classes, self.first_label = list(classes), first_label
+        self.short_px = short_px or min(encoder.config.image_size)
         self.auxiliary_weight = auxiliary_weight
         self.window, self.stride, self.scales, self.flip = window, stride, tuple(scales), flip
         widths = [encoder.config.embed_dim * 2**index for index in range(stages)]
         self.norms = nn.ModuleList(ChannelNorm(width) for width in widths[:-1])
         self.head = UPerHead(widths, len(self.classes), channels, dropout)
         self.auxiliary_head = FCNHead(widths[-2], len(self.classes), auxiliary_channels, dropout)
+
+    def description(self) -> dict[str, Any]:
+        """What must be known to rebuild it around its encoder; plain JSON."""
+        return {
+            "classes": self.classes,
+            "channels": self.head.classifier.linear.in_features,
+            "auxiliary_channels": self.auxiliary_head.classifier.linear.in_features,
+            "auxiliary_weight": self.auxiliary_weight,
+            "dropout": self.head.classifier.dropout.p,
+            "window": self.window and list(self.window),
+            "stride": self.stride and list(self.stride),
+            "scales": list(self.scales),
+            "flip": self.flip,
+            "short_px": self.short_px,
+            "first_label": self.first_label,
+        }
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``segments`` uint8 ``(b, H, W)``, 255 = ignored."""

@@ -36,6 +36,8 @@ class Target(Settings):
 class Pretrain(Stage):
     """Masked image modelling (SimMIM, arXiv 2111.09886)."""
 
+    passing = Stage.passing | {"micro_batch_size": True}
+
     kind: Literal["pretrain"] = Field("pretrain", description="by default what the name of the stage begins with")
     init_from: str = Field("scratch", description="scratch, or any encoder that is to be trained further")
     image_size: Size = Field((192, 192), description="px; one number or [height, width]")
@@ -62,6 +64,10 @@ class Labels(Settings):
     val_images: Count = Field(5000, description="held out where there is no folder for validation, at most a tenth")
     shots: Count | None = Field(None, description="labelled images of each class; null: all")
 
+    def of_images(self, data_path: str) -> str:
+        """Where the images lie."""
+        return self.path or data_path
+
 
 class Augment(Settings):
     """What timm does to the images of a classifier (official Swin recipes)."""
@@ -87,11 +93,13 @@ class FinetuneSchedule(Schedule):
     base_lr: Positive = Field(1.25e-3, description="after the warm-up, for 512 images per step")
     warmup_epochs: NotNegative = Field(20, description="linear rise from warmup_lr")
     warmup_lr: NotNegative = Field(2.5e-7, description="at the first step, for 512 images per step")
-    min_lr: NotNegative = Field(2.5e-7, description="where cosine ends")
+    min_lr: NotNegative = Field(2.5e-7, description="where cosine and linear end")
 
 
 class Finetune(Supervised):
     """Classification: the supervised stage on many labels, fine-tuning, and transfer to another size."""
+
+    passing = Stage.passing | {"head": True, "labels": {"path": True, "val_path": True}}
 
     kind: Literal["supervised", "finetune", "transfer"] = Field(
         description="by default what the name of the stage begins with"

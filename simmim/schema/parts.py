@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -116,12 +116,12 @@ class Optimizer(Settings):
 class Schedule(Settings):
     """Learning rates are given for a batch of 512 and scaled with the batch size."""
 
-    name: Literal["cosine", "multistep"] = Field("cosine", description="after the warm-up")
+    name: Literal["cosine", "linear", "multistep"] = Field("cosine", description="after the warm-up")
     epochs: Positive = Field(100, description="passes over the images; fractions too")
     base_lr: Positive = Field(1e-4, description="after the warm-up, for 512 images per step")
     warmup_epochs: NotNegative = Field(10, description="linear rise from warmup_lr")
     warmup_lr: NotNegative = Field(5e-7, description="at the first step, for 512 images per step")
-    min_lr: NotNegative = Field(1e-6, description="where cosine ends")
+    min_lr: NotNegative = Field(1e-6, description="where cosine and linear end")
     milestones_epochs: list[Positive] = Field([], description="multistep: when the rate is multiplied by gamma")
     gamma: Positive = Field(0.1, description="multistep: by which it is multiplied")
 
@@ -173,6 +173,9 @@ class Log(Settings):
 
 class Stage(Settings):
     """What all stages have."""
+
+    passing: ClassVar[dict[str, Any]] = {"log": True, "memory": True, "speed": True, "init_from": True}
+    """What of it may change while it goes on: bookkeeping, places, and how predictions are tested."""
 
     kind: str = Field(description="by default what the name of the stage begins with")
     init_from: str = Field("", description="a stage, an export, a file, or scratch; empty: the stage before")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from simmim.schema.dense import Segment
 from simmim.schema.images import Finetune, Pretrain
 from simmim.schema.parts import Data, Encoder, Settings, Stage
 from swin import SwinConfig, make_config
@@ -16,6 +17,7 @@ KINDS: dict[str, type[Stage]] = {
     "supervised": Finetune,
     "finetune": Finetune,
     "transfer": Finetune,
+    "segment": Segment,
 }
 
 
@@ -36,7 +38,7 @@ def _name_kinds(stages: Any) -> Any:
     return named
 
 
-AnyStage = Annotated[Pretrain | Finetune, Field(discriminator="kind")]
+AnyStage = Annotated[Pretrain | Finetune | Segment, Field(discriminator="kind")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 Stages = Annotated[dict[Name, AnyStage], BeforeValidator(_name_kinds), Field(min_length=1)]
 
@@ -92,7 +94,21 @@ class Recipe(Settings):
                 raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
             if isinstance(stage, Finetune) and stage.augment.rand_augment and channels != 3:
                 raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
+            if isinstance(stage, Segment):
+                self._agree_to_segment(name, stage, len(config.depths))
         return self
+
+    def _agree_to_segment(self, name: str, stage: Segment, depth: int) -> None:
+        if stage.augment.distort and self.encoder.in_chans != 3:
+            raise ValueError(f"stages.{name}.augment.distort is for 3 channels: set it to false")
+        if depth < 2:
+            raise ValueError(f"stages.{name} needs a pyramid, but the encoder has one stage: give it two or more")
+        together = not stage.labels.annotations and self.data.path and stage.labels.path in ("", self.data.path)
+        if together and any(isinstance(other, Pretrain) for other in self.stages.values()):
+            raise ValueError(
+                f"data.path holds the images and annotations of stages.{name}, and pretraining would take both for "
+                f"images: set data.path to the images alone, and stages.{name}.labels.path to what is above them"
+            )
 
     def start_of(self, name: str) -> str:
         """What a stage starts from: its ``init_from``, else the stage before it; empty where there is neither."""

@@ -22,7 +22,7 @@ from simmim.data.sources import Subset
 from simmim.data.transforms import Transform
 from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
-from simmim.schema import Data, Finetune, Pretrain, Recipe, Stage, Supervised, encoder_config
+from simmim.schema import Data, Finetune, Recipe, Segment, Stage, Supervised, encoder_config
 from swin import SwinConfig, SwinEncoder, import_encoder, load_encoder, transfer
 from swin.config import Pair
 from swin.weights import DESCRIPTION
@@ -163,9 +163,9 @@ def num_workers_of(data: Data, accelerator: Accelerator) -> int:
 
 def reserved_images(recipe: Recipe, path: str) -> int:
     """How many images of ``path`` the stages with labels hold out for themselves: none may be trained on before."""
-    stages = [stage for stage in recipe.stages.values() if isinstance(stage, Finetune)]
-    own = [stage.labels for stage in stages if (stage.labels.path or recipe.data.path) == path]
-    return max((labels.val_images for labels in own if not labels.val_path), default=0)
+    labels = [stage.labels for stage in recipe.stages.values() if isinstance(stage, Finetune | Segment)]
+    own = [each for each in labels if each.of_images(recipe.data.path) == path and not each.val_path]
+    return max((each.val_images for each in own), default=0)
 
 
 def make_views(
@@ -305,13 +305,10 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
     Where a place is left out (``init_from``, ``head``), what was found there is not.
     """
     stage = recipe.stages[name]
-    passing = {"log", "memory", "speed", "init_from", "head"} | (
-        {"micro_batch_size"} if isinstance(stage, Pretrain) else set()
-    )
     settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": PASSING_DATA})
     if isinstance(stage, Supervised):
         settings["data"] = {key: settings["data"][key] for key in ("mean", "std", "value_range")}
-    own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, "labels": {"path", "val_path"}})
+    own = stage.model_dump(mode="json", exclude=stage.passing)
     config = start.encoder.config
     own |= {"image_size": list(config.image_size), "window_size": list(config.window_size)}
     return {**settings, "stage": own, "starts_from": start.fingerprint, **facts}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from simmim.schema import Finetune, Pretrain, Stage
-from simmim.stages import finetuning, pretraining
+from simmim.schema import Finetune, Pretrain, Segment, Stage
+from simmim.stages import finetuning, pretraining, segmenting
 
-ROOMS: dict[type[Stage], ModuleType] = {Pretrain: pretraining, Finetune: finetuning}
+ROOMS: dict[type[Stage], ModuleType] = {Pretrain: pretraining, Finetune: finetuning, Segment: segmenting}
 
 
 def room_of(stage: Stage) -> ModuleType:

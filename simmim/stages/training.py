@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from simmim.stages.sharding import distribute, whole_weights
 from simmim.stages.speed import set_speed
 from simmim.stopping import StopRequest
 
-PREVIEW_IMAGES = 8
+PREVIEW_IMAGES, NAMED_FILES = 8, 3
 
 
 class Job(NamedTuple):
@@ -58,6 +58,8 @@ class Job(NamedTuple):
     """Write, of the whole weights, what an export has beside the encoder."""
     labelled: bool = False
     """Whether batches have labels, one of each image."""
+    problems: Sequence[tuple[str, str]] = ()
+    """Files that are left out from the beginning, with the reason."""
     layer_decay: float = 1.0
     ema_decay: float | None = None
 
@@ -174,7 +176,8 @@ def train(
         log.say(f"warning: settings changed since then: {changed}")
     if checkpoint:
         log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
-    warnings = [("memory", warning) for warning in save_memory(job, stage, accelerator)]
+    warnings = [("left out", text) for text in left_out(job.problems)]
+    warnings += [("memory", warning) for warning in save_memory(job, stage, accelerator)]
     warnings += [("speed", text) for text in set_speed(objective.encoder, stage, accelerator, folder, log.say)]
     for kind, warning in warnings:
         log.event(start_step, kind, warning)
@@ -285,6 +288,12 @@ def save_memory(job: Job, stage: Stage, accelerator: Accelerator) -> list[str]:
         f"{gigabytes(states)} of weights, gradients and moments; {needed.largest_batch(free)} at most would fit. "
         "`simmim plan` shows what else would"
     ]
+
+
+def left_out(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """How many files are left out, and the first of them; nothing where all can be used."""
+    first = "; ".join(f"{name} {reason}" for name, reason in problems[:NAMED_FILES])
+    return [f"{len(problems):,} file(s) left out: {first}{'; ...' * (len(problems) > NAMED_FILES)}"] if problems else []
 
 
 def make_preview(job: Job) -> Batch:

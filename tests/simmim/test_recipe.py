@@ -55,6 +55,23 @@ def test_the_published_chains(name):
     assert [(stage.image_size[0], stage.window_size[0]) for stage in stages] == CHAINS[name]
 
 
+SEGMENTATION = {"segment_demo", "segment_swinv2_t", "segment_swinv2_l", "segment_swinv2_3b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup_steps", "lr"),
+    [("t", 160_000, 1500, 4e-5), ("l", 40_000, 375, 6e-5), ("3b", 80_000, 750, 4e-5)],
+)
+def test_the_published_segmentation(name, steps, warmup_steps, lr):
+    """Appendices A1.2, A2.1 and A2.2 of Swin V2, on the 20,210 images of ADE20K."""
+    stage = load_recipe(f"segment_swinv2_{name}").stages["segment"]
+    steps_per_epoch = 20_210 / stage.batch_size
+    assert stage.schedule.epochs * steps_per_epoch == pytest.approx(steps, rel=1e-3)
+    assert stage.schedule.warmup_epochs * steps_per_epoch == pytest.approx(warmup_steps, rel=1e-3)
+    assert stage.schedule.base_lr * stage.batch_size / 512 == pytest.approx(lr)
+    assert (stage.schedule.name, stage.layer_decay, stage.optimizer.weight_decay) == ("linear", 0.95, 0.05)
+
+
 def test_rates_of_the_published_recipes():
     """Peak rates at the published batch sizes: SimMIM's repository, and appendix A2.2 of Swin V2."""
     expected = {
@@ -72,7 +89,7 @@ def test_rates_of_the_published_recipes():
 
 
 def test_the_shipped_sizes():
-    assert {path.stem for path in shipped_recipes()} == {"demo", "cifar_swinv2_nano", *CHAINS}
+    assert {path.stem for path in shipped_recipes()} == {"demo", "cifar_swinv2_nano", *CHAINS, *SEGMENTATION}
 
 
 def test_the_official_base_recipe():

@@ -1,0 +1,189 @@
+"""Judging and showing segmenters: whole images, each once."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from simmim import visualize
+from simmim.around import load_around
+from simmim.data import Decoder, Pixels, Source
+from simmim.data.loader import Batches
+from simmim.data.segment_transforms import WholeSegments
+from simmim.data.segments import class_names_in, validation_segments
+from simmim.engine import to_device
+from simmim.objectives.mean_iou import MeanIoU
+from simmim.objectives.segment import Segment
+from simmim.objectives.sliding import resized
+from simmim.stages.assembly import make_accelerator, make_views
+from simmim.stages.training import left_out
+from swin import load_description, load_encoder
+from swin.config import as_pair
+from swin.weights import load_config
+
+HEAD = "head.safetensors"
+SIZES = ("image_size", "window_size")
+
+
+class Judged(NamedTuple):
+    """Of whole images."""
+
+    numbers: dict[str, float]
+    """``images``, ``mean_iou``, ``mean_accuracy``, ``pixel_accuracy``."""
+    of_classes: dict[str, float | None]
+    """Intersection over union; None of classes that are neither in the labels nor in any prediction."""
+    broken: dict[str, str]
+    """Images of this process that could not be read, with the reason."""
+
+
+class Shown(NamedTuple):
+    """One image, segmented."""
+
+    name: str
+    overlay: Image.Image
+    facts: dict[str, Any]
+    """Its size, and the share of every class that was found; plain JSON."""
+    label_map: Image.Image
+    """Numbers of classes in a palette, counted as in the label maps of the training."""
+
+
+def load_segmenter(export: Path | str, **options: Any) -> Segment:
+    """The segmenter of an export, on the CPU, ready to predict.
+
+    Args:
+        options: other ``image_size`` and ``window_size`` of the encoder, which whole images and windows follow; and for
+            predictions, other ``short_px``, ``window`` (px, or None for the whole image at once), ``stride``,
+            ``scales``, ``flip``, as of :class:`simmim.objectives.segment.Segment`.
+
+    Raises:
+        ValueError: an export that is not of segmentation, or options that do not fit.
+    """
+    export = Path(export)
+    about = load_description(export)
+    described = about.get("segmentation")
+    if described is None or not (export / HEAD).exists():
+        raise ValueError(f"{export} holds no segmenter: give the export of a stage of segmentation")
+    sizes = {name: options.pop(name) for name in SIZES if name in options}
+    encoder, trained_size = load_encoder(export, **sizes), load_config(export).image_size
+    size = encoder.config.image_size
+    if size != trained_size:
+        short_px = round(described["short_px"] * min(size) / min(trained_size))
+        described = {**described, "short_px": short_px, "window": described["window"] and size, "stride": None}
+    if "window" in options:  # the stride belongs to it
+        described = {**described, "stride": None}
+    settings = {**described, **options}
+    settings |= {name: settings[name] and as_pair(settings[name], name) for name in ("window", "stride")}
+    pixels = about["pixels"]
+    objective = Segment(encoder, **settings, mean=pixels["mean"], std=pixels["std"])
+    load_around(export / HEAD, objective)
+    return objective.eval()
+
+
+def evaluate_segments(
+    path: Path,
+    data: str,
+    *,
+    annotations: str | None = None,
+    num_workers: int = 2,
+    precision: str | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Mean intersection over union of a segmenter; every image counts once, over any number of processes.
+
+    Args:
+        path: an export of a stage of segmentation.
+        data: a folder with ``images`` and ``annotations``, of which the validation part is taken where there is one;
+            or images, with ``annotations``.
+        options: as of :func:`load_segmenter`.
+
+    Raises:
+        ValueError: no segmenter, images without label maps, or with other classes.
+    """
+    accelerator = make_accelerator(precision)
+    objective = load_segmenter(path, **options).to(accelerator.device)
+    value_range = load_description(path)["pixels"].get("value_range")
+    decoder = Decoder(objective.encoder.config.in_chans, value_range and tuple(value_range))
+    names = class_names_in(data)
+    if names is not None and names != objective.classes:
+        raise ValueError(
+            f"{data} names {len(names)} classes ({names[0]}, ...), which are not the {len(objective.classes)} of the "
+            f"segmenter ({objective.classes[0]}, ...): judge it by images with its own classes"
+        )
+    source = validation_segments(
+        data,
+        decoder,
+        annotations=annotations,
+        classes=objective.classes,
+        ignore_zero=bool(objective.first_label),
+    )
+    with accelerator.autocast():
+        found = judge_whole(objective, source, accelerator, num_workers=num_workers)
+    problems = left_out(source.problems) if accelerator.is_main_process else []
+    broken = [f"left out a broken image: {name} ({reason})" for name, reason in found.broken.items()]
+    for line in problems + broken:
+        print(line, file=sys.stderr)
+    return found.numbers
+
+
+@torch.no_grad()
+def judge_whole(
+    objective: Segment, source: Source, accelerator: Accelerator, *, num_workers: int = 0, is_sharded: bool = False
+) -> Judged:
+    """Look at whole images one by one, as the objective looks at them.
+
+    Args:
+        is_sharded: the weights are shared out among the processes. Then all look at all images, as each forward pass
+            is one of all of them, and the number of windows depends on the image.
+
+    Raises:
+        ValueError: no image could be read, or none of their pixels has a label.
+    """
+    shares = (0, 1) if is_sharded else (accelerator.process_index, accelerator.num_processes)
+    views = make_views(source, WholeSegments(objective.short_px), 1, False, shares, num_workers)
+    assert isinstance(views, Batches)
+    scores, images = MeanIoU(len(objective.classes)), 0
+    for batch in tqdm(views, unit="image", disable=None if accelerator.is_main_process else True):
+        inputs = to_device(batch, accelerator.device)
+        scores.add(objective.scores(inputs).argmax(dim=1), inputs["segments"])
+        images += 1
+    if not is_sharded:
+        scores.gather(gather_object)
+        images = sum(gather_object([images]))
+    if not images:
+        raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read with its label map")
+    numbers = scores.compute()
+    if math.isnan(numbers["mean_iou"]):
+        raise ValueError(f"no pixel of {images} images has a label: there is nothing to be judged by")
+    of_classes = dict(zip(objective.classes, scores.of_classes(), strict=True))
+    return Judged({"images": float(images), **numbers}, of_classes, views.broken)
+
+
+@torch.no_grad()
+def predict_segments(objective: Segment, images: Iterable[tuple[str, Tensor]]) -> Iterator[Shown]:
+    """Segment images of any size.
+
+    Args:
+        images: names, and uint8 ``(c, H, W)``.
+    """
+    for name, image in images:
+        seen = WholeSegments(objective.short_px).image(Pixels(image))
+        scores = objective.predict(seen[None].to(objective.mean.device))
+        found = resized(scores, image.shape[-2:]).argmax(dim=1).cpu()
+        counts = torch.bincount(found.flatten(), minlength=len(objective.classes)).tolist()
+        shares = {objective.classes[label]: count / found.numel() for label, count in enumerate(counts) if count}
+        yield Shown(
+            name,
+            visualize.segmentation(visualize.to_rgb(image[None] / 255), None, found, objective.classes),
+            {"size": list(image.shape[-2:]), "classes": shares},
+            visualize.label_map(found[0], len(objective.classes), first=objective.first_label),
+        )

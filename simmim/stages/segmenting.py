@@ -1,0 +1,142 @@
+"""Semantic segmentation, from a recipe to an exported segmenter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from simmim import schema
+from simmim.around import save_around
+from simmim.counter_rng import derive_seed, permutation
+from simmim.data import Decoder
+from simmim.data.segment_transforms import CenterSegmentCrop, RandomSegmentCrop
+from simmim.data.segments import SegmentedSources, read_class_names, segmented_sources
+from simmim.data.sources import Subset
+from simmim.objectives.mean_iou import MeanIoU
+from simmim.objectives.segment import Segment
+from simmim.runlog import write_whole
+from simmim.schema import Recipe
+from simmim.stages.assembly import decisive_settings, make_start, reserved_images
+from simmim.stages.evaluate_segments import HEAD, judge_whole
+from simmim.stages.training import Job, Trained, carry_out
+from swin import SwinEncoder
+
+
+def segment(
+    recipe: Recipe, out: Path, *, name: str = "segment", precision: str | None = None, allow_changes: bool = False
+) -> Path:
+    """Run a stage of segmentation, from where it stands; see :func:`simmim.stages.training.carry_out`."""
+    return carry_out(recipe, out, name, make_job, judge, precision=precision, allow_changes=allow_changes)
+
+
+def judge(trained: Trained, accelerator: Accelerator) -> None:
+    """Mean intersection over union on whole held-out images, on the screen and in ``summary.json``.
+
+    Raises:
+        ValueError: no held-out image could be read, or none of their pixels has a label.
+    """
+    objective, log, holdout = trained.objective, trained.log, trained.holdout
+    assert isinstance(objective, Segment) and holdout is not None
+    found = judge_whole(objective, holdout, accelerator, is_sharded=accelerator.is_fsdp2)
+    log.broken(list(found.broken.items()))
+    numbers = found.numbers
+    log.say(
+        f"held-out mean IoU {numbers['mean_iou']:.2%}, mean accuracy {numbers['mean_accuracy']:.2%}, pixels "
+        f"{numbers['pixel_accuracy']:.2%}, of {numbers['images']:,.0f} whole images"
+    )
+    if log.is_main:
+        summary = {f"holdout_{key}": value for key, value in numbers.items()}
+        content = {**summary, "holdout_iou": found.of_classes}
+        write_whole(log.folder / "summary.json", json.dumps(content, indent=2) + "\n")
+
+
+def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
+    """What the stage trains, on which images, and from where; weights and settings do not depend on the launch.
+
+    Raises:
+        ValueError: settings, data or a start that cannot work.
+    """
+    stage = recipe.stages[name]
+    assert isinstance(stage, schema.Segment)
+    torch.manual_seed(derive_seed("step", recipe.seed, 0))
+    start = make_start(recipe, name, out)
+    sources = make_segmented(recipe, stage)
+    MeanIoU(len(sources.classes))  # which says now, and not after the training, what is not installed
+    objective = make_objective(recipe, stage, start.encoder, sources.classes)
+    settings = decisive_settings(
+        recipe,
+        name,
+        start,
+        num_training_images=len(sources.training),
+        classes=sources.classes,
+        precision=precision,
+    )
+    return Job(
+        objective=objective,
+        training=sources.training,
+        holdout=sources.holdout,
+        transform=RandomSegmentCrop(stage.image_size, mean=recipe.data.mean, **stage.augment.model_dump()),
+        view=CenterSegmentCrop(stage.image_size),
+        settings=settings,
+        start=str(start.path or "scratch"),
+        pictures="predictions",
+        about={"segmentation": objective.description()},
+        save=lambda folder, weights: save_around(folder / HEAD, weights),
+        problems=sources.problems,
+        layer_decay=stage.layer_decay,
+        ema_decay=stage.ema_decay,
+    )
+
+
+def make_segmented(recipe: Recipe, stage: schema.Segment) -> SegmentedSources:
+    """Training and held-out images with label maps.
+
+    Raises:
+        ValueError: as of :func:`simmim.data.segments.segmented_sources`; fewer images than are asked for.
+    """
+    labels, data_path = stage.labels, recipe.data.path
+    path = labels.path or data_path
+    if not path or path.startswith("builtin:"):
+        raise ValueError("the recipe names no images with label maps: set the labels.path of the stage, or data.path")
+    classes = read_class_names(Path(labels.classes)) if isinstance(labels.classes, str) else labels.classes
+    sources = segmented_sources(
+        path,
+        Decoder(recipe.encoder.in_chans, recipe.data.value_range),
+        labels.val_images,
+        annotations=labels.annotations or None,
+        val_path=labels.val_path or None,
+        val_annotations=labels.val_annotations or None,
+        classes=classes,
+        ignore_zero=labels.ignore_zero,
+        reserved=reserved_images(recipe, labels.of_images(data_path)),
+    )
+    if labels.images is None:
+        return sources
+    count = len(sources.training)
+    if labels.images > count:
+        raise ValueError(f"{path} has {count} training images, but labels.images is {labels.images}: lower it")
+    drawn = permutation(recipe.seed, 0, count)[: labels.images]
+    return sources._replace(training=Subset(sources.training, drawn))
+
+
+def make_objective(recipe: Recipe, stage: schema.Segment, encoder: SwinEncoder, classes: list[str]) -> Segment:
+    """Heads with fresh weights around the encoder."""
+    test = stage.test
+    return Segment(
+        encoder,
+        classes,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        **stage.head.model_dump(),
+        window=stage.image_size if test.window else None,
+        **test.model_dump(exclude={"window"}),
+        first_label=int(stage.labels.ignore_zero),
+    )
+
+
+def plan_objective(recipe: Recipe, stage: schema.Segment, encoder: SwinEncoder, classes: int) -> Segment:
+    """For as many classes."""
+    return make_objective(recipe, stage, encoder, [""] * classes)
