@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from swin import SwinConfig
 from swin.attention import WindowAttention
-from swin.config import Pair, make_config
+from swin.config import Size, make_config
 from swin.kernel import attend_windows, available
 from swin.sequential import at_least_fp32, attend, chunks_in_cache, split_heads
 from swin.windows import Windows, attention_mask, fit_windows, merge, partition
@@ -72,7 +72,7 @@ class Case:
     cosine: bool
 
     @property
-    def grid(self) -> Pair:
+    def grid(self) -> Size:
         return self.qkv.shape[1], self.qkv.shape[2]
 
 
@@ -203,11 +203,11 @@ def make_case(
     precision: str,
     device: torch.device,
     *,
-    grid: Pair | None = None,
+    grid: Size | None = None,
     shifted: bool = True,
 ) -> Case:
     """A block of a stage, with the temperatures (0.1 to 0.01) and biases (0 to 16) that Swin V2 may learn."""
-    grid = grid or config.grids()[stage]
+    grid = config.grids()[stage] if grid is None else grid
     heads, channels = config.num_heads[stage], config.embed_dim * 2**stage
     windows, cosine = fit_windows(grid, config.window_size, shifted), config.attention == "cosine"
     t = windows.window[0] * windows.window[1]
