@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from simmim.schema.dense import Detect
 from simmim.schema.images import Finetune, Pretrain
 from simmim.schema.parts import Data, Encoder, Settings, Stage
 from swin import SwinConfig, make_config
@@ -16,6 +17,7 @@ KINDS: dict[str, type[Stage]] = {
     "supervised": Finetune,
     "finetune": Finetune,
     "transfer": Finetune,
+    "detect": Detect,
 }
 
 
@@ -36,7 +38,7 @@ def _name_kinds(stages: Any) -> Any:
     return named
 
 
-AnyStage = Annotated[Pretrain | Finetune, Field(discriminator="kind")]
+AnyStage = Annotated[Pretrain | Finetune | Detect, Field(discriminator="kind")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 Stages = Annotated[dict[Name, AnyStage], BeforeValidator(_name_kinds), Field(min_length=1)]
 
@@ -92,6 +94,12 @@ class Recipe(Settings):
                 raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
             if isinstance(stage, Finetune) and stage.augment.rand_augment and channels != 3:
                 raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
+            anchors = stage.anchor_px if isinstance(stage, Detect) else None
+            if anchors is not None and len(anchors) != len(config.depths) + 1:
+                raise ValueError(
+                    f"stages.{name}.anchor_px has {len(anchors)} sides, but an encoder of {len(config.depths)} stages "
+                    f"gives {len(config.depths) + 1} maps to find objects on"
+                )
         return self
 
     def start_of(self, name: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from simmim.schema import Finetune, Pretrain, Stage
-from simmim.stages import finetuning, pretraining
+from simmim.schema import Detect, Finetune, Pretrain, Stage
+from simmim.stages import detecting, finetuning, pretraining
 
-ROOMS: dict[type[Stage], ModuleType] = {Pretrain: pretraining, Finetune: finetuning}
+ROOMS: dict[type[Stage], ModuleType] = {Pretrain: pretraining, Finetune: finetuning, Detect: detecting}
 
 
 def room_of(stage: Stage) -> ModuleType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,8 @@ class Job(NamedTuple):
     """Whether batches have labels, one of each image."""
     layer_decay: float = 1.0
     ema_decay: float | None = None
+    problems: Sequence[tuple[str, str]] = ()
+    """Of the data: what it is about, and what is wrong with it."""
 
 
 class Trained(NamedTuple):
@@ -174,7 +176,8 @@ def train(
         log.say(f"warning: settings changed since then: {changed}")
     if checkpoint:
         log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
-    warnings = [("memory", warning) for warning in save_memory(job, stage, accelerator)]
+    warnings = [("data", text) for text in told(job.problems)]
+    warnings += [("memory", warning) for warning in save_memory(job, stage, accelerator)]
     warnings += [("speed", text) for text in set_speed(objective.encoder, stage, accelerator, folder, log.say)]
     for kind, warning in warnings:
         log.event(start_step, kind, warning)
@@ -240,6 +243,14 @@ def train(
         log.broken(list(views.broken.items()))
     judged = objective if average is None else average.module
     return Trained(judged.eval(), whole_weights(judged, accelerator), job.holdout, views, preview, log)
+
+
+def told(problems: Sequence[tuple[str, str]], shown: int = 3) -> list[str]:
+    """How many there are, and the first of them, in one line; none without problems."""
+    if not problems:
+        return []
+    first = "; ".join(f"{name}: {reason}" for name, reason in problems[:shown])
+    return [f"{len(problems)} problem(s) in the annotations: {first}{'; ...' if len(problems) > shown else ''}"]
 
 
 def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:
