@@ -34,7 +34,8 @@ class Detect(Objective):
         classes: their names, without the background; label 1 is the first.
         mean, std: channel statistics of pixels in [0, 1], one number per channel.
         masks: False for boxes only (Faster R-CNN).
-        cascade, width, hidden, anchor_px: of :class:`simmim.objectives.detection_head.DetectionHead`.
+        cascade, width, hidden, anchor_px, regions_per_image: of
+            :class:`simmim.objectives.detection_head.DetectionHead`.
         soft_nms: instead of dropping detections that overlap a better one, see
             :func:`simmim.objectives.suppression.soft_nms`; detections count from a score of 0.001 on, not 0.05.
         zooms, flips: of :meth:`detections`, when :meth:`predict` looks.
@@ -55,6 +56,7 @@ class Detect(Objective):
         width: int = 256,
         hidden: int = 1024,
         anchor_px: Sequence[int] | None = None,
+        regions_per_image: int = 512,
         soft_nms: SoftNMS | None = None,
         zooms: Sequence[float] = (1.0,),
         flips: bool = False,
@@ -74,6 +76,7 @@ class Detect(Objective):
             width=width,
             hidden=hidden,
             anchor_px=anchor_px,
+            regions_per_image=regions_per_image,
         )
         self.soft_nms = self.head.regions.soft_nms = soft_nms
         if soft_nms is not None:

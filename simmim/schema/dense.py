@@ -92,6 +92,7 @@ class Detect(Supervised):
     anchor_px: list[Count] | None = Field(
         None, description="side of the anchors on each map and one more; null: 8 times its stride"
     )
+    regions_per_image: Count = Field(512, description="each box head is trained on so many at most")
     jitter: DetectJitter = Field(DetectJitter(), description="what is done to training images")
     test: DetectTest = Field(DetectTest(), description="how other images are looked at")
     schedule: DetectSchedule = Field(DetectSchedule(), description="for how long, and how fast")

@@ -85,8 +85,9 @@ def plan_objective(recipe: schema.Recipe, stage: schema.Detect, encoder: SwinEnc
 
 
 def head_of(stage: schema.Detect) -> dict[str, Any]:
-    """What decides the weights of the head."""
-    return stage.model_dump(mode="json", include={"masks", "cascade", "width", "hidden", "anchor_px"})
+    """What the head is."""
+    names = {"masks", "cascade", "width", "hidden", "anchor_px", "regions_per_image"}
+    return stage.model_dump(mode="json", include=names)
 
 
 def describe(stage: schema.Detect, classes: list[str]) -> dict[str, Any]:
