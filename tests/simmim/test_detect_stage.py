@@ -39,7 +39,7 @@ DETECT = {
     "width": 8,
     "hidden": 16,
     "anchor_px": [8, 16, 32],
-    "regions_per_image": 8,
+    "regions_per_image": 32,
     "jitter": {"short_px": [32, 40], "long_px": 60},
     "test": {"short_px": 40, "long_px": 60},
     "schedule": {"epochs": 2, "base_lr": 0.5, "warmup_epochs": 0.2, "milestones_epochs": [1.8]},
@@ -87,7 +87,7 @@ def test_what_a_stage_leaves(chain):
     folder = chain / "detect"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]
-    assert len(losses) == 8 and np.mean(losses[-2:]) < 0.7 * np.mean(losses[:2])
+    assert len(losses) == 8 and np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
     assert [row["step"] for row in metrics if "holdout_loss_mask" in row] == [8]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["holdout_images"] == 5 and {"holdout_box_ap", "holdout_mask_ap50"} <= set(summary)
@@ -219,9 +219,9 @@ def run_interrupted(recipe, out, at_step, monkeypatch):
 
 
 def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, monkeypatch):
-    write_coco(tmp_path / "coco", count=10)
-    write_coco(tmp_path / "coco", "val", count=2)
-    changes = ("jitter.kind=large_scale", "cascade=true", "log.checkpoint_every_steps=2")
+    write_coco(tmp_path / "coco", count=5)
+    write_coco(tmp_path / "coco", "val", count=1)
+    changes = ("jitter.kind=large_scale", "batch_size=2", "micro_batch_size=1", "log.checkpoint_every_steps=2")
     recipe = make_recipe(tmp_path, [f"stages.detect.{change}" for change in changes])
     stages.run(recipe, tmp_path / "straight")
     run_interrupted(recipe, tmp_path / "resumed", 4, monkeypatch)
@@ -272,7 +272,7 @@ def test_held_out_images_are_not_trained_on_by_any_stage(tmp_path):
 
 
 def test_a_plan_on_the_screen(tmp_path, capsys):
-    make_recipe(tmp_path)
+    make_recipe(tmp_path, detect=DETECT | {"init_from": "scratch", "masks": False})
     command = ["plan", str(tmp_path / "mine.yaml"), "--memory", "8G", "--tflops", "1", "--classes", "80"]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -285,7 +285,7 @@ def test_planned_bytes_and_flops_are_those_of_a_step():
     encoder = swin.make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(1, 1), num_heads=(1, 2), image_size=96, window_size=8
     )
-    head = {"cascade": True, "width": 16, "hidden": 32, "anchor_px": [8, 16, 32], "regions_per_image": 64}
+    head = {"width": 16, "hidden": 32, "anchor_px": [8, 16, 32], "regions_per_image": 64}
     model = Detect(encoder, ["a", "b"], mean=[0.5] * 3, std=[0.3] * 3, **head).train()
     planned = footprint(model, "none", 1, precision="fp32", device="cpu")
     planned_flops = flops(model, "none").training
