@@ -89,7 +89,9 @@ def test_published_detectors(size):
 
 
 def test_the_shipped_sizes():
-    detectors = {f"detect_{name}" for name in ("miniature", *(f"swinv2_{size}" for size in ("t", "s", "b", *LARGE)))}
+    detectors = {
+        f"detect_{name}" for name in ("miniature", "painted", *(f"swinv2_{size}" for size in ("t", "s", "b", *LARGE)))
+    }
     assert {path.stem for path in shipped_recipes()} == {"demo", "cifar_swinv2_nano", *CHAINS, *detectors}
 
 
