@@ -8,6 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+HEAD = "head.safetensors"
+"""What an export has beside its encoder, where its answers have places in the image."""
+
 
 def save_around(file: Path, weights: dict[str, Tensor]) -> None:
     """Write, of the weights of an objective, those that are not its encoder's."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simmim.data.coco import POLYGONS, RUNS, Problem, read_annotations, rings_of
 from simmim.data.decode import Box, Decoder, Picture
+from simmim.data.sources import Subset, split_holdout
 
 _NAMES = (("instances_{}2017.json", "{}2017"), ("{}.json", "{}"))
 """Of annotations and folder of a split: as COCO has them, and short."""
@@ -181,13 +182,50 @@ def open_coco(path: str | Path, split: str, decoder: Decoder | None = None, **se
     Raises:
         ValueError: neither is there; or as :class:`CocoImages`.
     """
-    root, tried = Path(path).expanduser(), []
-    for file, folder in _NAMES:
-        annotations, images = root / "annotations" / file.format(split), root / folder.format(split)
-        if annotations.is_file() and images.is_dir():
-            return CocoImages(annotations, images, decoder, **settings)  # type: ignore[arg-type]
-        tried.append(f"{annotations} with {images}")
+    places = _places(path, split)
+    for file, folder in places:
+        if file.is_file() and folder.is_dir():
+            return CocoImages(file, folder, decoder, **settings)  # type: ignore[arg-type]
+    tried = [f"{file} with {folder}" for file, folder in places]
     raise ValueError(f"{path} is not in the layout of COCO: expected {', or '.join(tried)}")
+
+
+def has_split(path: str | Path, split: str) -> bool:
+    """Whether :func:`open_coco` would find it."""
+    return any(file.is_file() and folder.is_dir() for file, folder in _places(path, split))
+
+
+def coco_sources(
+    path: str | Path, decoder: Decoder, holdout_images: int, *, masks: bool
+) -> tuple[CocoImages | Subset, CocoImages | Subset, list[Problem]]:
+    """Images to train on, held-out ones, and what is wrong with their annotations.
+
+    ``val`` is held out where it is there, else images of ``train`` as :func:`simmim.data.split_holdout` draws them.
+    Held-out images without objects stay.
+
+    Raises:
+        ValueError: as :func:`open_coco`; too few images to hold any out.
+    """
+    training = open_coco(path, "train", decoder, masks=masks)
+    split = "val" if has_split(path, "val") else "train"
+    every = open_coco(path, split, decoder, training=False, masks=masks, categories=training.classes)
+    problems = list(dict.fromkeys(training.problems + every.problems))
+    if split == "val":
+        return training, every, problems
+    _, holdout = split_holdout(every, holdout_images)
+    if not isinstance(holdout, Subset):
+        raise ValueError(f"{path} has no val and {len(every)} images: too few to hold a tenth out, 10 are the least")
+    unseen = every.annotations.image_ids[holdout.numbers.numpy()]
+    kept = np.flatnonzero(~np.isin(training.annotations.image_ids, unseen))
+    if not len(kept):
+        raise ValueError(f"{path} has no val, and no image with an object beside the {len(holdout)} held out: add some")
+    return Subset(training, torch.from_numpy(kept)), holdout, problems
+
+
+def _places(path: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """Where annotations and images of a split may be."""
+    root = Path(path).expanduser()
+    return [(root / "annotations" / file.format(split), root / folder.format(split)) for file, folder in _NAMES]
 
 
 def _draw(kind: int, shape: np.ndarray, height: int, width: int) -> np.ndarray:

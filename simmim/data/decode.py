@@ -43,8 +43,9 @@ _HAS_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 class Picture(Protocol):
     """An image of which crops can be taken."""
 
-    size: tuple[int, int]
-    """``(H, W)``, px, as it is looked at: turned as its EXIF orientation says."""
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(H, W)``, px, as it is looked at: turned as its EXIF orientation says."""
 
     @property
     def kind(self) -> str:

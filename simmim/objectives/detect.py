@@ -34,9 +34,11 @@ class Detect(Objective):
         classes: their names, without the background; label 1 is the first.
         mean, std: channel statistics of pixels in [0, 1], one number per channel.
         masks: False for boxes only (Faster R-CNN).
-        cascade, width, hidden, anchor_px: of :class:`simmim.objectives.detection_head.DetectionHead`.
+        cascade, width, hidden, anchor_px, regions_per_image: of
+            :class:`simmim.objectives.detection_head.DetectionHead`.
         soft_nms: instead of dropping detections that overlap a better one, see
             :func:`simmim.objectives.suppression.soft_nms`; detections count from a score of 0.001 on, not 0.05.
+        zooms, flips: of :meth:`detections`, when :meth:`predict` looks.
 
     Raises:
         ValueError: statistics that do not match the channels, anchors that do not match the maps.
@@ -54,9 +56,13 @@ class Detect(Objective):
         width: int = 256,
         hidden: int = 1024,
         anchor_px: Sequence[int] | None = None,
+        regions_per_image: int = 512,
         soft_nms: SoftNMS | None = None,
+        zooms: Sequence[float] = (1.0,),
+        flips: bool = False,
     ) -> None:
         super().__init__(encoder, mean, std)
+        self.zooms, self.flips = tuple(zooms), flips
         config = encoder.config
         self.classes, self.masks = list(classes), masks
         stages = range(len(config.depths))
@@ -70,6 +76,7 @@ class Detect(Objective):
             width=width,
             hidden=hidden,
             anchor_px=anchor_px,
+            regions_per_image=regions_per_image,
         )
         self.soft_nms = self.head.regions.soft_nms = soft_nms
         if soft_nms is not None:
@@ -160,15 +167,13 @@ class Detect(Objective):
                 looks.append([_back(o, s, scale, flipped) for o, s in zip(found, own_sizes.tolist(), strict=True)])
         return looks[0] if len(looks) == 1 else [self._merged(own) for own in zip(*looks, strict=True)]
 
-    def predict(
-        self, batch: Mapping[str, Tensor], *, zooms: Sequence[float] = (1.0,), flips: bool = False
-    ) -> list[Objects]:
+    def predict(self, batch: Mapping[str, Tensor]) -> list[Objects]:
         """:meth:`detections` in pixels of the original images, whose size is ``original_size`` int64 ``(b, 2)``.
 
         Returns:
             For each image ``boxes`` float32 ``(n, 4)``, ``scores``, ``labels``, and ``masks`` bool ``(n, H, W)``.
         """
-        found = self.detections(batch["image"], batch["image_size"], zooms=zooms, flips=flips)
+        found = self.detections(batch["image"], batch["image_size"], zooms=self.zooms, flips=self.flips)
         results = []
         for own, seen, size in zip(found, batch["image_size"], batch["original_size"], strict=True):
             zoom = (size / seen).flip(0).repeat(2)

@@ -27,7 +27,7 @@ from simmim.objectives.suppression import SoftNMS, suppress
 Objects = dict[str, Tensor]
 """Of one image: ``boxes (n, 4)``, ``labels (n,)``, and for detections ``scores (n,)``; ``masks``."""
 
-REGIONS, POSITIVE = 512, 0.25  # that are trained on in an image, and the share of objects among them
+POSITIVE = 0.25  # the share of objects among the regions that are trained on
 # Of each box head: the overlap from which on a proposal is an object, the weights of its box coordinates, and the
 # weight of its losses. The cascade is that of arXiv 1712.00726.
 PLAIN = ((0.5, (10.0, 10.0, 5.0, 5.0), 1.0),)
@@ -50,6 +50,7 @@ class DetectionHead(nn.Module):
         width: channels of the pyramid.
         hidden: width of the box heads.
         anchor_px: side of the anchors on each map and one more; None: 8 times its stride.
+        regions_per_image: on so many of an image each box head is trained at most.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class DetectionHead(nn.Module):
         width: int = 256,
         hidden: int = 1024,
         anchor_px: Sequence[int] | None = None,
+        regions_per_image: int = 512,
     ) -> None:
         super().__init__()
         strides = [*strides, 2 * strides[-1]]
@@ -84,7 +86,7 @@ class DetectionHead(nn.Module):
             nms_thresh=0.7,
         )
         maps = [str(number) for number in range(len(widths))]
-        self.regions = RegionHeads(maps, num_classes, width, hidden, masks=masks, cascade=cascade)
+        self.regions = RegionHeads(maps, num_classes, width, hidden, regions_per_image, masks=masks, cascade=cascade)
 
     def forward(
         self, images: Tensor, maps: Sequence[Tensor], sizes: list[tuple[int, int]], targets: list[Objects] | None = None
@@ -185,10 +187,19 @@ class RegionHeads(nn.Module):
     soft_nms: SoftNMS | None = None
 
     def __init__(
-        self, maps: list[str], num_classes: int, width: int, hidden: int, *, masks: bool, cascade: bool
+        self,
+        maps: list[str],
+        num_classes: int,
+        width: int,
+        hidden: int,
+        regions_per_image: int,
+        *,
+        masks: bool,
+        cascade: bool,
     ) -> None:
         super().__init__()
         kinds = CASCADE if cascade else PLAIN
+        self.regions_per_image = regions_per_image
         self.weights = [weight for _, _, weight in kinds]
         self.stages = nn.ModuleList(
             RoIHeads(
@@ -197,7 +208,7 @@ class RegionHeads(nn.Module):
                 BoxPredictor(hidden, num_classes + 1, shared=cascade),
                 fg_iou_thresh=iou,
                 bg_iou_thresh=iou,
-                batch_size_per_image=REGIONS,
+                batch_size_per_image=regions_per_image,
                 positive_fraction=POSITIVE,
                 bbox_reg_weights=weights,
                 score_thresh=self.least_score,
@@ -259,10 +270,11 @@ class RegionHeads(nn.Module):
         images, width = features.shape[:2]
         losses: list[Tensor] = []
         for stage in cast(Iterable[RoIHeads], self.stages):
-            pooled = features.mean() + features.new_zeros(images * REGIONS, width, 7, 7)
+            pooled = features.mean() + features.new_zeros(images * self.regions_per_image, width, 7, 7)
             losses += [x.mean() for x in stage.box_predictor(stage.box_head(pooled))]
         if self.masks is not None:
-            pooled = features.mean() + features.new_zeros(round(images * REGIONS * POSITIVE), width, 14, 14)
+            objects = round(images * self.regions_per_image * POSITIVE)
+            pooled = features.mean() + features.new_zeros(objects, width, 14, 14)
             losses.append(self.masks(pooled).float().mean())
         return losses
 

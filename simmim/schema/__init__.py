@@ -1,6 +1,6 @@
 """The schema of a recipe: one YAML file with data, encoder and an ordered set of stages."""
 
-from simmim.schema.dense import Segment
+from simmim.schema.dense import Detect, Segment
 from simmim.schema.images import Finetune, Pretrain
 from simmim.schema.parts import Data, Encoder, Optimizer, Settings, Stage, Supervised
 from simmim.schema.recipe import KINDS, Recipe, encoder_config
@@ -8,6 +8,7 @@ from simmim.schema.recipe import KINDS, Recipe, encoder_config
 __all__ = [
     "KINDS",
     "Data",
+    "Detect",
     "Encoder",
     "Finetune",
     "Optimizer",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from simmim.schema.dense import Segment
+from simmim.schema.dense import Detect, Segment
 from simmim.schema.images import Finetune, Pretrain
 from simmim.schema.parts import Data, Encoder, Settings, Stage
 from swin import SwinConfig, make_config
@@ -18,6 +18,7 @@ KINDS: dict[str, type[Stage]] = {
     "finetune": Finetune,
     "transfer": Finetune,
     "segment": Segment,
+    "detect": Detect,
 }
 
 
@@ -38,7 +39,7 @@ def _name_kinds(stages: Any) -> Any:
     return named
 
 
-AnyStage = Annotated[Pretrain | Finetune | Segment, Field(discriminator="kind")]
+AnyStage = Annotated[Pretrain | Finetune | Segment | Detect, Field(discriminator="kind")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 Stages = Annotated[dict[Name, AnyStage], BeforeValidator(_name_kinds), Field(min_length=1)]
 
@@ -96,7 +97,16 @@ class Recipe(Settings):
                 raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
             if isinstance(stage, Segment):
                 self._agree_to_segment(name, stage, len(config.depths))
+            if isinstance(stage, Detect):
+                self._agree_to_detect(name, stage, len(config.depths))
         return self
+
+    def _agree_to_detect(self, name: str, stage: Detect, depth: int) -> None:
+        if stage.anchor_px is not None and len(stage.anchor_px) != depth + 1:
+            raise ValueError(
+                f"stages.{name}.anchor_px has {len(stage.anchor_px)} sides, but an encoder of {depth} stages "
+                f"gives {depth + 1} maps to find objects on"
+            )
 
     def _agree_to_segment(self, name: str, stage: Segment, depth: int) -> None:
         if stage.augment.distort and self.encoder.in_chans != 3:

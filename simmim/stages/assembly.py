@@ -17,12 +17,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from simmim.counter_rng import permutation
 from simmim.data import Decoder, Shapes, Source, evaluation_batches, training_images
+from simmim.data.boxes import coco_sources
 from simmim.data.loader import Batches
 from simmim.data.sources import Subset
 from simmim.data.transforms import Transform
 from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
-from simmim.schema import Data, Finetune, Recipe, Segment, Stage, Supervised, encoder_config
+from simmim.schema import Data, Detect, Finetune, Recipe, Segment, Stage, Supervised, encoder_config
 from swin import SwinConfig, SwinEncoder, import_encoder, load_encoder, transfer
 from swin.config import Pair
 from swin.weights import DESCRIPTION
@@ -166,6 +167,28 @@ def reserved_images(recipe: Recipe, path: str) -> int:
     labels = [stage.labels for stage in recipe.stages.values() if isinstance(stage, Finetune | Segment)]
     own = [each for each in labels if each.of_images(recipe.data.path) == path and not each.val_path]
     return max((each.val_images for each in own), default=0)
+
+
+def without_held_out(source: Source, recipe: Recipe) -> Source:
+    """Images of ``data.path`` but those that stages with objects hold out for themselves; these are known by name.
+
+    Raises:
+        ValueError: such a stage holds out images of the same folder, which cannot be read; or nothing is left.
+    """
+    place = Path(recipe.data.path).expanduser().absolute()
+    unseen: set[str] = set()
+    for stage in recipe.stages.values():
+        if isinstance(stage, Detect):
+            root = Path(stage.labels.path or recipe.data.path).expanduser().absolute()
+            if root == place or root in place.parents:
+                _, holdout, _ = coco_sources(root, Decoder(), stage.labels.val_images, masks=False)
+                unseen |= {holdout.name(number) for number in range(len(holdout))}
+    if not unseen:
+        return source
+    kept = [number for number in range(len(source)) if source.name(number) not in unseen]
+    if not kept:
+        raise ValueError(f"{place} holds only images that other stages are judged by: name another data.path")
+    return Subset(source, kept)
 
 
 def make_views(

@@ -26,7 +26,7 @@ from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment
 from simmim.objectives.sliding import resized
 from simmim.stages.assembly import make_accelerator, make_views
-from simmim.stages.training import left_out
+from simmim.stages.training import told
 from swin import load_description, load_encoder
 from swin.config import as_pair
 from swin.weights import load_config
@@ -128,7 +128,7 @@ def evaluate_segments(
     )
     with accelerator.autocast():
         found = judge_whole(objective, source, accelerator, num_workers=num_workers)
-    problems = left_out(source.problems) if accelerator.is_main_process else []
+    problems = told(source.problems) if accelerator.is_main_process else []
     broken = [f"left out a broken image: {name} ({reason})" for name, reason in found.broken.items()]
     for line in problems + broken:
         print(line, file=sys.stderr)

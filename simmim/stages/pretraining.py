@@ -18,7 +18,7 @@ from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_v
 from simmim.reconstructions import DECODER
 from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.assembly import decisive_settings, make_sources, make_start, reserved_images
+from simmim.stages.assembly import decisive_settings, make_sources, make_start, reserved_images, without_held_out
 from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder
 
@@ -45,6 +45,7 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     assert isinstance(stage, Pretrain)
     reserved = reserved_images(recipe, recipe.data.path)
     training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans, reserved)
+    training = without_held_out(training, recipe)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
     objective, crop = make_objective(recipe, stage, start.encoder), stage.crop

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from simmim.schema import Finetune, Pretrain, Segment, Stage
-from simmim.stages import finetuning, pretraining, segmenting
+from simmim.schema import Detect, Finetune, Pretrain, Segment, Stage
+from simmim.stages import detecting, finetuning, pretraining, segmenting
 
-ROOMS: dict[type[Stage], ModuleType] = {Pretrain: pretraining, Finetune: finetuning, Segment: segmenting}
+ROOMS: dict[type[Stage], ModuleType] = {
+    Pretrain: pretraining,
+    Finetune: finetuning,
+    Segment: segmenting,
+    Detect: detecting,
+}
 
 
 def room_of(stage: Stage) -> ModuleType:

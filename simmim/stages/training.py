@@ -35,7 +35,7 @@ from simmim.stages.sharding import distribute, whole_weights
 from simmim.stages.speed import set_speed
 from simmim.stopping import StopRequest
 
-PREVIEW_IMAGES, NAMED_FILES = 8, 3
+PREVIEW_IMAGES = 8
 
 
 class Job(NamedTuple):
@@ -59,7 +59,7 @@ class Job(NamedTuple):
     labelled: bool = False
     """Whether batches have labels, one of each image."""
     problems: Sequence[tuple[str, str]] = ()
-    """Files that are left out from the beginning, with the reason."""
+    """What is left out of the data from the beginning, with the reason."""
     layer_decay: float = 1.0
     ema_decay: float | None = None
 
@@ -176,7 +176,7 @@ def train(
         log.say(f"warning: settings changed since then: {changed}")
     if checkpoint:
         log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
-    warnings = [("left out", text) for text in left_out(job.problems)]
+    warnings = [("left out", text) for text in told(job.problems)]
     warnings += [("memory", warning) for warning in save_memory(job, stage, accelerator)]
     warnings += [("speed", text) for text in set_speed(objective.encoder, stage, accelerator, folder, log.say)]
     for kind, warning in warnings:
@@ -245,6 +245,14 @@ def train(
     return Trained(judged.eval(), whole_weights(judged, accelerator), job.holdout, views, preview, log)
 
 
+def told(problems: Sequence[tuple[str, str]], shown: int = 3) -> list[str]:
+    """How many there are, and the first of them, in one line; none without problems."""
+    if not problems:
+        return []
+    first = "; ".join(f"{name}: {reason}" for name, reason in problems[:shown])
+    return [f"{len(problems)} problem(s) in the annotations: {first}{'; ...' if len(problems) > shown else ''}"]
+
+
 def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:
     """Of the parameters of the objective as they are now."""
     return make_optimizer(
@@ -288,12 +296,6 @@ def save_memory(job: Job, stage: Stage, accelerator: Accelerator) -> list[str]:
         f"{gigabytes(states)} of weights, gradients and moments; {needed.largest_batch(free)} at most would fit. "
         "`simmim plan` shows what else would"
     ]
-
-
-def left_out(problems: Sequence[tuple[str, str]]) -> list[str]:
-    """How many files are left out, and the first of them; nothing where all can be used."""
-    first = "; ".join(f"{name} {reason}" for name, reason in problems[:NAMED_FILES])
-    return [f"{len(problems):,} file(s) left out: {first}{'; ...' * (len(problems) > NAMED_FILES)}"] if problems else []
 
 
 def make_preview(job: Job) -> Batch:

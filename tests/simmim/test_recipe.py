@@ -88,8 +88,29 @@ def test_rates_of_the_published_recipes():
     assert steps == pytest.approx([30_000, 20_000], rel=2e-3)
 
 
+LARGE = ("l_1536", "3b_1536")
+
+
+@pytest.mark.parametrize("size", ["t", "s", "b", *LARGE])
+def test_published_detectors(size):
+    """Peak rates and lengths of appendix A of Swin V2, and where the official recipes of detection take their steps."""
+    published = {"l_1536": (4e-5, 64, 32, 36), "3b_1536": (6e-4, 96, 32, 36.8)}
+    rate, batch_size, window, epochs = published.get(size, (1e-4, 16, 16, 36))
+    stages = [stage for stage in load_recipe(f"detect_swinv2_{size}").stages.values() if stage.kind == "detect"]
+    assert [stage.cascade for stage in stages] == ([True] if size in LARGE else [False, True])
+    for stage in stages:
+        assert stage.schedule.base_lr * stage.batch_size / 512 == pytest.approx(rate)
+        assert (stage.batch_size, stage.window_size[0], stage.schedule.epochs) == (batch_size, window, epochs)
+        assert stage.schedule.milestones_epochs == [27, 33] and stage.optimizer.weight_decay == 0.05
+        assert (stage.jitter.kind == "large_scale") == (size in LARGE)
+
+
 def test_the_shipped_sizes():
-    assert {path.stem for path in shipped_recipes()} == {"demo", "cifar_swinv2_nano", *CHAINS, *SEGMENTATION}
+    detectors = {
+        f"detect_{name}" for name in ("miniature", "painted", *(f"swinv2_{size}" for size in ("t", "s", "b", *LARGE)))
+    }
+    shipped = {"demo", "cifar_swinv2_nano", *CHAINS, *SEGMENTATION, *detectors}
+    assert {path.stem for path in shipped_recipes()} == shipped
 
 
 def test_the_official_base_recipe():
