@@ -28,7 +28,7 @@ class Transform(Protocol):
 
     num_draws: int
 
-    def __call__(self, picture: Any, draws: Sequence[float]) -> Example:
+    def __call__(self, picture: Any, draws: Sequence[float], /) -> Example:
         """A pure function of ``num_draws`` draws in [0, 1)."""
 
     def collate(self, examples: list[Any]) -> dict[str, Tensor]:

@@ -82,7 +82,8 @@ def images_of(recipe: Recipe, shares: Sequence[float]) -> tuple[int, dict[float,
     """How many images pretraining has as the recipe is, and with each share; they are looked for once."""
     _, stage = pretraining_of(recipe)
     data = recipe.data.model_copy(update={"share": 1.0})
-    training, _ = make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved_images(recipe, data.path))
+    reserved = reserved_images(recipe, data.path)
+    training, _ = make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved, stage.video)
     numbers = {share: images_of_share(share, len(training)) for share in (recipe.data.share, *shares)}
     return numbers[recipe.data.share], {share: numbers[share] for share in shares}
 

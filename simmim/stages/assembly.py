@@ -16,15 +16,30 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from simmim.counter_rng import permutation
-from simmim.data import Decoder, Shapes, Source, evaluation_batches, training_images
+from simmim.data import (
+    CenterCrop,
+    Decoder,
+    MiddleClip,
+    MovingShapes,
+    RandomClip,
+    RandomCrop,
+    Shapes,
+    Source,
+    VideoDecoder,
+    evaluation_batches,
+    training_images,
+)
 from simmim.data.loader import Batches
 from simmim.data.sources import Subset
 from simmim.data.transforms import Transform
 from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
-from simmim.schema import Data, Finetune, Pretrain, Recipe, Stage, Supervised, encoder_config
-from swin import SwinConfig, SwinEncoder, import_encoder, load_encoder, transfer
+from simmim.schema import Data, Finetune, Pretrain, Recipe, Stage, Supervised, Video, encoder_config, video_of
+from swin import SwinConfig, SwinEncoder, VideoConfig, import_encoder, inflate, load_encoder, transfer
 from swin.config import Pair
+from swin.inflation import inflated
+from swin.transfer import changed
+from swin.video import build
 from swin.weights import DESCRIPTION
 
 FIXED = (
@@ -121,9 +136,11 @@ def _configure_sharding(plugin: FullyShardedDataParallelPlugin) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
-def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tuple[Source, Source | None]:
-    """The share of the training images that is asked for, and held-out ones, as :func:`training_images`."""
-    training, holdout = _all_sources(data, size, channels, reserved)
+def make_sources(
+    data: Data, size: Pair, channels: int, reserved: int = 0, video: Video | None = None
+) -> tuple[Source, Source | None]:
+    """The share of the training images, or videos, that is asked for, and held-out ones, as :func:`training_images`."""
+    training, holdout = _all_sources(data, size, channels, reserved, video)
     if data.share < 1:
         count = images_of_share(data.share, len(training))
         # One order for all seeds and shares; of a stream the first, so that they lie together.
@@ -138,15 +155,40 @@ def images_of_share(share: float, images: int) -> int:
     return max(1, round(share * images))
 
 
-def _all_sources(data: Data, size: Pair, channels: int, reserved: int) -> tuple[Source, Source | None]:
+def _all_sources(
+    data: Data, size: Pair, channels: int, reserved: int, video: Video | None
+) -> tuple[Source, Source | None]:
     if data.path == "builtin:shapes":
-        held_out = Shapes(data.holdout_images, size, channels, held_out=True)
-        return Shapes(data.num_images, size, channels), held_out if data.holdout_images else None
+        held_out = shapes(data.holdout_images, size, channels, video, held_out=True)
+        training = shapes(data.num_images, size, channels, video)
+        return training, held_out if data.holdout_images else None
     if data.path.startswith("builtin:"):
         raise ValueError(f"data.path {data.path!r}: the only builtin data is builtin:shapes")
     if not data.path:
         raise ValueError("the recipe names no images: set data.path=FOLDER_OF_IMAGES (or builtin:shapes)")
-    return training_images(data.path, Decoder(channels, data.value_range), data.holdout_images, reserved)
+    return training_images(data.path, decoder_of(data, channels, video), data.holdout_images, reserved)
+
+
+def decoder_of(data: Data, channels: int, video: Video | None) -> Decoder:
+    """Of images, or of videos."""
+    return Decoder(channels, data.value_range) if video is None else VideoDecoder(channels)
+
+
+def shapes(count: int, size: Pair, channels: int, video: Video | None, *, held_out: bool = False) -> Shapes:
+    """``builtin:shapes``, which move where videos are wanted."""
+    return (Shapes if video is None else MovingShapes)(count, size, channels, held_out=held_out)
+
+
+def transforms_of(crop: RandomCrop, view: CenterCrop, video: Video | None) -> tuple[Transform, Transform]:
+    """Of training and of held-out images; or of the clips of videos, cropped by the same."""
+    if video is None:
+        return crop, view
+    return RandomClip(crop, video.frames, video.stride), MiddleClip(view, video.frames, video.stride)
+
+
+def about_video(video: Video | None) -> dict[str, Any]:
+    """What ``encoder.json`` says of clips beside the configuration of the encoder."""
+    return {} if video is None else {"video": video.model_dump(include={"stride", "views", "crops"})}
 
 
 def num_workers_of(data: Data, accelerator: Accelerator) -> int:
@@ -246,7 +288,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     init = recipe.start_of(name)
     if init == "scratch":
         with torch.device("meta"):
-            return Start(SwinEncoder(encoder_config(recipe.encoder, stage)), None, "scratch")
+            return Start(build(encoder_config(recipe.encoder, stage)), None, "scratch")
     path = Path(init).expanduser()
     if init in recipe.stages:
         path = out / recipe.name / init / "export"
@@ -255,10 +297,11 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     encoder = load_encoder(path) if (path / DESCRIPTION).exists() else import_encoder(path)[0]
     digest = fingerprint(encoder)
     check_start(recipe, name, path, encoder.config)
-    size, window = geometry(stage, encoder.config)
     # The weights stay in the file, which every process maps, until they are moved or changed.
-    encoder = transfer(encoder, share=True, image_size=size, window_size=window, drop_path=stage.drop_path)
-    return Start(encoder, path, digest)
+    video, moved = video_of(stage), transfer(encoder, share=True, **settings_of(stage, encoder.config))
+    if video is not None and not isinstance(moved.config, VideoConfig):
+        moved = inflate(moved, **video.time)
+    return Start(moved, path, digest)
 
 
 def check_start(recipe: Recipe, name: str, path: Path, found: SwinConfig) -> None:
@@ -270,6 +313,14 @@ def check_start(recipe: Recipe, name: str, path: Path, found: SwinConfig) -> Non
                 f"{name} starts from {path}, whose {field} is {getattr(found, field)}, but the recipe "
                 f"says {getattr(wanted, field)}: correct encoder in the recipe"
             )
+    if isinstance(found, VideoConfig):
+        if not isinstance(wanted, VideoConfig):
+            raise ValueError(f"{name} starts from {path}, an encoder of clips: give stages.{name} a video block")
+        if found.temporal_patch != wanted.temporal_patch:
+            raise ValueError(
+                f"{name} starts from {path}, whose tokens are of {found.temporal_patch} frames: "
+                f"stages.{name}.video.temporal_patch must be that, not {wanted.temporal_patch}"
+            )
 
 
 def geometry(stage: Stage, old: SwinConfig) -> tuple[Pair, Pair]:
@@ -280,6 +331,20 @@ def geometry(stage: Stage, old: SwinConfig) -> tuple[Pair, Pair]:
         for window, new, before in zip(old.window_size, size, old.image_size, strict=True)
     )
     return size, stage.window_size or (in_proportion[0], in_proportion[1])
+
+
+def settings_of(stage: Stage, old: SwinConfig) -> dict[str, Any]:
+    """What :func:`swin.transfer.transfer` changes of an encoder to start from, for a stage."""
+    size, window = geometry(stage, old)
+    settings: dict[str, Any] = {"image_size": size, "window_size": window, "drop_path": stage.drop_path}
+    video = video_of(stage)
+    return settings | video.time if video and isinstance(old, VideoConfig) else settings
+
+
+def moved_config(stage: Stage, old: SwinConfig) -> SwinConfig:
+    """The configuration that :func:`make_start` makes of one to start from, which raises the same."""
+    config, video = changed(old, settings_of(stage, old), None), video_of(stage)
+    return config if video is None or isinstance(config, VideoConfig) else inflated(config, **video.time)
 
 
 def chunks_of(stage: Stage, config: SwinConfig, budget: int) -> list[int]:
@@ -311,7 +376,8 @@ def decisive_settings(recipe: Recipe, name: str, start: Start, **facts: Any) -> 
     settings = recipe.model_dump(mode="json", exclude={"name": True, "stages": True, "data": PASSING_DATA})
     if isinstance(stage, Supervised):
         settings["data"] = {key: settings["data"][key] for key in ("mean", "std", "value_range")}
-    own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, "labels": {"path", "val_path"}})
+    judging = {"labels": {"path", "val_path"}, "video": {"views", "crops"}}
+    own = stage.model_dump(mode="json", exclude={**{key: True for key in passing}, **judging})
     config = start.encoder.config
     own |= {"image_size": list(config.image_size), "window_size": list(config.window_size)}
     return {**settings, "stage": own, "starts_from": start.fingerprint, **facts}
