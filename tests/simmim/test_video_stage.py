@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from torch.utils.flop_counter import FlopCounterMode
 
 import swin
 from simmim import reconstructions
 from simmim.cli import main
 from simmim.convert import convert
 from simmim.data import CenterCrop, MiddleClip, MovingShapes, Video
-from simmim.footprint import flops, footprint, sizes
+from simmim.footprint import footprint, sizes
 from simmim.lab.memory_costs import measured_bytes
 from simmim.masking import expand_mask
 from simmim.memory import choose_chunks
@@ -56,7 +57,7 @@ FINETUNE = {
     "micro_batch_size": 4,
     "drop_path": 0.1,
     "layer_decay": 1.0,
-    "augment": {"rand_augment": None, "mixup": 0, "erasing": 0},
+    "augment": {"rand_augment": None, "mixup": 0, "cutmix": 0, "erasing": 0},
     "labels": {"val_images": 6},
     "schedule": {"epochs": 16, "warmup_epochs": 1, "base_lr": 0.3, "warmup_lr": 0, "min_lr": 0},
     "log": LOG,
@@ -67,11 +68,12 @@ CHAIN = {
     "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
     "stages": {
         "pretrain": PRETRAIN,
-        "pretrain_clips": {**PRETRAIN, "video": CLIP, "schedule": {**PRETRAIN["schedule"], "epochs": 6}},
+        "pretrain_clips": {**PRETRAIN, "video": CLIP},
         "finetune_48": {**FINETUNE, "image_size": 48},
         "transfer_64": {
             **{**FINETUNE, **SHORT},
             "init_from": "finetune_48",
+            "augment": {"rand_augment": None},
             "image_size": 64,
             "video": {**CLIP, "frames": 8, "stride": 1, "temporal_window": 4},
         },
@@ -135,6 +137,11 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def is_learning(folder: Path) -> bool:
+    losses = [row["loss"] for row in metrics(folder) if "loss" in row]
+    return sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
 def test_what_a_chain_from_images_to_longer_and_larger_clips_leaves(chain):
     for name, size, frames, window in (
         ("pretrain_clips", (32, 32), 4, (2, 4, 4)),
@@ -151,9 +158,7 @@ def test_what_a_chain_from_images_to_longer_and_larger_clips_leaves(chain):
         assert about["video"] == {"stride": 1 if name == "transfer_64" else 2, "views": 2, "crops": 3}
         assert list((chain / name).glob("*/step_*.png"))
     assert about["classes"][:3] == ["plain, sinking", "plain, rising", "stripes, sinking"]
-    for name in ("pretrain_clips", "finetune_48"):
-        losses = [row["loss"] for row in metrics(chain / name) if "loss" in row]
-        assert sum(losses[-3:]) < 0.85 * sum(losses[:3]), name
+    assert is_learning(chain / "finetune_48")
     assert json.loads((chain / "finetune_48" / "summary.json").read_text())["holdout_top1"] > 0.8
     page = write_report([chain]).read_text()
     assert page.count("data:image/png") > 8 and "clips/transfer_64" in page
@@ -279,41 +284,36 @@ def test_the_planner_knows_what_a_stage_will_start_from(chain, capsys):
     recipe = load_recipe(str(chain.parent / "clips.yaml"))
     for name in recipe.stages:
         assert config_of(recipe, name) == swin.load_encoder(chain / name / "export").config, name
-    assert command("plan", chain.parent / "clips.yaml", "--tflops", 1) == 0
+    assert command("plan", chain.parent / "clips.yaml", "--tflops", 1, "--stage", "transfer_64") == 0
     printed = capsys.readouterr().out
     assert "transfer_64: swinv2_tiny, clips of 8 frames of 64 x 64 px" in printed
     assert "      4x16x16      4x8x8    0x4x4     0x0x0      2x4x4       1\n" in printed
-    assert "FLOPs       of a clip, in 10^9 multiply-adds: " in printed and printed.count("as officially counted") == 1
-    assert "16 cells of 8 px" in printed
+    assert "FLOPs       of a clip, in 10^9 multiply-adds: " in printed and "officially counted" not in printed
 
 
-def test_flops_and_parameters_of_video_swin():
-    """Table 1 of arXiv 2106.13230: 88 and 166 x 10^9, 28.2 and 49.8 million, with 400 classes."""
-    for name, billions, millions in (("swin_tiny", 88, 28.2), ("swin_small", 166, 49.8)):
-        changes = [f"encoder.name={name}", "encoder.embed_dim=null", "encoder.depths=null", "encoder.num_heads=null"]
-        stage = {
-            "init_from": "scratch",
-            "image_size": 224,
-            "window_size": 7,
-            "video": {},
-            "augment": {"rand_augment": None},
-        }
-        recipe = load_recipe(
-            "demo",
-            [*changes, "encoder.patch_size=4", "encoder.mlp_ratio=4", f"stages={{finetune: {json.dumps(stage)}}}"],
-        )
-        planned = make_planned(recipe, "finetune", 400)
+VIDEO_SWIN = """
+encoder: {name: swin_tiny}
+stages: {finetune: {init_from: scratch, image_size: 224, window_size: 7, video: {}, augment: {rand_augment: null}}}
+"""
+
+
+def test_flops_and_parameters_of_video_swin(tmp_path):
+    """Table 1 of arXiv 2106.13230: 88 x 10^9, and 28.2, 49.8 and 88.1 million with 400 classes."""
+    (tmp_path / "k.yaml").write_text(VIDEO_SWIN)
+    for name, millions in (("swin_base", 88.1), ("swin_small", 49.8), ("swin_tiny", 28.2)):
+        planned = make_planned(load_recipe(str(tmp_path / "k.yaml"), [f"encoder.name={name}"]), "finetune", 400)
         assert sizes(planned).all / 1e6 == pytest.approx(millions, abs=0.06)
-        assert flops(planned, "none").forward / 1e9 == pytest.approx(billions, rel=0.02)
+    with FlopCounterMode(display=False) as counted:
+        planned.logits(torch.zeros(1, 3, 32, 224, 224, device="meta"))
+    assert counted.get_total_flops() / 2e9 == pytest.approx(88, abs=0.5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_planned_bytes_are_those_of_a_step_on_clips(precision, tmp_path):
+def test_planned_bytes_are_those_of_a_step_on_clips(tmp_path):
     recipe = load_recipe(str(written(tmp_path)), ["stages.pretrain_clips.init_from=scratch"])
     stage = recipe.stages["pretrain_clips"]
-    planned = footprint(make_planned(recipe, "pretrain_clips", 1), "none", 1, precision=precision, device="cpu")
+    planned = footprint(make_planned(recipe, "pretrain_clips", 1), "none", 1, precision="fp32", device="cpu")
     objective = make_objective(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
-    assert planned.of(3) == pytest.approx(measured_bytes(objective.train(), 3, precision), rel=0.1)
+    assert planned.of(3) == pytest.approx(measured_bytes(objective.train(), 3, "fp32"), rel=0.1)
 
 
 def test_attention_of_clips_is_cut_where_its_memory_asks_for_it():
@@ -350,14 +350,14 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
     reasons = damage(folder)
     path = written(tmp_path)
     changes = [f"data.path={folder}", "data.holdout_images=1", "stages.pretrain_clips.init_from=scratch"]
-    changes += ["stages.finetune_48.init_from=pretrain_clips", "stages.finetune_48.schedule.epochs=2"]
+    changes += ["stages.finetune_48.init_from=pretrain_clips", "stages.pretrain_clips.schedule.epochs=12"]
     for name in ("pretrain_clips", "finetune_48"):
         AcceleratorState._reset_state(reset_partial_state=True)
         export = run_stage(load_recipe(str(path), changes), name, tmp_path)
         with (export.parent / "bad_images.csv").open() as file:
             found = {Path(row[0]).stem: row[1] for row in csv.reader(file)}
         wanted = {"cut", "empty", "text"} | ({"torn", "noise"} if name == "finetune_48" else set())
-        assert set(found) == wanted
+        assert set(found) == wanted and is_learning(export.parent)
         assert all(reasons[key] in reason for key, reason in found.items())
     assert "skipped a broken image" in capsys.readouterr().out
     numbers = evaluate_classifier(export, str(folder), num_workers=0)
