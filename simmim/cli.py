@@ -169,11 +169,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         **{name: size for name, size in sizes.items() if size is not None},
     }
     results: Any
+    given = {
+        name: getattr(arguments, name) for name in ("views", "crops") if getattr(arguments, name, None) is not None
+    }
     if arguments.probe:
         results = evaluate.probe(arguments.encoder, arguments.data, **task)
         text = evaluate.format_probe(results)
     else:
-        results = evaluate.evaluate_classifier(arguments.encoder, arguments.data, **task)
+        results = evaluate.evaluate_classifier(arguments.encoder, arguments.data, **task, **given)
         text = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
     if os.environ.get("RANK", "0") == "0":
         print(text)
@@ -291,6 +294,9 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         judge.add_argument("--num-workers", type=int, default=2, metavar="N", help="default: 2")
         judge.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
         judge.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+        if not is_probe:
+            judge.add_argument("--views", type=int, metavar="N", help="clips of a video (default: as in training, 4)")
+            judge.add_argument("--crops", type=int, metavar="N", help="of each of them (default: as in training, 5)")
         judge.set_defaults(run=_evaluate, probe=is_probe, overrides=[])
 
 

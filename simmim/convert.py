@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swin import SwinEncoder, import_encoder, load_description, load_encoder, save_encoder
+from swin import SwinEncoder, VideoConfig, import_encoder, load_description, load_encoder, save_encoder
 from swin.config import SwinConfig, effective_window
 from swin.layouts import from_native
 from swin.position_bias import TableResampling
@@ -62,8 +62,8 @@ def convert(
         difference = write(encoder, Path(unfinished) / out.name, pixels)
         for part in Path(unfinished).iterdir():  # a large .onnx has its data beside it
             os.replace(part, out.parent / part.name)
-    height, width = encoder.config.image_size
-    say(f"{out}: {to} layout, {height} x {width} px; features read back differ by at most {difference:.1e}")
+    size = " x ".join(map(str, encoder.config.input_size))
+    say(f"{out}: {to} layout, {size} px; features read back differ by at most {difference:.1e}")
 
 
 def _open(source: Path, say: Callable[[str], None], **arguments: Any) -> tuple[SwinEncoder, Pixels]:
@@ -258,10 +258,10 @@ def _compare(encoder: SwinEncoder, theirs: Callable[[Tensor], Any]) -> float:
     difference = (theirs(images).reshape(ours.shape) - ours).abs().max().item()
     if not difference <= LARGEST_DIFFERENCE:
         uneven = [
-            f"{grid[0]} x {grid[1]} tokens by {window[0]} x {window[1]}"
+            f"{' x '.join(map(str, grid))} tokens by {' x '.join(map(str, window))}"
             for grid in config.grids()
-            for window in [effective_window(grid, config.window_size)]
-            if grid[0] % window[0] or grid[1] % window[1]
+            for window in [effective_window(grid, config.window)]
+            if any(side % step for side, step in zip(grid, window, strict=True))
         ]
         reason = (
             f": windows do not divide the grid ({'; '.join(uneven)}), which other libraries pad in another way. "
@@ -277,7 +277,7 @@ def _compare(encoder: SwinEncoder, theirs: Callable[[Tensor], Any]) -> float:
 
 def _images(config: SwinConfig) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, config.in_chans, *config.image_size, generator=generator)
+    return torch.randn(2, config.in_chans, *config.input_size, generator=generator)
 
 
 def _need(encoder: SwinEncoder, library: str, *known: dict[str, str]) -> dict[str, str]:
@@ -287,6 +287,8 @@ def _need(encoder: SwinEncoder, library: str, *known: dict[str, str]) -> dict[st
         ValueError: none of them.
     """
     config = encoder.config
+    if isinstance(config, VideoConfig):
+        raise ValueError(f"{library} has no Swin of clips: use --to native, onnx or torch-export")
     kind = {name: getattr(config, name) for name in V1}
     if kind in known and not config.extra_norm_interval:
         return kind

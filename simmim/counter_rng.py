@@ -13,7 +13,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 
 # One stream per purpose, so that the mask of a sample says nothing about its crop.
-STREAMS = {"order": 1, "crop": 2, "mask": 3, "shapes": 4, "step": 5, "holdout": 6, "grain": 7}
+STREAMS = {"order": 1, "crop": 2, "mask": 3, "shapes": 4, "step": 5, "holdout": 6, "grain": 7, "motion": 8}
 
 
 def random_bits(stream: str, seed: int, epoch: Tensor, index: Tensor, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from math import prod
 from typing import Any
 
 import torch
@@ -66,10 +67,10 @@ def choose_chunks(config: SwinConfig, batch_size: int, budget: int) -> list[int]
     """In how many chunks each stage computes its attention: powers of two, such that the logits of one chunk, in fp32
     and three times (the products, the weights, their gradients), take at most a sixteenth of ``budget`` bytes."""
     chosen = []
-    for (height, width), heads in zip(config.grids(), config.num_heads, strict=True):
-        windows = fit_windows((height, width), config.window_size, shifted=True)
-        tokens = (height + windows.padding[0]) * (width + windows.padding[1])
-        needed = 3 * 4 * batch_size * heads * tokens * windows.window[0] * windows.window[1]
+    for grid, heads in zip(config.grids(), config.num_heads, strict=True):
+        windows = fit_windows(grid, config.window, shifted=True)
+        tokens = prod(map(sum, zip(grid, windows.padding, strict=True)))
+        needed = 3 * 4 * batch_size * heads * tokens * prod(windows.window)
         chunks = 1
         while needed / chunks > budget * SHARE_OF_LOGITS:
             chunks *= 2

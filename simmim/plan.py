@@ -26,11 +26,10 @@ from simmim.objectives.objective import Objective
 from simmim.objectives.reconstruct import Reconstruct
 from simmim.objectives.video import ReconstructVideo
 from simmim.schema import Recipe, Stage, Supervised, encoder_config
-from simmim.stages.assembly import check_start, chunks_of, derive_accumulation, geometry, micro_batch_sizes
+from simmim.stages.assembly import check_start, chunks_of, derive_accumulation, micro_batch_sizes, moved_config
 from simmim.stages.rooms import room_of
-from swin import SwinConfig
+from swin import SwinConfig, VideoConfig
 from swin.checkpointing import CHECKPOINTINGS
-from swin.transfer import changed
 from swin.video import build
 from swin.weights import DESCRIPTION, load_config
 from swin.windows import fit_windows
@@ -73,7 +72,8 @@ class StagePlan(NamedTuple):
     masks: MaskGenerator | None
     sizes: Sizes
     flops: Flops
-    official_flops: int
+    official_flops: int | None
+    """None for clips, which no official code counts."""
     chunks: list[int]
     footprints: dict[str, Footprint]
     """By checkpointing."""
@@ -107,7 +107,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         objective.masks if isinstance(objective, Reconstruct | ReconstructVideo) else None,
         sizes(objective),
         flops(objective, stage.memory.checkpointing),
-        official_flops(config),
+        None if isinstance(config, VideoConfig) else official_flops(config),
         chunks,
         footprints,
         isinstance(stage, Supervised) and stage.ema_decay is not None,
@@ -166,7 +166,7 @@ def grids_of(config: SwinConfig) -> list[Grid]:
     """Window, shift and padding of every stage at the image size of the configuration."""
     found = []
     for grid, reference in zip(config.grids(), config.reference_windows or (), strict=True):
-        windows = fit_windows(grid, config.window_size, shifted=True)
+        windows = fit_windows(grid, config.window, shifted=True)
         found.append(Grid(grid, windows.window, windows.shift, windows.padding, reference))
     return found
 
@@ -214,8 +214,7 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
             f"{name} starts from {start}, which is no export and says nothing of its size: "
             "give its image_size and window_size"
         )
-    size, window = geometry(stage, old)
-    return changed(old, {"image_size": size, "window_size": window, "drop_path": stage.drop_path}, None)
+    return moved_config(stage, old)
 
 
 def make_planned(recipe: Recipe, name: str, classes: int) -> Objective:

@@ -95,11 +95,15 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 
 def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, images: int | None) -> str:
     """Everything of a stage, in lines."""
+    from swin import VideoConfig
+
     stage, config = recipe.stages[plan.name], plan.config
-    lines = [f"{recipe.name}/{plan.name}: {recipe.encoder.name}, {config.image_size[0]} x {config.image_size[1]} px"]
+    size = f"{config.image_size[0]} x {config.image_size[1]} px"
+    what = f"clips of {config.frames} frames of {size}" if isinstance(config, VideoConfig) else size
+    lines = [f"{recipe.name}/{plan.name}: {recipe.encoder.name}, {what}"]
     lines.append(f"  {'tokens':>11}{'window':>11}{'shift':>9}{'padding':>10}{'reference':>11}{'chunks':>8}")
     for grid, chunks in zip(plan.grids, plan.chunks, strict=True):
-        cells = [f"{a}x{b}" for a, b in (grid.grid, grid.window, grid.shift, grid.padding, grid.reference)]
+        cells = ["x".join(map(str, sizes)) for sizes in grid]
         widths = (11, 11, 9, 10, 11)
         line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         lines.append(f"  {line}{chunks:>8}{'  global' if grid.is_global else ''}")
@@ -109,11 +113,13 @@ def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, image
             f"  masks       {plan.masks.num_masked} of {rows} x {columns} cells of {plan.masks.mask_patch_size} px"
         )
     lines.append(f"  parameters  {plan.sizes.all:,}, of which the encoder {plan.sizes.encoder:,}")
-    counted = [readable(number / 1e9) for number in (plan.official_flops, *plan.flops)]
-    lines += [
-        f"  FLOPs       of an image, in 10^9 multiply-adds: {counted[0]} through the encoder as officially counted,",
-        f"              {counted[1]} with everything, {counted[2]} a training step",
-    ]
+    forward, training = (readable(number / 1e9) for number in plan.flops)
+    everything = f"{forward} with everything, {training} a training step"
+    if plan.official_flops is None:
+        lines.append(f"  FLOPs       of a clip, in 10^9 multiply-adds: {everything}")
+    else:
+        official = f"{readable(plan.official_flops / 1e9)} through the encoder as officially counted,"
+        lines += [f"  FLOPs       of an image, in 10^9 multiply-adds: {official}", f"              {everything}"]
     return "\n".join(
         [*lines, *_memory(plan, stage, machine, zero), *_time_and_disk(plan, stage, recipe, machine, images)]
     )

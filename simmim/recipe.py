@@ -156,7 +156,8 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     if location[:1] == ("stages",) and len(location) > 2:
         model, location = KINDS[str(location[2])], location[3:]
     for part in location:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        model = next((kind for kind in get_args(annotation) if hasattr(kind, "model_fields")), annotation)
     return list(model.model_fields)
 
 
@@ -176,8 +177,9 @@ def document() -> str:
         name = model.__name__.lower()
         parts.append((f"stages.{name}", model))
         for key, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-                parts.append((f"stages.{name}.{key}", field.annotation))
+            for part in (field.annotation, *get_args(field.annotation)):
+                if isinstance(part, type) and issubclass(part, Settings):
+                    parts.append((f"stages.{name}.{key}", part))
     sections = [INTRODUCTION]
     for prefix, model in parts:
         about = " ".join((model.__doc__ or "").split())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,8 +18,10 @@ from simmim.around import load_around
 from simmim.data import CenterCrop, Decoder, Images, Shapes, Source, evaluation_batches, open_files
 from simmim.masking import MaskGenerator
 from simmim.objectives.reconstruct import Reconstruct
-from swin import load_description, load_encoder
+from simmim.objectives.video import ReconstructVideo
+from swin import VideoConfig, VideoEncoder, load_description, load_encoder
 from swin.config import Pair, as_pair
+from swin.weights import load_config
 
 DECODER = "decoder.safetensors"
 Bands = Sequence[int] | str | None
@@ -42,10 +45,9 @@ def load_reconstruct(
         ValueError: an export that is not of pretraining, or masks that do not fit.
     """
     export = Path(export)
-    description = load_description(export)
-    trained = description.get("reconstruction")
-    if trained is None or not (export / DECODER).exists():
-        raise ValueError(f"{export} holds no {DECODER}: give the export of a pretraining stage")
+    description, trained = _described(export)
+    if isinstance(load_config(export), VideoConfig):
+        raise ValueError(f"{export} was pretrained on clips: its pictures are in {export.parent / 'reconstructions'}")
     encoder = load_encoder(export) if image_size is None else load_encoder(export, image_size=image_size)
     size = encoder.config.image_size if image_size is None else as_pair(image_size, "image_size")
     masks = MaskGenerator(
@@ -67,6 +69,38 @@ def load_reconstruct(
     )
     load_around(export / DECODER, objective)
     return objective.eval()
+
+
+def load_reconstruct_video(export: Path | str, *, seed: int = 0) -> ReconstructVideo:
+    """As :func:`load_reconstruct`, of clips, as they were pretrained on.
+
+    Raises:
+        ValueError: an export that is not of pretraining on clips.
+    """
+    export = Path(export)
+    description, trained = _described(export)
+    encoder, pixels = load_encoder(export), description["pixels"]
+    if not isinstance(encoder, VideoEncoder):
+        raise ValueError(f"{export} was pretrained on images: load_reconstruct is for it")
+    masks = MaskGenerator(
+        encoder.config.image_size,
+        trained["mask_patch_size"],
+        trained["mask_ratio"],
+        seed=seed,
+        strategy=trained["mask_strategy"],
+    )
+    objective = ReconstructVideo(encoder, masks, mean=pixels["mean"], std=pixels["std"])
+    load_around(export / DECODER, objective)
+    return objective.eval()
+
+
+def _described(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that is said of an export, and of its pretraining."""
+    description = load_description(export)
+    trained = description.get("reconstruction")
+    if trained is None or not (export / DECODER).exists():
+        raise ValueError(f"{export} holds no {DECODER}: give the export of a pretraining stage")
+    return description, trained
 
 
 def read_images(

@@ -8,6 +8,7 @@ from typing import cast
 import torch.nn.functional as F
 from einops import repeat
 
+from swin.config import SwinConfig
 from swin.encoder import SwinEncoder
 from swin.transfer import assemble
 from swin.video import VideoConfig, VideoEncoder
@@ -33,18 +34,8 @@ def inflate(encoder: SwinEncoder, *, frames: int, temporal_patch: int = 2, tempo
     Raises:
         ValueError: an encoder of videos, a window longer than the clip, or numbers that cannot be built.
     """
-    old = encoder.config
-    if isinstance(old, VideoConfig):
-        raise ValueError("this is an encoder of videos already: transfer changes its frames and temporal_window")
     time = {"frames": frames, "temporal_patch": temporal_patch, "temporal_window": temporal_window}
-    config = VideoConfig(**(old.to_dict() | time | {"reference_windows": None}))
-    length = config.grids()[0][0]
-    if temporal_window > length:
-        raise ValueError(
-            f"temporal_window {temporal_window} is longer than the {length} tokens of {frames} frames, "
-            f"{temporal_patch} each: use at most {length}, or more frames"
-        )
-    config = replace(config, reference_windows=tuple((temporal_window, *w) for w in old.reference_windows or ()))
+    config = inflated(encoder.config, **time)
     state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     for name, tensor in state.items():
         if name == "patch_embed.proj.weight":
@@ -56,3 +47,18 @@ def inflate(encoder: SwinEncoder, *, frames: int, temporal_patch: int = 2, tempo
     video = cast(VideoEncoder, assemble(config, state))
     video.history = [*encoder.history, {"step": "inflate to videos", **time}]
     return video
+
+
+def inflated(old: SwinConfig, *, frames: int, temporal_patch: int, temporal_window: int) -> VideoConfig:
+    """The configuration of :func:`inflate`, which raises the same."""
+    if isinstance(old, VideoConfig):
+        raise ValueError("this is an encoder of videos already: transfer changes its frames and temporal_window")
+    time = {"frames": frames, "temporal_patch": temporal_patch, "temporal_window": temporal_window}
+    config = VideoConfig(**(old.to_dict() | time | {"reference_windows": None}))
+    length = config.grids()[0][0]
+    if temporal_window > length:
+        raise ValueError(
+            f"temporal_window {temporal_window} is longer than the {length} tokens of {frames} frames, "
+            f"{temporal_patch} each: use at most {length}, or more frames"
+        )
+    return replace(config, reference_windows=tuple((temporal_window, *w) for w in old.reference_windows or ()))

@@ -3,7 +3,7 @@
 from simmim.data.clips import MiddleClip, RandomClip, Video, VideoDecoder, Views
 from simmim.data.decode import Decoder, Pixels
 from simmim.data.loader import evaluation_batches, training_batches
-from simmim.data.shapes import Shapes
+from simmim.data.shapes import MovingShapes, Shapes
 from simmim.data.sources import (
     Images,
     Labelled,
@@ -26,6 +26,7 @@ __all__ = [
     "Labelled",
     "LabelledImages",
     "MiddleClip",
+    "MovingShapes",
     "Pixels",
     "RandAugmentedCrop",
     "RandomClip",

@@ -132,10 +132,36 @@ class Video:
             yield container, stream
 
 
+class Frames:
+    """A video that is decoded already: uint8 ``(c, T, H, W)``."""
+
+    def __init__(self, pixels: Tensor, kind: str = "array") -> None:
+        self.pixels, self.kind = pixels, kind
+        self.size = (pixels.shape[2], pixels.shape[3])
+
+    def __len__(self) -> int:
+        return self.pixels.shape[1]
+
+    def crops(
+        self,
+        frames: Sequence[int],
+        boxes: Sequence[Box],
+        size: tuple[int, int],
+        interpolation: str = "bilinear",
+        *,
+        flip: bool = False,
+    ) -> list[Tensor]:
+        """As of :class:`Video`."""
+        wanted = self.pixels[:, list(frames)]
+        picture = Pixels(wanted.flatten(0, 1))  # frames as channels
+        crops = [picture.crop(box, size, interpolation, flip=flip) for box in boxes]
+        return [crop.unflatten(0, wanted.shape[:2]) for crop in crops]
+
+
 class Clip:
     """Some frames of a video, to be cropped as one picture: the same box and flip in all of them."""
 
-    def __init__(self, video: Video, frames: Sequence[int]) -> None:
+    def __init__(self, video: Video | Frames, frames: Sequence[int]) -> None:
         self.video, self.frames = video, frames
         self.size, self.kind = video.size, video.kind
 
@@ -168,12 +194,12 @@ class RandomClip:
         self.size = crop.size
         self.num_draws = 1 + crop.num_draws
 
-    def __call__(self, video: Video, draws: Sequence[float]) -> Tensor:
+    def __call__(self, video: Video | Frames, draws: Sequence[float]) -> Tensor:
         """uint8 ``(c, T, H, W)``; ``num_draws`` draws in [0, 1)."""
         first = int(draws[0] * (room(len(video), self.num_frames, self.stride) + 1))
         return self._at(video, first, draws[1:])
 
-    def _at(self, video: Video, first: int, draws: Sequence[float]) -> Tensor:
+    def _at(self, video: Video | Frames, first: int, draws: Sequence[float]) -> Tensor:
         numbers = frame_numbers(len(video), first, self.num_frames, self.stride)
         # A clip is cropped as a picture is.
         crop: Any = self.picture_crop
@@ -187,7 +213,7 @@ class MiddleClip(RandomClip):
         super().__init__(crop, num_frames, stride)
         self.num_draws = 0
 
-    def __call__(self, video: Video, draws: Sequence[float]) -> Tensor:
+    def __call__(self, video: Video | Frames, draws: Sequence[float]) -> Tensor:
         return self._at(video, room(len(video), self.num_frames, self.stride) // 2, draws)
 
 
@@ -220,7 +246,7 @@ class Views:
         self.size, self.num_frames, self.stride = size, num_frames, stride
         self.temporal, self.spatial, self.interpolation = temporal, spatial, interpolation
 
-    def __call__(self, video: Video, draws: Sequence[float]) -> Tensor:
+    def __call__(self, video: Video | Frames, draws: Sequence[float]) -> Tensor:
         """uint8 ``(views, c, T, H, W)``, the crops of the first clip first."""
         boxes = self.boxes(*video.size)
         views: list[Tensor] = []

@@ -9,15 +9,20 @@ phase and light are random and tell nothing of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from simmim.counter_rng import random_bits, uniform
+from simmim.data.clips import Frames
 from simmim.data.decode import Pixels
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
+MOTIONS = ("sinking", "rising")
+NUM_FRAMES = 16
 GRAIN = 0.05
 KEPT_BYTES = 256 << 20  # of drawn pictures: drawing takes longer than a small encoder does
 _NUM_LEAVES = 3
@@ -32,7 +37,7 @@ class Shapes:
     Lengths are relative to the shorter side: a larger picture shows the same scene.
     """
 
-    classes = TEXTURES
+    classes: Sequence[str] = TEXTURES
     blocks = None
 
     def __init__(
@@ -56,15 +61,15 @@ class Shapes:
         """Nothing to wait for."""
         return number
 
-    def decode(self, content: int) -> Pixels:
+    def decode(self, content: int) -> Any:
         """Drawing is work like decoding."""
         return Pixels(self.read(content))
 
     def read(self, number: int) -> Tensor:
-        """uint8 ``(c, H, W)``."""
+        """uint8 ``(c, H, W)``, or ``(c, T, H, W)`` where they move."""
         if number in self._drawn:
             return self._drawn[number]
-        image, _ = self.paint(number)
+        image = self._draw(number)
         if (len(self._drawn) + 1) * image.nbytes <= KEPT_BYTES:
             self._drawn[number] = image
         return image
@@ -75,18 +80,31 @@ class Shapes:
         Args:
             background: float ``(c, H, W)`` in [0, 1], instead of leaves.
         """
+        y, x = _coordinates(self.size)
+        scene, inside = self._scene(number, y, x, y, background)
+        return self._seen(number, scene), inside
+
+    def _draw(self, number: int) -> Tensor:
+        return self.paint(number)[0]
+
+    def _scene(
+        self, number: int, y: Tensor, x: Tensor, own_y: Tensor, background: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Float ``(c, H, W)`` in [0, 1], and where the shape is; ``own_y`` are the rows as the shape sees them, in one
+        or in many frames ``(T, 1, H, W)``, which gives ``(T, c, H, W)``."""
         draws = self._draws(number)
         shape, texture = self._classes(draws)
         leaves, rest = draws[2:].split([_NUM_LEAVES * (_LEAF_DRAWS + self.channels), _OBJECT_DRAWS + 2 * self.channels])
-        y, x = _coordinates(self.size)
         if background is None:
             background = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
-        image, inside = _draw_object(background, rest, y, x, shape, texture)
-        return ((image + self._grain(number)).clamp(0, 1) * 255).round().to(torch.uint8), inside
+        return _draw_object(background, rest, own_y, x, shape, texture)
 
-    def _grain(self, number: int) -> Tensor:
+    def _seen(self, number: int, scene: Tensor) -> Tensor:
+        """uint8, under the grain."""
+        return ((scene + self._grain(number, scene.shape)).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _grain(self, number: int, shape: Sequence[int]) -> Tensor:
         """Noise of a sensor, uniform within ``GRAIN``: one byte of a random word for each value."""
-        shape = (self.channels, *self.size)
         index = torch.tensor([self.start + number])
         words = random_bits("grain", 0, torch.zeros_like(index), index, -(-math.prod(shape) // 8))
         values = words.view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
@@ -100,6 +118,33 @@ class Shapes:
     def _classes(self, draws: Tensor) -> tuple[int, int]:
         """Shape and texture."""
         return int(draws[0] * len(SHAPES)), int(draws[1] * len(TEXTURES))
+
+
+class MovingShapes(Shapes):
+    """The same scenes as videos of 16 frames, in which the shape sinks or rises.
+
+    The label is texture and motion: one is seen in every frame, the other in none alone.
+    """
+
+    classes = tuple(f"{texture}, {motion}" for texture in TEXTURES for motion in MOTIONS)
+
+    def label(self, number: int) -> int:
+        return len(MOTIONS) * super().label(number) + int(self._motion(number)[0] * len(MOTIONS))
+
+    def decode(self, content: int) -> Frames:
+        return Frames(self.read(content))
+
+    def _draw(self, number: int) -> Tensor:
+        sense, speed = self._motion(number)
+        way = (1 if sense < 0.5 else -1) * (0.6 + 0.6 * speed)  # from the first frame to the last
+        moved = way * torch.linspace(-0.5, 0.5, NUM_FRAMES)[:, None, None, None]
+        y, x = _coordinates(self.size)
+        scene, _ = self._scene(number, y, x, y - moved)
+        return self._seen(number, scene.transpose(0, 1))
+
+    def _motion(self, number: int) -> list[float]:
+        index = torch.tensor([self.start + number])
+        return uniform("motion", 0, torch.zeros_like(index), index, 2)[0].tolist()
 
 
 def _coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:

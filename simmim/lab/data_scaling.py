@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from simmim.lab.arms import Outcome, check_seeds, make_arm, pearson, pretraining_of, run_arm
 from simmim.lab.results import percent, write_results
 from simmim.schema import Recipe
-from simmim.stages.assembly import images_of_share, make_accelerator, make_sources, reserved_images
+from simmim.stages.assembly import make_accelerator
+from simmim.stages.images import images_of_share, make_sources, reserved_images
 
 MARKS = "osD^v"
 LINES = ("-", "--", ":", "-.")
@@ -82,7 +83,8 @@ def images_of(recipe: Recipe, shares: Sequence[float]) -> tuple[int, dict[float,
     """How many images pretraining has as the recipe is, and with each share; they are looked for once."""
     _, stage = pretraining_of(recipe)
     data = recipe.data.model_copy(update={"share": 1.0})
-    training, _ = make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved_images(recipe, data.path))
+    reserved = reserved_images(recipe, data.path)
+    training, _ = make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved, stage.video)
     numbers = {share: images_of_share(share, len(training)) for share in (recipe.data.share, *shares)}
     return numbers[recipe.data.share], {share: numbers[share] for share in shares}
 

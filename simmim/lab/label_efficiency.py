@@ -16,11 +16,12 @@ from simmim.classifier import load_classifier
 from simmim.lab.arms import check_seeds
 from simmim.lab.page import draw_page, final_of, measure_of
 from simmim.lab.results import percent
-from simmim.schema import Finetune, Pretrain, Recipe, Supervised
+from simmim.schema import Finetune, Pretrain, Recipe, Supervised, video_of
 from simmim.stages import run, run_stage
 from simmim.stages.assembly import geometry, make_accelerator
 from simmim.stages.evaluate import judge
 from simmim.stages.finetuning import make_labelled
+from simmim.stages.images import about_video
 from swin import load_encoder
 
 BICUBIC = "as it is, bias table resampled"
@@ -122,7 +123,7 @@ def find_pairs(recipe: Recipe) -> list[Pair]:
 
 def _budget(recipe: Recipe, stage: Supervised) -> tuple[Any, ...]:
     size = stage.image_size or next((s.image_size for s in recipe.stages.values() if isinstance(s, Pretrain)), None)
-    return type(stage), getattr(stage, "labels", None), size, stage.batch_size, stage.schedule.epochs
+    return type(stage), getattr(stage, "labels", None), video_of(stage), size, stage.batch_size, stage.schedule.epochs
 
 
 def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
@@ -155,6 +156,7 @@ def judge_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) 
     if encoder.config.position_bias == "table":
         del ways[CONTINUOUS]
     how: dict[str, Any] = {"interpolation": stage.crop.interpolation, "batch_size": stage.micro_batch_size}
+    how |= about_video(stage.video)
     for what, bias in ways.items():
         larger = load_encoder(export, image_size=size, window_size=window, position_bias=bias)
         accuracies[what] = judge(larger, classifier, holdout, pixels, make_accelerator(precision), **how)["top1"]

@@ -21,7 +21,7 @@ from simmim.masking import MaskGenerator, expand_mask
 from simmim.objectives.reconstruct import mean_of_squares, normalize_locally
 from simmim.objectives.trivial import average_distance, copy_nearest_visible, masked_l1, mean_of_visible
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.assembly import make_sources, make_views
+from simmim.stages.images import make_sources, make_views
 
 BATCH = 16
 
@@ -59,11 +59,12 @@ def loss_anchors(
     Raises:
         ValueError: no stage of pretraining, no images, or masks that do not fit the image.
     """
-    stage = next((stage for stage in recipe.stages.values() if isinstance(stage, Pretrain)), None)
+    pretraining = [stage for stage in recipe.stages.values() if isinstance(stage, Pretrain)]
+    stage = next((stage for stage in pretraining if stage.video is None), None)
     if images < 1:
         raise ValueError(f"--images must be at least 1, got {images}")
     if stage is None:
-        raise ValueError(f"{recipe.name} has no stage of pretraining: it has {', '.join(recipe.stages)}")
+        raise ValueError(f"{recipe.name} has no stage of pretraining on images: it has {', '.join(recipe.stages)}")
     wanted = [
         (size, ratio, MaskGenerator(stage.image_size, size, ratio, seed=recipe.seed, strategy=stage.mask.strategy))
         for size in mask_patch_sizes or [stage.mask.patch_size]

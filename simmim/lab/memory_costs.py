@@ -99,10 +99,9 @@ def make_objective(encoder: str, size: int, window: int, drop_path: float = 0.1)
 
 def step(objective: Reconstruct, batch_size: int, precision: str) -> None:
     """A micro-step on noise: its gradients are added to those that are there."""
-    device, (rows, columns) = objective.mean.device, objective.masks.grid
-    cell, channels = objective.masks.mask_patch_size, objective.encoder.config.in_chans
+    device, config = objective.mean.device, objective.encoder.config
     batch = {
-        "image": torch.randint(0, 256, (batch_size, channels, rows * cell, columns * cell), dtype=torch.uint8),
+        "image": torch.randint(0, 256, (batch_size, config.in_chans, *config.input_size), dtype=torch.uint8),
         "epoch": torch.zeros(batch_size, dtype=torch.int64),
         "index": torch.arange(batch_size),
     }

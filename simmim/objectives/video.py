@@ -37,6 +37,8 @@ class ReconstructVideo(Objective):
     """
 
     encoder: VideoEncoder
+    norm_target_window: int | None = None  # of images only
+    downsample = 1
 
     def __init__(
         self, encoder: VideoEncoder, masks: MaskGenerator, *, mean: Sequence[float], std: Sequence[float]

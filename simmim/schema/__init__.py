@@ -1,7 +1,7 @@
 """The schema of a recipe: one YAML file with data, encoder and an ordered set of stages."""
 
 from simmim.schema.dense import Detect, Segment
-from simmim.schema.images import Finetune, Pretrain
+from simmim.schema.images import Finetune, Pretrain, Video, video_of
 from simmim.schema.parts import Data, Encoder, Optimizer, Settings, Stage, Supervised
 from simmim.schema.recipe import KINDS, Recipe, encoder_config
 
@@ -18,5 +18,7 @@ __all__ = [
     "Settings",
     "Stage",
     "Supervised",
+    "Video",
     "encoder_config",
+    "video_of",
 ]

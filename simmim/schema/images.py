@@ -1,4 +1,4 @@
-"""Stages of images: masked image modelling, and classification."""
+"""Stages of images, or of clips: masked modelling, and classification."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from pydantic import Field, model_validator
 
 from simmim.masking import MaskGenerator
 from simmim.schema.parts import Count, Crop, NotNegative, Positive, Schedule, Settings, Share, Size, Stage, Supervised
+
+
+class Video(Settings):
+    """Clips of videos in place of images; by default as of Video Swin (arXiv 2106.13230), with the views of Swin V2."""
+
+    frames: Count = Field(32, description="of a clip")
+    stride: Count = Field(2, description="from one frame of a clip to the next, in frames of the video")
+    temporal_patch: Count = Field(2, description="frames of a token")
+    temporal_window: Count = Field(8, description="of attention, tokens")
+    views: Count = Field(4, description="clips of a video that a trained classifier is judged by, spread over its time")
+    crops: Count = Field(5, description="of each of them, along the longer side")
+
+    @property
+    def time(self) -> dict[str, int]:
+        """What the encoder has to know."""
+        return self.model_dump(include={"frames", "temporal_patch", "temporal_window"})
 
 
 class Mask(Settings):
@@ -36,13 +52,14 @@ class Target(Settings):
 class Pretrain(Stage):
     """Masked image modelling (SimMIM, arXiv 2111.09886)."""
 
-    passing = Stage.passing | {"micro_batch_size": True}
+    passing = Stage.passing | {"micro_batch_size": True, "video": {"views": True, "crops": True}}
 
     kind: Literal["pretrain"] = Field("pretrain", description="by default what the name of the stage begins with")
     init_from: str = Field("scratch", description="scratch, or any encoder that is to be trained further")
     image_size: Size = Field((192, 192), description="px; one number or [height, width]")
     window_size: Size = Field((12, 12), description="tokens; one number or [height, width]")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, linear from 0")
+    video: Video | None = Field(None, description="clips, their masks the same in all frames; null: images")
     crop: Crop = Field(Crop(), description="of training images")
     mask: Mask = Field(Mask(), description="what is hidden")
     target: Target = Field(Target(), description="what is predicted")
@@ -53,6 +70,10 @@ class Pretrain(Stage):
         window = self.target.norm_window
         if window is not None and (window % 2 == 0 or window < 3):
             raise ValueError(f"target.norm_window must be odd, from 3, got {window}")
+        if self.video and self.target != Target():
+            raise ValueError(
+                "target: of clips it is every masked pixel, by L1 and one layer: leave it out beside video"
+            )
         return self
 
 
@@ -99,11 +120,16 @@ class FinetuneSchedule(Schedule):
 class Finetune(Supervised):
     """Classification: the supervised stage on many labels, fine-tuning, and transfer to another size."""
 
-    passing = Stage.passing | {"head": True, "labels": {"path": True, "val_path": True}}
+    passing = Stage.passing | {
+        "head": True,
+        "labels": {"path": True, "val_path": True},
+        "video": {"views": True, "crops": True},
+    }
 
     kind: Literal["supervised", "finetune", "transfer"] = Field(
         description="by default what the name of the stage begins with"
     )
+    video: Video | None = Field(None, description="clips; null: images")
     head: str = Field("", description="fresh, keep, or a file that maps classes; empty: keep to transfer, else fresh")
     labels: Labels = Field(Labels(), description="which images, and their classes")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the label given to all classes")
@@ -120,3 +146,14 @@ class Finetune(Supervised):
         if self.in_pairs and self.micro_batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs: micro_batch_size must be even, got {self.micro_batch_size}")
         return self
+
+    @model_validator(mode="after")
+    def _no_painting(self) -> Finetune:
+        if self.video and self.augment.rand_augment:
+            raise ValueError("augment.rand_augment paints on single images, not on clips: set it to null beside video")
+        return self
+
+
+def video_of(stage: Stage) -> Video | None:
+    """What a stage says of clips; None if it has images."""
+    return stage.video if isinstance(stage, Pretrain | Finetune) else None

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from simmim.schema.dense import Detect, Segment
-from simmim.schema.images import Finetune, Pretrain
+from simmim.schema.images import Finetune, Pretrain, video_of
 from simmim.schema.parts import Data, Encoder, Settings, Stage
 from swin import SwinConfig, make_config
+from swin.inflation import inflated
 
 KINDS: dict[str, type[Stage]] = {
     "pretrain": Pretrain,
@@ -93,6 +94,7 @@ class Recipe(Settings):
                 raise ValueError(f"stages.{name} starts from scratch: give its image_size and window_size")
             if stage.init_from in list(self.stages)[list(self.stages).index(name) :]:
                 raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
+            self._agree_on_clips(name)
             if isinstance(stage, Finetune) and stage.augment.rand_augment and channels != 3:
                 raise ValueError(f"stages.{name}.augment.rand_augment is for 3 channels: set it to null")
             if isinstance(stage, Segment):
@@ -120,6 +122,21 @@ class Recipe(Settings):
                 f"images: set data.path to the images alone, and stages.{name}.labels.path to what is above them"
             )
 
+    def _agree_on_clips(self, name: str) -> None:
+        video, start = video_of(self.stages[name]), self.start_of(name)
+        before = video_of(self.stages[start]) if start in self.stages else None
+        if before and video is None:
+            raise ValueError(f"stages.{name} starts from {start}, an encoder of clips: give it a video block too")
+        if before and video and before.temporal_patch != video.temporal_patch:
+            raise ValueError(
+                f"stages.{name} starts from {start}, whose tokens are of {before.temporal_patch} frames: "
+                f"video.temporal_patch must be that, not {video.temporal_patch}"
+            )
+        if video and self.data.value_range:
+            raise ValueError(f"data.value_range is of image files: leave it out, stages.{name} has videos")
+        if video and self.stages[name].speed.fused_attention is True:
+            raise ValueError(f"stages.{name}.speed.fused_attention: the kernel knows no windows in time, take auto")
+
     def start_of(self, name: str) -> str:
         """What a stage starts from: its ``init_from``, else the stage before it; empty where there is neither."""
         names = list(self.stages)
@@ -133,4 +150,5 @@ def encoder_config(encoder: Encoder, stage: Stage) -> SwinConfig:
     for name in ("image_size", "window_size"):
         if getattr(stage, name) is not None:
             given[name] = getattr(stage, name)
-    return make_config(encoder.name, **given, drop_path=stage.drop_path)
+    config, video = make_config(encoder.name, **given, drop_path=stage.drop_path), video_of(stage)
+    return config if video is None else inflated(config, **video.time)

@@ -11,7 +11,7 @@ from simmim.data.sources import is_name
 from simmim.recipe import dump_recipe, load_recipe
 from simmim.schema import Recipe
 from simmim.stages.assembly import FIXED
-from swin import SIZES, import_encoder, load_description, load_encoder
+from swin import SIZES, VideoConfig, import_encoder, load_description, load_encoder
 from swin.weights import DESCRIPTION
 
 SIZES_OF_A_STAGE = ("image_size", "window_size")
@@ -38,6 +38,8 @@ def make_recipe(
         config, pixels = load_encoder(encoder).config, load_description(encoder).get("pixels", IMAGENET)
     else:
         config, pixels = import_encoder(encoder)[0].config, IMAGENET
+    if isinstance(config, VideoConfig):
+        raise ValueError(f"{encoder} encodes clips: write a recipe whose stage has a video block (recipes/README.md)")
     size = next(size for size in SIZES if size.startswith("swinv2" if config.norm == "res-post" else "swin_"))
     stage: dict[str, Any] = {
         "init_from": str(encoder.resolve()),

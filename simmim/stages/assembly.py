@@ -15,17 +15,14 @@ from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataPa
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from simmim.counter_rng import permutation
-from simmim.data import Decoder, Shapes, Source, evaluation_batches, training_images
-from simmim.data.boxes import coco_sources
-from simmim.data.loader import Batches
-from simmim.data.sources import Subset
-from simmim.data.transforms import Transform
 from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
-from simmim.schema import Data, Detect, Finetune, Recipe, Segment, Stage, Supervised, encoder_config
-from swin import SwinConfig, SwinEncoder, import_encoder, load_encoder, transfer
+from simmim.schema import Recipe, Stage, Supervised, encoder_config, video_of
+from swin import SwinConfig, SwinEncoder, VideoConfig, import_encoder, inflate, load_encoder, transfer
 from swin.config import Pair
+from swin.inflation import inflated
+from swin.transfer import changed
+from swin.video import build
 from swin.weights import DESCRIPTION
 
 FIXED = (
@@ -122,100 +119,6 @@ def _configure_sharding(plugin: FullyShardedDataParallelPlugin) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
-def make_sources(data: Data, size: Pair, channels: int, reserved: int = 0) -> tuple[Source, Source | None]:
-    """The share of the training images that is asked for, and held-out ones, as :func:`training_images`."""
-    training, holdout = _all_sources(data, size, channels, reserved)
-    if data.share < 1:
-        count = images_of_share(data.share, len(training))
-        # One order for all seeds and shares; of a stream the first, so that they lie together.
-        in_blocks = training.blocks is not None
-        order = torch.arange(len(training)) if in_blocks else permutation(0, 0, len(training))
-        training = Subset(training, order[:count].sort().values)
-    return training, holdout
-
-
-def images_of_share(share: float, images: int) -> int:
-    """How many of the training images ``data.share`` leaves."""
-    return max(1, round(share * images))
-
-
-def _all_sources(data: Data, size: Pair, channels: int, reserved: int) -> tuple[Source, Source | None]:
-    if data.path == "builtin:shapes":
-        held_out = Shapes(data.holdout_images, size, channels, held_out=True)
-        return Shapes(data.num_images, size, channels), held_out if data.holdout_images else None
-    if data.path.startswith("builtin:"):
-        raise ValueError(f"data.path {data.path!r}: the only builtin data is builtin:shapes")
-    if not data.path:
-        raise ValueError("the recipe names no images: set data.path=FOLDER_OF_IMAGES (or builtin:shapes)")
-    return training_images(data.path, Decoder(channels, data.value_range), data.holdout_images, reserved)
-
-
-def num_workers_of(data: Data, accelerator: Accelerator) -> int:
-    """Loader processes beside each training process: as the recipe says, else one per core that is left.
-
-    On a processor the training itself needs the cores; ``simmim data probe`` measures what pays.
-    """
-    if data.num_workers is not None:
-        return data.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(2 if accelerator.device.type == "cpu" else 16, share - (accelerator.device.type != "cpu")))
-
-
-def reserved_images(recipe: Recipe, path: str) -> int:
-    """How many images of ``path`` the stages with labels hold out for themselves: none may be trained on before."""
-    labels = [stage.labels for stage in recipe.stages.values() if isinstance(stage, Finetune | Segment)]
-    own = [each for each in labels if each.of_images(recipe.data.path) == path and not each.val_path]
-    return max((each.val_images for each in own), default=0)
-
-
-def without_held_out(source: Source, recipe: Recipe) -> Source:
-    """Images of ``data.path`` but those that stages with objects hold out for themselves; these are known by name.
-
-    Raises:
-        ValueError: such a stage holds out images of the same folder, which cannot be read; or nothing is left.
-    """
-    place = Path(recipe.data.path).expanduser().absolute()
-    unseen: set[str] = set()
-    for stage in recipe.stages.values():
-        if isinstance(stage, Detect):
-            root = Path(stage.labels.path or recipe.data.path).expanduser().absolute()
-            if root == place or root in place.parents:
-                _, holdout, _ = coco_sources(root, Decoder(), stage.labels.val_images, masks=False)
-                unseen |= {holdout.name(number) for number in range(len(holdout))}
-    if not unseen:
-        return source
-    kept = [number for number in range(len(source)) if source.name(number) not in unseen]
-    if not kept:
-        raise ValueError(f"{place} holds only images that other stages are judged by: name another data.path")
-    return Subset(source, kept)
-
-
-def make_views(
-    source: Source | None,
-    view: Transform,
-    batch_size: int,
-    labelled: bool,
-    shares: tuple[int, int] = (0, 1),
-    num_workers: int = 0,
-    timeout_s: float = 60.0,
-) -> Batches | list:
-    """Fixed views, the same in every epoch and run; of (rank, world size) the share of one process."""
-    if source is None:
-        return []
-    rank, world_size = shares
-    return evaluation_batches(
-        source,
-        view,
-        batch_size=batch_size,
-        labelled=labelled,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        timeout_s=timeout_s,
-    )
-
-
 def derive_accumulation(stage: Stage, num_processes: int) -> int:
     """Micro-steps per optimizer step.
 
@@ -269,7 +172,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     init = recipe.start_of(name)
     if init == "scratch":
         with torch.device("meta"):
-            return Start(SwinEncoder(encoder_config(recipe.encoder, stage)), None, "scratch")
+            return Start(build(encoder_config(recipe.encoder, stage)), None, "scratch")
     path = Path(init).expanduser()
     if init in recipe.stages:
         path = out / recipe.name / init / "export"
@@ -278,10 +181,11 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     encoder = load_encoder(path) if (path / DESCRIPTION).exists() else import_encoder(path)[0]
     digest = fingerprint(encoder)
     check_start(recipe, name, path, encoder.config)
-    size, window = geometry(stage, encoder.config)
     # The weights stay in the file, which every process maps, until they are moved or changed.
-    encoder = transfer(encoder, share=True, image_size=size, window_size=window, drop_path=stage.drop_path)
-    return Start(encoder, path, digest)
+    video, moved = video_of(stage), transfer(encoder, share=True, **settings_of(stage, encoder.config))
+    if video is not None and not isinstance(moved.config, VideoConfig):
+        moved = inflate(moved, **video.time)
+    return Start(moved, path, digest)
 
 
 def check_start(recipe: Recipe, name: str, path: Path, found: SwinConfig) -> None:
@@ -293,6 +197,14 @@ def check_start(recipe: Recipe, name: str, path: Path, found: SwinConfig) -> Non
                 f"{name} starts from {path}, whose {field} is {getattr(found, field)}, but the recipe "
                 f"says {getattr(wanted, field)}: correct encoder in the recipe"
             )
+    if isinstance(found, VideoConfig):
+        if not isinstance(wanted, VideoConfig):
+            raise ValueError(f"{name} starts from {path}, an encoder of clips: give stages.{name} a video block")
+        if found.temporal_patch != wanted.temporal_patch:
+            raise ValueError(
+                f"{name} starts from {path}, whose tokens are of {found.temporal_patch} frames: "
+                f"stages.{name}.video.temporal_patch must be that, not {wanted.temporal_patch}"
+            )
 
 
 def geometry(stage: Stage, old: SwinConfig) -> tuple[Pair, Pair]:
@@ -303,6 +215,20 @@ def geometry(stage: Stage, old: SwinConfig) -> tuple[Pair, Pair]:
         for window, new, before in zip(old.window_size, size, old.image_size, strict=True)
     )
     return size, stage.window_size or (in_proportion[0], in_proportion[1])
+
+
+def settings_of(stage: Stage, old: SwinConfig) -> dict[str, Any]:
+    """What :func:`swin.transfer.transfer` changes of an encoder to start from, for a stage."""
+    size, window = geometry(stage, old)
+    settings: dict[str, Any] = {"image_size": size, "window_size": window, "drop_path": stage.drop_path}
+    video = video_of(stage)
+    return settings | video.time if video and isinstance(old, VideoConfig) else settings
+
+
+def moved_config(stage: Stage, old: SwinConfig) -> SwinConfig:
+    """The configuration that :func:`make_start` makes of one to start from, which raises the same."""
+    config, video = changed(old, settings_of(stage, old), None), video_of(stage)
+    return config if video is None or isinstance(config, VideoConfig) else inflated(config, **video.time)
 
 
 def chunks_of(stage: Stage, config: SwinConfig, budget: int) -> list[int]:

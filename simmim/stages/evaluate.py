@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,60 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.classifier import Classifier, load_classifier
-from simmim.data import CenterCrop, Decoder, Labelled, LabelledImages, Shapes, labelled_sources, open_files
+from simmim.data import (
+    CenterCrop,
+    Decoder,
+    Labelled,
+    LabelledImages,
+    MiddleClip,
+    MovingShapes,
+    Shapes,
+    VideoDecoder,
+    Views,
+    labelled_sources,
+    open_files,
+)
 from simmim.data.loader import Batches
+from simmim.data.transforms import Transform
 from simmim.engine import evaluate, to_device
 from simmim.objectives.classify import Classify
 from simmim.probes import effective_rank, few_shot, knn, linear
-from simmim.stages.assembly import make_accelerator, make_views
-from swin import SwinEncoder, import_encoder, load_description, load_encoder
+from simmim.stages.assembly import make_accelerator
+from simmim.stages.images import make_views
+from swin import SwinEncoder, VideoEncoder, import_encoder, load_description, load_encoder
 from swin.weights import DESCRIPTION
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def evaluate_classifier(
-    path: Path, data: str, *, batch_size: int = 64, num_workers: int = 2, precision: str | None = None, **sizes: Any
+    path: Path,
+    data: str,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    precision: str | None = None,
+    views: int | None = None,
+    crops: int | None = None,
+    **sizes: Any,
 ) -> dict[str, float]:
-    """Top-1, top-5 and loss of a classifier; every image counts once, over any number of processes.
+    """Top-1, top-5 and loss of a classifier; every image or video counts once, over any number of processes.
 
     Args:
         path: an export of a stage with labels, or a classifier of another project.
         data: anything with labels, of which ``val`` is taken where there is one; or builtin:shapes.
+        views, crops: clips of a video and crops of each, over which probabilities are averaged; None for those that
+            the export was judged by.
         sizes: ``image_size`` and ``window_size``, as for :func:`swin.load_encoder`.
 
     Raises:
-        ValueError: no classifier, or labels that do not belong to it.
+        ValueError: no classifier, labels that do not belong to it, or views of images.
     """
     accelerator = make_accelerator(precision)
     encoder, pixels = open_encoder(path, **sizes)
+    given = {key: number for key, number in (("views", views), ("crops", crops)) if number is not None}
+    if given and not isinstance(encoder, VideoEncoder):
+        raise ValueError(f"{path} encodes images, which have no {' and '.join(given)}: leave them out")
     classifier = load_classifier(path)
     source = labelled_images(data, encoder, pixels, classifier.classes, len(classifier.weight))
     return judge(
@@ -52,6 +79,7 @@ def evaluate_classifier(
         pixels,
         accelerator,
         interpolation=interpolation_of(path),
+        video=video_of(path) | given,
         batch_size=batch_size,
         num_workers=num_workers,
     )
@@ -65,10 +93,14 @@ def judge(
     accelerator: Accelerator,
     *,
     interpolation: str,
+    video: Mapping[str, int] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, float]:
     """What :func:`evaluate_classifier` gives, of an encoder, a classifier and images that are open already.
+
+    Args:
+        video: ``stride``, ``views`` and ``crops`` of clips.
 
     Raises:
         ValueError: no image could be read.
@@ -77,7 +109,10 @@ def judge(
     objective = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
     objective.head.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
     objective.to(accelerator.device).eval()
-    views = _views(source, encoder, batch_size, accelerator, num_workers, interpolation)
+    view = view_of(encoder, interpolation, video)
+    if isinstance(view, Views):  # as many clips at a time as there would be images
+        batch_size = max(1, batch_size // (view.temporal * view.spatial))
+    views = _views(source, view, batch_size, accelerator, num_workers)
     with accelerator.autocast():
         numbers = evaluate(objective, _with_progress(views, accelerator), accelerator)
     for name, reason in views.broken.items():
@@ -107,8 +142,12 @@ def probe(
     objective = (
         Classify(encoder, list(training.classes), mean=pixels["mean"], std=pixels["std"]).to(accelerator.device).eval()
     )
-    known, labels = _features(objective, _views(training, encoder, batch_size, accelerator, num_workers), accelerator)
-    new, new_labels = _features(objective, _views(holdout, encoder, batch_size, accelerator, num_workers), accelerator)
+    crop = CenterCrop(encoder.config.image_size, "bicubic")
+    view: Transform = crop
+    if isinstance(encoder, VideoEncoder):
+        view = MiddleClip(crop, encoder.config.frames, video_of(path).get("stride", 1))
+    known, labels = _features(objective, _views(training, view, batch_size, accelerator, num_workers), accelerator)
+    new, new_labels = _features(objective, _views(holdout, view, batch_size, accelerator, num_workers), accelerator)
     rows = []
     for stage, features in known.items():
         task = (features, labels, new[stage], new_labels)
@@ -164,6 +203,21 @@ def interpolation_of(path: Path) -> str:
     return trained.get("settings", {}).get("stage", {}).get("crop", {}).get("interpolation", "bicubic")
 
 
+def video_of(path: Path) -> dict[str, int]:
+    """``stride``, ``views`` and ``crops`` of an export of clips; empty if it says nothing of them."""
+    return load_description(path).get("video", {}) if (path / DESCRIPTION).exists() else {}
+
+
+def view_of(encoder: SwinEncoder, interpolation: str, video: Mapping[str, int] | None) -> Transform:
+    """What an image, or a video, is judged by; where nobody says, a video by 4 x 5 views of frames in a row."""
+    size = encoder.config.image_size
+    if not isinstance(encoder, VideoEncoder):
+        return CenterCrop(size, interpolation)
+    stride, views, crops = ((video or {}).get(key, n) for key, n in (("stride", 1), ("views", 4), ("crops", 5)))
+    frames = encoder.config.frames
+    return Views(size, frames, stride, temporal=views, spatial=crops, interpolation=interpolation)
+
+
 def labelled_images(
     data: str, encoder: SwinEncoder, pixels: dict[str, Any], classes: Sequence[str] | None, count: int
 ) -> Labelled:
@@ -177,7 +231,7 @@ def labelled_images(
     """
     size, channels = encoder.config.image_size, encoder.config.in_chans
     if data == "builtin:shapes":
-        shapes = Shapes(500, size, channels, held_out=True)
+        shapes = _shapes(encoder)(500, size, channels, held_out=True)
         if list(shapes.classes) != list(classes or shapes.classes) or len(shapes.classes) != count:
             raise ValueError(f"{data} has {len(shapes.classes)} classes that are not the {count} of the classifier")
         return shapes
@@ -197,30 +251,29 @@ def labelled_images(
             raise ValueError(
                 f"{data} has {len(known)} classes, but the classifier {count} without names: give all of them"
             )
-    return LabelledImages(files, Decoder(channels, _range(pixels)), known)
+    return LabelledImages(files, _decoder(encoder, pixels), known)
 
 
-def _range(pixels: dict[str, Any]) -> tuple[float, float] | None:
-    low_high = pixels.get("value_range")
-    return (low_high[0], low_high[1]) if low_high else None
+def _shapes(encoder: SwinEncoder) -> type[Shapes]:
+    return MovingShapes if isinstance(encoder, VideoEncoder) else Shapes
+
+
+def _decoder(encoder: SwinEncoder, pixels: dict[str, Any]) -> Decoder:
+    channels, low_high = encoder.config.in_chans, pixels.get("value_range")
+    if isinstance(encoder, VideoEncoder):
+        return VideoDecoder(channels)
+    return Decoder(channels, (low_high[0], low_high[1]) if low_high else None)
 
 
 def _labelled_pair(data: str, encoder: SwinEncoder, pixels: dict[str, Any]) -> tuple[Labelled, Labelled]:
     size, channels = encoder.config.image_size, encoder.config.in_chans
     if data == "builtin:shapes":
-        return Shapes(2000, size, channels), Shapes(500, size, channels, held_out=True)
-    return labelled_sources(data, Decoder(channels, _range(pixels)), 5000)
+        make = _shapes(encoder)
+        return make(2000, size, channels), make(500, size, channels, held_out=True)
+    return labelled_sources(data, _decoder(encoder, pixels), 5000)
 
 
-def _views(
-    source: Labelled,
-    encoder: SwinEncoder,
-    batch_size: int,
-    accelerator: Accelerator,
-    num_workers: int,
-    interpolation: str = "bicubic",
-) -> Batches:
-    view = CenterCrop(encoder.config.image_size, interpolation)
+def _views(source: Labelled, view: Transform, batch_size: int, accelerator: Accelerator, num_workers: int) -> Batches:
     shares = (accelerator.process_index, accelerator.num_processes)
     views = make_views(source, view, batch_size, True, shares, num_workers)
     assert isinstance(views, Batches)
@@ -236,10 +289,10 @@ def _features(objective: Classify, views: Batches, accelerator: Accelerator) -> 
         images = to_device(batch, accelerator.device)
         with accelerator.autocast():
             maps = objective.encoder.pyramid(objective.normalize(images["image"]))
-            final = objective.encoder.norm(maps[-1].permute(0, 2, 3, 1))
+            final = objective.encoder.norm(maps[-1].movedim(1, -1))
         for number, stage in enumerate(maps, start=1):
-            found.setdefault(f"stage {number}", []).append(reduce(stage.float(), "b c h w -> b c", "mean"))
-        found.setdefault("final norm", []).append(reduce(final.float(), "b h w c -> b c", "mean"))
+            found.setdefault(f"stage {number}", []).append(reduce(stage.float(), "b c ... -> b c", "mean"))
+        found.setdefault("final norm", []).append(reduce(final.float(), "b ... c -> b c", "mean"))
         labels.append(images["label"])
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
 

@@ -25,7 +25,8 @@ from simmim.engine import to_device
 from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment
 from simmim.objectives.sliding import resized
-from simmim.stages.assembly import make_accelerator, make_views
+from simmim.stages.assembly import make_accelerator
+from simmim.stages.images import make_views
 from simmim.stages.training import told
 from swin import load_description, load_encoder
 from swin.config import as_pair

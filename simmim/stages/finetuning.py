@@ -12,20 +12,21 @@ from simmim.classifier import load_classifier, save_classifier, take_over, take_
 from simmim.counter_rng import derive_seed
 from simmim.data import (
     CenterCrop,
-    Decoder,
     Labelled,
     RandAugmentedCrop,
     RandomCrop,
-    Shapes,
+    Views,
     few_labels,
     labelled_sources,
 )
+from simmim.data.loader import Batches
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
 from simmim.runlog import write_whole
-from simmim.schema import Finetune, Recipe
-from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_start, reserved_images
+from simmim.schema import Finetune, Recipe, Video
+from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_start
 from simmim.stages.folder import part_of
+from simmim.stages.images import about_video, decoder_of, reserved_images, shapes, transforms_of
 from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder
 from swin.config import Pair
@@ -46,10 +47,14 @@ def judge(trained: Trained, accelerator: Accelerator) -> None:
     """
     log = trained.log
     measured = evaluate(trained.objective, trained.views, accelerator, trained.preview)
+    if isinstance(trained.views, Batches):
+        log.broken(list(trained.views.broken.items()))
     numbers = {f"holdout_{key}": value for key, value in measured.items()}
     if not numbers:
         raise ValueError(f"none of the held-out images could be read: checkpoints are in {log.folder}")
-    log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}")
+    image = trained.preview["image"]
+    how = f" by {image.shape[1]} views each" if image.ndim == 6 else ""
+    log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}{how}")
     if log.is_main:
         write_whole(log.folder / "summary.json", json.dumps(numbers, indent=2) + "\n")
 
@@ -67,6 +72,8 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     size = start.encoder.config.image_size
     training, holdout = make_labelled(recipe, stage, size)
     objective = make_objective(recipe, stage, start, list(training.classes))
+    view = CenterCrop(size, stage.crop.interpolation)
+    transform, view_in_training = transforms_of(make_transform(recipe, stage, size), view, stage.video)
     settings = decisive_settings(
         recipe,
         name,
@@ -80,16 +87,29 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         objective=objective,
         training=training,
         holdout=holdout,
-        transform=make_transform(recipe, stage, size),
-        view=CenterCrop(size, stage.crop.interpolation),
+        transform=transform,
+        view=view_in_training,
         settings=settings,
         start=str(start.path or "scratch"),
         pictures="predictions",
-        about={"classes": objective.classes},
+        about={"classes": objective.classes, **about_video(stage.video)},
         save=lambda folder, weights: save_classifier(folder, part_of(weights, "head")),
         labelled=True,
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
+        final_view=None if stage.video is None else views_of(stage.video, view),
+    )
+
+
+def views_of(video: Video, crop: CenterCrop) -> Views:
+    """What a trained classifier of clips is judged by."""
+    return Views(
+        crop.size,
+        video.frames,
+        video.stride,
+        temporal=video.views,
+        spatial=video.crops,
+        interpolation=crop.interpolation,
     )
 
 
@@ -98,12 +118,12 @@ def make_labelled(recipe: Recipe, stage: Finetune, size: Pair) -> tuple[Labelled
     labels, channels = stage.labels, recipe.encoder.in_chans
     path = labels.path or recipe.data.path
     if path == "builtin:shapes":
-        training: Labelled = Shapes(recipe.data.num_images, size, channels)
-        holdout: Labelled = Shapes(labels.val_images, size, channels, held_out=True)
+        training: Labelled = shapes(recipe.data.num_images, size, channels, stage.video)
+        holdout: Labelled = shapes(labels.val_images, size, channels, stage.video, held_out=True)
     elif not path:
         raise ValueError("the recipe names no labelled images: set data.path or the labels.path of the stage")
     else:
-        decoder = Decoder(channels, recipe.data.value_range)
+        decoder = decoder_of(recipe.data, channels, stage.video)
         training, holdout = labelled_sources(
             path, decoder, labels.val_images, labels.val_path or None, reserved_images(recipe, path)
         )

@@ -7,20 +7,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from simmim.around import save_around
 from simmim.counter_rng import derive_seed
 from simmim.data import CenterCrop, RandomCrop
 from simmim.engine import evaluate, in_step, mean_over_images, to_device
-from simmim.masking import MaskGenerator
-from simmim.objectives.reconstruct import Reconstruct, mean_of_squares
+from simmim.masking import MaskGenerator, expand_mask
+from simmim.objectives.objective import Objective
+from simmim.objectives.reconstruct import Reconstruct, Reconstruction, mean_of_squares
 from simmim.objectives.trivial import copy_nearest_visible, masked_l1, mean_of_visible
+from simmim.objectives.video import ReconstructVideo
 from simmim.reconstructions import DECODER
 from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.assembly import decisive_settings, make_sources, make_start, reserved_images, without_held_out
+from simmim.stages.assembly import decisive_settings, make_start
+from simmim.stages.images import about_video, make_sources, reserved_images, transforms_of, without_held_out
 from simmim.stages.training import Job, Trained, carry_out
-from swin import SwinEncoder
+from swin import SwinEncoder, VideoEncoder
 
 
 def pretrain(
@@ -44,32 +48,38 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     stage = recipe.stages[name]
     assert isinstance(stage, Pretrain)
     reserved = reserved_images(recipe, recipe.data.path)
-    training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans, reserved)
+    channels, video, crop = recipe.encoder.in_chans, stage.video, stage.crop
+    training, holdout = make_sources(recipe.data, stage.image_size, channels, reserved, video)
     training = without_held_out(training, recipe)
+    view = CenterCrop(stage.image_size, crop.interpolation)
+    transform, view_of_clips = transforms_of(RandomCrop(stage.image_size, **crop.model_dump()), view, video)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
-    objective, crop = make_objective(recipe, stage, start.encoder), stage.crop
+    objective = make_objective(recipe, stage, start.encoder)
     return Job(
         objective=objective,
         training=training,
         holdout=holdout,
-        transform=RandomCrop(stage.image_size, **crop.model_dump()),
-        view=CenterCrop(stage.image_size, crop.interpolation),
+        transform=transform,
+        view=view_of_clips,
         settings=decisive_settings(recipe, name, start, num_training_images=len(training), precision=precision),
         start=str(start.path or "scratch"),
         pictures="reconstructions",
-        about={"reconstruction": objective.description()},
+        about={"reconstruction": objective.description(), **about_video(video)},
         save=lambda folder, weights: save_around(folder / DECODER, weights),
     )
 
 
-def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Reconstruct:
+def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Reconstruct | ReconstructVideo:
     """Masks and a head with fresh weights around the encoder."""
+    masks = MaskGenerator(
+        stage.image_size, stage.mask.patch_size, stage.mask.ratio, seed=recipe.seed, strategy=stage.mask.strategy
+    )
+    if isinstance(encoder, VideoEncoder):
+        return ReconstructVideo(encoder, masks, mean=recipe.data.mean, std=recipe.data.std)
     return Reconstruct(
         encoder,
-        MaskGenerator(
-            stage.image_size, stage.mask.patch_size, stage.mask.ratio, seed=recipe.seed, strategy=stage.mask.strategy
-        ),
+        masks,
         mean=recipe.data.mean,
         std=recipe.data.std,
         loss=stage.target.loss,
@@ -80,7 +90,7 @@ def make_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder) -> Rec
     )
 
 
-def plan_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder, classes: int) -> Reconstruct:
+def plan_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder, classes: int) -> Objective:
     """As the stage makes it."""
     return make_objective(recipe, stage, encoder)
 
@@ -89,10 +99,11 @@ def plan_objective(recipe: Recipe, stage: Pretrain, encoder: SwinEncoder, classe
 def judge(trained: Trained, accelerator: Accelerator) -> None:
     """Held-out loss beside predictors without learning, on the screen and in ``summary.json``.
 
-    Trivial predictors know nothing of a normalised target but its mean, which is zero.
+    Trivial predictors know nothing of a normalised target but its mean, which is zero. They predict every frame of a
+    clip from what is visible of it: behind a tube no other frame shows more.
     """
     objective, log = trained.objective, trained.log
-    assert isinstance(objective, Reconstruct)
+    assert isinstance(objective, Reconstruct | ReconstructVideo)
     measured = evaluate(objective, trained.views, accelerator, trained.preview)
     numbers = {f"holdout_{key}": value for key, value in measured.items()}
     if not numbers:
@@ -100,7 +111,7 @@ def judge(trained: Trained, accelerator: Accelerator) -> None:
     sums: dict[str, float] = {}
     for batch, images in in_step(trained.views, accelerator, trained.preview):
         log.broken(batch["broken"])
-        shown = objective.reconstruct(*objective.inputs(to_device(batch, accelerator.device)))
+        shown = reconstruction_of(objective, to_device(batch, accelerator.device))
         predictions = {"predict zero": torch.zeros_like(shown.target)}
         if objective.norm_target_window is None:
             predictions["mean of the visible pixels"] = mean_of_visible(shown.images, shown.pixel_mask)
@@ -118,3 +129,13 @@ def judge(trained: Trained, accelerator: Accelerator) -> None:
     if log.is_main:
         summary = json.dumps({**numbers, "holdout_masked_l1": table}, indent=2) + "\n"
         write_whole(log.folder / "summary.json", summary)
+
+
+def reconstruction_of(objective: Reconstruct | ReconstructVideo, batch: dict[str, Tensor]) -> Reconstruction:
+    """What is drawn of a batch; of clips with frames as channels, ``(b, c T, H, W)``."""
+    if isinstance(objective, Reconstruct):
+        return objective.reconstruct(*objective.inputs(batch))
+    clips, cell_mask = objective.inputs(batch)
+    drawn = objective.reconstruct(clips, cell_mask).flatten(1, 2)
+    mask = expand_mask(cell_mask, objective.masks.mask_patch_size)[:, None]
+    return Reconstruction(clips.flatten(1, 2), clips.flatten(1, 2), drawn, mask)

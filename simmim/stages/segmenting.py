@@ -19,8 +19,9 @@ from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment
 from simmim.runlog import write_whole
 from simmim.schema import Recipe
-from simmim.stages.assembly import decisive_settings, make_start, reserved_images
+from simmim.stages.assembly import decisive_settings, make_start
 from simmim.stages.evaluate_segments import HEAD, judge_whole
+from simmim.stages.images import reserved_images
 from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder
 

@@ -20,17 +20,10 @@ from simmim.memory import device_bytes
 from simmim.objectives.objective import Objective
 from simmim.optim import make_optimizer
 from simmim.runlog import RunLog, locked
-from simmim.schema import Optimizer, Recipe, Stage
-from simmim.stages.assembly import (
-    chunks_of,
-    derive_accumulation,
-    make_accelerator,
-    make_views,
-    num_workers_of,
-    schedule_of,
-    usual_precision,
-)
+from simmim.schema import Optimizer, Recipe, Stage, video_of
+from simmim.stages.assembly import chunks_of, derive_accumulation, make_accelerator, schedule_of, usual_precision
 from simmim.stages.folder import common_starting_point, export, is_done, open_folder, publish
+from simmim.stages.images import make_views, num_workers_of
 from simmim.stages.sharding import distribute, whole_weights
 from simmim.stages.speed import set_speed
 from simmim.stopping import StopRequest
@@ -62,10 +55,15 @@ class Job(NamedTuple):
     """What is left out of the data from the beginning, with the reason."""
     layer_decay: float = 1.0
     ema_decay: float | None = None
+    final_view: Transform | None = None
+    """Of held-out images once the stage is trained, where that is another."""
 
 
 class Trained(NamedTuple):
-    """What is left of it: the objective to judge, its whole weights to export, and the held-out images."""
+    """What is left of it: the objective to judge, its whole weights to export, and the held-out images.
+
+    ``views`` and ``preview`` are by the last view of the job.
+    """
 
     objective: Objective
     weights: dict[str, Tensor]
@@ -153,7 +151,8 @@ def train(
     """
     stage = recipe.stages[name]
     objective = job.objective
-    height, width = objective.encoder.config.image_size
+    config, video = objective.encoder.config, video_of(stage)
+    what = "images" if video is None else f"videos, clips of {video.frames} frames,"
     accumulation = derive_accumulation(stage, accelerator.num_processes)
     total_steps = num_steps(recipe, name, len(job.training))
     checkpoint, start_step, passed_over, changed = common_starting_point(
@@ -162,7 +161,8 @@ def train(
     log = open_folder(folder, recipe, accelerator, job.pictures, len(job.training))
     log.say(
         f"{recipe.name}/{name}: {recipe.encoder.name}, {sum(p.numel() for p in objective.parameters()):,} "
-        f"parameters; {len(job.training):,} images at {height} x {width} px; {total_steps} steps of "
+        f"parameters; {len(job.training):,} {what} at {config.image_size[0]} x {config.image_size[1]} px; "
+        f"{total_steps} steps of "
         f"{stage.batch_size} = {accelerator.num_processes} process(es) x {accumulation} x "
         f"{stage.micro_batch_size} on {accelerator.device.type} ({accelerator.distributed_type.value}) "
         f"in {accelerator.mixed_precision}; seed {recipe.seed}"
@@ -190,8 +190,10 @@ def train(
 
     shares = (accelerator.process_index, accelerator.num_processes)
     timeout_s = recipe.data.read_timeout_s
-    views = make_views(job.holdout, job.view, stage.micro_batch_size, job.labelled, shares, timeout_s=timeout_s)
-    preview = make_preview(job)
+    # A picture is decoded before a worker has started; a video is not.
+    workers = 0 if video is None else num_workers_of(recipe.data, accelerator)
+    looking = (stage.micro_batch_size, job.labelled, shares, workers, timeout_s)
+    views, preview = make_views(job.holdout, job.view, *looking), make_preview(job)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         job.settings,
@@ -241,6 +243,8 @@ def train(
             )
     if isinstance(views, Batches):
         log.broken(list(views.broken.items()))
+    if job.final_view is not None:
+        views, preview = make_views(job.holdout, job.final_view, *looking), make_preview(job, final=True)
     judged = objective if average is None else average.module
     return Trained(judged.eval(), whole_weights(judged, accelerator), job.holdout, views, preview, log)
 
@@ -298,14 +302,15 @@ def save_memory(job: Job, stage: Stage, accelerator: Accelerator) -> list[str]:
     ]
 
 
-def make_preview(job: Job) -> Batch:
-    """The first images that can be read: held-out ones, or of training where there are none.
+def make_preview(job: Job, *, final: bool = False) -> Batch:
+    """The first images that can be read, one alone by the final view: held out, or of training where there are none.
 
     Raises:
         ValueError: none can be read.
     """
     for source in (job.holdout, job.training):
-        views = make_views(source, job.view, PREVIEW_IMAGES, job.labelled)
+        view, images = (job.final_view, 1) if final and job.final_view else (job.view, PREVIEW_IMAGES)
+        views = make_views(source, view, images, job.labelled)
         for batch in views:
             return batch
     assert isinstance(views, Batches)

@@ -17,7 +17,7 @@ from simmim.lab.arms import Outcome
 from simmim.recipe import load_recipe
 from simmim.reconstructions import load_reconstruct
 from simmim.schema import Data, Recipe
-from simmim.stages.assembly import make_sources
+from simmim.stages.images import make_sources
 from tests.simmim.test_label_efficiency import RECIPE
 
 

@@ -44,6 +44,7 @@ CHAINS = {
     "simmim_swinv2_l": [(192, 12), (224, 14), (512, 32)],
     "simmim_swinv2_h": [(192, 12), (224, 14), (512, 32)],
     "simmim_swinv2_3b": [(192, 12), (192, 12), (640, 40)],
+    "kinetics_swinv2_3b": [(256, 16), (320, 20)],
     "simmim_swin_b": [(192, 6), (224, 7)],
     "simmim_swin_l": [(192, 12), (224, 14)],
 }
@@ -78,6 +79,7 @@ def test_rates_of_the_published_recipes():
         "simmim_swin_b": [4e-4, 5e-3],
         "simmim_swinv2_b": [4e-4, 5e-3, 4e-5],
         "simmim_swinv2_3b": [1.4e-3, 1.4e-3, 2.1e-5],
+        "kinetics_swinv2_3b": [3.6e-4, 5e-5],
     }
     for name, rates in expected.items():
         stages = load_recipe(name).stages.values()
@@ -109,8 +111,8 @@ def test_the_shipped_sizes():
     detectors = {
         f"detect_{name}" for name in ("miniature", "painted", *(f"swinv2_{size}" for size in ("t", "s", "b", *LARGE)))
     }
-    shipped = {"demo", "cifar_swinv2_nano", *CHAINS, *SEGMENTATION, *detectors}
-    assert {path.stem for path in shipped_recipes()} == shipped
+    others = {"demo", "cifar_swinv2_nano", "video_demo", "kinetics_mini"}
+    assert {path.stem for path in shipped_recipes()} == {*others, *CHAINS, *SEGMENTATION, *detectors}
 
 
 def test_the_official_base_recipe():
