@@ -24,7 +24,7 @@ from simmim.data.segments import read_label_map, segmented_sources, validation_s
 from simmim.optim import make_lr
 from simmim.recipe import load_recipe
 from simmim.report import write_report
-from simmim.stages import assembly
+from simmim.stages import assembly, images
 from simmim.stages.evaluate_segments import evaluate_segments, load_segmenter, predict_segments
 from simmim.stages.segmenting import make_segmented
 from tools import paint_shapes
@@ -264,8 +264,8 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
     for number in range(0, 60, 3):
         (tmp_path / f"one/annotations/{number:03d}.png").unlink()
     recipe = make_recipe(tmp_path / "one", "data.holdout_images=2", pretrained=True)
-    reserved = assembly.reserved_images(recipe, recipe.data.path)
-    training, _ = assembly.make_sources(recipe.data, (32, 32), 3, reserved)
+    reserved = images.reserved_images(recipe, recipe.data.path)
+    training, _ = images.make_sources(recipe.data, (32, 32), 3, reserved)
     sources = make_segmented(recipe, recipe.stages["segment"])
     held_out = {sources.holdout.name(n) for n in range(len(sources.holdout))}
     assert len(training) == 54 and held_out and len(sources.training) + len(held_out) <= 40
@@ -275,7 +275,7 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
 
 def test_parts_are_found_below_images(data):
     """ADE20K calls them training and validation; pretraining on all of its images leaves the second alone."""
-    training, _ = assembly.make_sources(make_recipe(data).data, (32, 32), 3)
+    training, _ = images.make_sources(make_recipe(data).data, (32, 32), 3)
     assert len(training) == 20 and "/training/" in training.name(0)
     assert len(validation_segments(data, Decoder(), classes=3, ignore_zero=True)) == 7
 
