@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def add_command(
@@ -11,6 +14,35 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """A command whose help ends with examples, shown as they are written."""
     return commands.add_parser(name, help=help, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def as_size(text: str) -> int | tuple[int, ...]:
+    """``192`` or ``192x256``, height first."""
+    sides = tuple(int(side) for side in text.split("x"))
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} sides: expected one number or HEIGHTxWIDTH")
+    return sides[0] if len(sides) == 1 else sides
+
+
+def split_options(given: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Places, and what has the form ``key=value``, its value read as YAML.
+
+    Raises:
+        ValueError: a value that is no YAML, or no place.
+    """
+    options, places = {}, []
+    for text in given:
+        key, sign, value = text.partition("=")
+        if sign and key.isidentifier():
+            try:
+                options[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        else:
+            places.append(text)
+    if not places:
+        raise ValueError(f"no data: {', '.join(given)} are options")
+    return places, options
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

@@ -12,11 +12,11 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from simmim import __version__
-from simmim.arguments import add_command, add_recipe, add_run_options
+from simmim.arguments import add_command, add_recipe, add_run_options, as_size
 from simmim.data_commands import add_data
+from simmim.judge_commands import add_judge
 from simmim.lab_commands import add_lab
 from simmim.look_commands import add_look
 from simmim.plan_commands import add_plan
@@ -158,33 +158,6 @@ def _replay(arguments: argparse.Namespace) -> int:
     return 0 if found.is_reproduced else 1
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from simmim.stages import evaluate
-
-    sizes = {name: getattr(arguments, name) for name in ("image_size", "window_size")}
-    task = {
-        "batch_size": arguments.batch_size,
-        "num_workers": arguments.num_workers,
-        "precision": arguments.precision,
-        **{name: size for name, size in sizes.items() if size is not None},
-    }
-    results: Any
-    given = {
-        name: getattr(arguments, name) for name in ("views", "crops") if getattr(arguments, name, None) is not None
-    }
-    if arguments.probe:
-        results = evaluate.probe(arguments.encoder, arguments.data, **task)
-        text = evaluate.format_probe(results)
-    else:
-        results = evaluate.evaluate_classifier(arguments.encoder, arguments.data, **task, **given)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
-        if arguments.json:
-            evaluate.write_results(arguments.json, results)
-    return 0
-
-
 def _show(arguments: argparse.Namespace) -> int:
     from simmim.recipe import dump_recipe, load_recipe, shipped_recipes
 
@@ -208,14 +181,6 @@ def _convert(arguments: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
     )
     return 0
-
-
-def _size(text: str) -> int | tuple[int, ...]:
-    """``192`` or ``192x256``, height first."""
-    sides = tuple(int(side) for side in text.split("x"))
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} sides: expected one number or HEIGHTxWIDTH")
-    return sides[0] if len(sides) == 1 else sides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_stage(finetune)
     finetune.add_argument("--encoder", type=Path, help="instead of a recipe: an export, or the file of another project")
     finetune.add_argument("--data", help="instead of a recipe: a folder with one subfolder per class")
-    finetune.add_argument("--image-size", type=_size, metavar="PX", help="default: as the encoder was trained")
-    finetune.add_argument("--window-size", type=_size, metavar="TOKENS", help="default: in proportion to the image")
+    finetune.add_argument("--image-size", type=as_size, metavar="PX", help="default: as the encoder was trained")
+    finetune.add_argument("--window-size", type=as_size, metavar="TOKENS", help="default: in proportion to the image")
     finetune.add_argument("--name", help="folder of the run (default: finetune_ and the name of the data)")
     finetune.set_defaults(run=_finetune, kinds=("finetune", "supervised", "transfer"))
 
@@ -264,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", nargs="?")
     show.add_argument("overrides", nargs="*", metavar="key.path=value")
     show.set_defaults(run=_show)
-    _add_evaluate(commands)
+    add_judge(commands)
     _add_convert(commands)
     add_data(commands)
     add_lab(commands)
@@ -280,26 +245,6 @@ def _add_stage(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    for name, is_probe, meaning in (
-        ("evaluate", False, "top-1 and top-5 of a classifier, every image once over all processes"),
-        ("probe", True, "k-NN, few-shot, linear probe and effective rank of frozen features, stage by stage"),
-    ):
-        judge = commands.add_parser(name, help=meaning)
-        judge.add_argument("encoder", type=Path, help="an export, or the file of another project")
-        judge.add_argument("data", help="a folder with one subfolder per class, hf:NAME, or builtin:shapes")
-        judge.add_argument("--image-size", type=_size, metavar="PX", help="default: as the encoder was trained")
-        judge.add_argument("--window-size", type=_size, metavar="TOKENS", help="default: as the encoder was trained")
-        judge.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-        judge.add_argument("--num-workers", type=int, default=2, metavar="N", help="default: 2")
-        judge.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
-        judge.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-        if not is_probe:
-            judge.add_argument("--views", type=int, metavar="N", help="clips of a video (default: as in training, 4)")
-            judge.add_argument("--crops", type=int, metavar="N", help="of each of them (default: as in training, 5)")
-        judge.set_defaults(run=_evaluate, probe=is_probe, overrides=[])
-
-
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert = add_command(
         commands,
@@ -310,8 +255,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("source", type=Path, help="an export folder, a .pth or .safetensors file, a timm or HF folder")
     convert.add_argument("out", type=Path, help="what to write; must not exist")
     convert.add_argument("--to", choices=LAYOUTS, default="native", help="default: native")
-    convert.add_argument("--image-size", type=_size, metavar="PX", help="384 or 256x320 (height first)")
-    convert.add_argument("--window-size", type=_size, metavar="TOKENS", help="24 or 8x10")
+    convert.add_argument("--image-size", type=as_size, metavar="PX", help="384 or 256x320 (height first)")
+    convert.add_argument("--window-size", type=as_size, metavar="TOKENS", help="24 or 8x10")
     convert.add_argument("--in-chans", type=int, metavar="N", help="another number of channels, with --inflate")
     convert.add_argument("--inflate", choices=("mean", "repeat"), help="how channels are spread")
     convert.add_argument(

@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+ENVIRONMENT = "environment.json"
 PACKAGES = ("simmim", "torch", "timm", "accelerate", "datasets", "pillow", "einops", "safetensors", "numpy")
 
 
@@ -235,7 +236,7 @@ def write_environment(folder: Path, **facts: Any) -> None:
         "packages": {package: version(package) for package in PACKAGES},
         **facts,
     }
-    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_whole(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
 
 
 def _commit() -> str | None:

@@ -138,6 +138,21 @@ def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Im
     return canvas
 
 
+def ranked(image: Tensor, shares: Sequence[tuple[str, float]]) -> Image.Image:
+    """One image ``(3, H, W)`` in [0, 1], and names beside it with bars for their shares."""
+    picture, font = captioned(image[None], [""]), ImageFont.load_default(13)
+    lines = [f"{share:.1%}  {name[:_NAME_LETTERS]}" for name, share in shares]
+    width = int(max((font.getlength(line) for line in lines), default=0)) + 4 * _GAP
+    canvas = Image.new("RGB", (picture.width + max(width, _MIN_PANEL_PX), picture.height), "white")
+    canvas.paste(picture, (0, 0))
+    draw, room = ImageDraw.Draw(canvas), canvas.width - picture.width - _GAP
+    for row, (line, (_, share)) in enumerate(zip(lines, shares, strict=True)):
+        left, top = picture.width, _CAPTION_PX + row * (_LINE_PX + _GAP)
+        draw.rectangle((left, top, left + round(share * room), top + _LINE_PX), fill=(190, 215, 240))
+        draw.text((left + 2, top + 1), line, fill="black", font=font)
+    return canvas
+
+
 def with_objects(
     image: Tensor, boxes: Tensor, labels: Tensor, names: Sequence[str], masks: Tensor | None = None
 ) -> Tensor:

@@ -193,8 +193,9 @@ def compiled_branches() -> Callable[..., Tensor]:
     """
     import torch._dynamo  # takes a second
 
-    # Two of each stage, for every size of images.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Two of each stage, for every size of images and every batch size.
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 1024))
     return torch.compile(lambda block, x, *keep: block.branches(x, *keep), fullgraph=True, dynamic=False)
 
 

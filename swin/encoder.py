@@ -126,7 +126,9 @@ class SwinEncoder(nn.Module):
     def use_compiler(self, on: bool = True) -> SwinEncoder:
         """Compile blocks for training, one program for all that are alike: the same numbers but for rounding.
 
-        Without training they run as they are, and so does what :func:`swin.attention.watch_attention` looks at.
+        Without training they run as they are, and so does what :func:`swin.attention.watch_attention` looks at (not in
+        a pass whose gradient is wanted with checkpointing, which would go both ways). Other hooks inside of blocks
+        are passed over, attention is never cut into chunks, and an error of the compiler is raised.
         """
         for stage in cast(Iterable[Stage], self.layers):
             for block in cast(Iterable[SwinBlock], stage.blocks):

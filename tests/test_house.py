@@ -31,7 +31,13 @@ FLOORS = [
     {"simmim.plan"},
     {"simmim.lab"},
     {"simmim.arguments"},
-    {"simmim.data_commands", "simmim.lab_commands", "simmim.look_commands", "simmim.plan_commands"},
+    {
+        "simmim.data_commands",
+        "simmim.judge_commands",
+        "simmim.lab_commands",
+        "simmim.look_commands",
+        "simmim.plan_commands",
+    },
     {"simmim.cli"},
     {"tools"},
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from simmim.memory import choose_chunks
 from simmim.optim import LearningRate, make_lr
+from simmim.runlog import ENVIRONMENT
 from simmim.schema import Recipe, Stage, Supervised, encoder_config, video_of
 from swin import SwinConfig, SwinEncoder, VideoConfig, import_encoder, inflate, load_encoder, transfer
 from swin.config import Pair
@@ -94,9 +97,16 @@ def make_accelerator(precision: str | None, trackers: Sequence[str] = (), folder
     return accelerator
 
 
-def usual_precision() -> str | None:
-    """What a stage is trained in where nobody says: bf16 on processors that multiply it; None is accelerate's own."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or torch.accelerator.is_available():
+def usual_precision(folder: Path | None = None) -> str | None:
+    """What a stage is trained in where nobody says: what it was begun in, which its folder knows; else bf16 on
+    processors that multiply it; None is accelerate's own."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    if folder is not None and (folder / ENVIRONMENT).is_file():
+        with suppress(OSError, ValueError, AttributeError):
+            begun = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8")).get("precision")
+            return {"no": "fp32"}.get(begun, begun)
+    if torch.accelerator.is_available():
         return None
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
     return "bf16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else None

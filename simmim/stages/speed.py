@@ -77,11 +77,15 @@ def compile_blocks(
     def switch(block: SwinBlock, on: bool) -> None:
         block.compiled = on
 
+    parts = [block.attn.chunks for stage in cast(Iterable[Stage], encoder.layers) for block in blocks_of(stage)]
+    if max(parts) > 1:
+        encoder.use_compiler(False)
+        return [f"blocks are not compiled: compiled attention goes at once, and memory asks for {max(parts)} chunks"]
     begin, reason = time.perf_counter(), ""
     try:
         with _nothing_drawn(accelerator):
-            for stage, sizes in stages_of(encoder, batch_size):
-                make_step(stage, sizes, accelerator, switch)(True)
+            for stage, tokens in stages_of(encoder, batch_size, accelerator):
+                make_step(stage, tokens, accelerator, switch)(True)
     except Exception as error:  # whatever a compiler may say
         reason = _in_a_line(error)
     failed = [text for text in gather_object([reason]) if text]
@@ -172,8 +176,8 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
     device, furthest = accelerator.device, FURTHEST[accelerator.mixed_precision]
     seconds, fits = {False: 0.0, True: 0.0}, True
     with _nothing_drawn(accelerator):
-        for stage, sizes in stages_of(encoder, batch_size):
-            step = make_step(stage, sizes, accelerator, switch)
+        for stage, tokens in stages_of(encoder, batch_size, accelerator):
+            step = make_step(stage, tokens, accelerator, switch)
             try:
                 expected = step(False)
             except torch.OutOfMemoryError:
@@ -190,7 +194,7 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
                     return Choice(False, text, True)
             del expected, found
             if fits:
-                share = len(stage.blocks) / len(list(stage.blocks)[:2])
+                share = len(stage.blocks) / len(blocks_of(stage)[:2])
                 for fused, times in timed(step, device).items():
                     seconds[fused] += share * median(times)
     if device.type == "cuda":
@@ -203,39 +207,56 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
     return Choice(False, f"attention without its kernel: {plain:.1f} ms against {kernel:.1f}", False, plain, kernel)
 
 
-def stages_of(encoder: SwinEncoder, batch_size: int) -> Iterator[tuple[Stage, tuple[int, ...]]]:
-    """Every stage and the sizes ``(b, h, w, c)`` of what its blocks get."""
-    for index, (stage, grid) in enumerate(zip(encoder.layers, encoder.config.grids(), strict=True)):
-        yield cast(Stage, stage), (batch_size, *grid, encoder.config.embed_dim * 2**index)
+def stages_of(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> Iterator[tuple[Stage, Tensor]]:
+    """Every stage, and tokens ``(b, h, w, c)`` without numbers of the kind that its blocks get: what autocast makes of
+    them depends on the device and on what comes before."""
+    device = accelerator.device
+    before: nn.Module = encoder.patch_embed
+    seen = torch.zeros(1, encoder.config.in_chans, *(1 for _ in encoder.config.input_size), device=device)
+    for stage, grid in zip(cast(Iterable[Stage], encoder.layers), encoder.config.grids(), strict=True):
+        with torch.no_grad(), accelerator.autocast():
+            seen = _copy(before, device)(seen)
+        yield stage, seen.new_empty(batch_size, *grid, seen.shape[-1])
+        before = stage.downsample
+
+
+def blocks_of(stage: Stage) -> list[SwinBlock]:
+    """Typed."""
+    return list(cast(Iterable[SwinBlock], stage.blocks))
+
+
+def _copy(module: nn.Module, device: torch.device) -> Any:
+    """The same without numbers."""
+    return copy.deepcopy(module, {id(p): shape_of(p) for p in module.parameters()}).to_empty(device=device)
 
 
 def make_step(
-    stage: Stage, sizes: tuple[int, ...], accelerator: Accelerator, switch: Callable[[SwinBlock, bool], None]
+    stage: Stage, tokens: Tensor, accelerator: Accelerator, switch: Callable[[SwinBlock, bool], None]
 ) -> Callable[[bool], list[Tensor]]:
     """Two blocks like those of a stage, forward and backward -> the output, and the gradients of input and weights.
 
     Args:
-        sizes: ``(b, h, w, c)``
+        tokens: like what they get, ``(b, h, w, c)``.
         switch: puts a block to the other way, or back.
     """
     device = accelerator.device
-    part = Stage(list(cast(Iterable[SwinBlock], stage.blocks))[:2], nn.Identity())
+    part = Stage(blocks_of(stage)[:2], nn.Identity())
     part.checkpointing = stage.checkpointing
-    part = copy.deepcopy(part, {id(p): shape_of(p) for p in part.parameters()}).to_empty(device=device).train()
+    part = _copy(part, device).train()
     torch.manual_seed(0)
     for parameter in part.parameters():  # none zero, as some are at first: every part must be seen
         nn.init.normal_(parameter, std=0.1)
-    x = torch.randn(sizes, device=device)
+    x = torch.randn_like(tokens)
     incoming = torch.randn_like(x)
 
     def step(other: bool) -> list[Tensor]:
-        for block in cast(Iterable[SwinBlock], part.blocks):
+        for block in blocks_of(part):
             switch(block, other)
         torch.manual_seed(0)  # the same branches are dropped
-        tokens = x.clone().requires_grad_()
+        given = x.clone().requires_grad_()
         with accelerator.autocast():
-            out = part(tokens)
-        return [out.detach(), *torch.autograd.grad(out, [tokens, *part.parameters()], incoming.to(out.dtype))]
+            out = part(given)
+        return [out.detach(), *torch.autograd.grad(out, [given, *part.parameters()], incoming.to(out.dtype))]
 
     return step
 

@@ -110,7 +110,7 @@ def carry_out(
         Stopped, NonFiniteLoss, OSError: as of :func:`simmim.engine.fit`.
     """
     stage, folder = recipe.stages[name], out / recipe.name / name
-    accelerator = make_accelerator(precision or usual_precision(), stage.log.trackers, folder)
+    accelerator = make_accelerator(precision or usual_precision(folder), stage.log.trackers, folder)
     job = make_job(recipe, out, name, accelerator.mixed_precision)
     with locked(folder, is_main=accelerator.is_main_process):
         if is_done(folder, job.settings):

@@ -147,9 +147,9 @@ def test_a_kernel_that_fails_or_errs_is_left_alone_and_said(tmp_path, kernel):
         assert choose(encoder, tmp_path / str(number))[0] == [warning]
 
 
-def compile_small(encoder) -> tuple[list[str], list[str]]:
+def compile_small(encoder, precision: str = "no") -> tuple[list[str], list[str]]:
     said: list[str] = []
-    return speed.compile_blocks(encoder, 2, Accelerator(cpu=True), said.append), said
+    return speed.compile_blocks(encoder, 2, Accelerator(cpu=True, mixed_precision=precision), said.append), said
 
 
 def is_compiled(encoder: SwinEncoder) -> bool:
@@ -157,16 +157,25 @@ def is_compiled(encoder: SwinEncoder) -> bool:
     return compiled
 
 
-def test_blocks_are_compiled_before_the_stage_begins(traced):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_blocks_are_compiled_before_the_stage_begins(precision, traced):
     encoder, state = make_small(), torch.get_rng_state()
-    warnings, (said,) = compile_small(encoder)
+    warnings, (said,) = compile_small(encoder, precision)
     assert not warnings and said.startswith("blocks compiled in ") and is_compiled(encoder)
     assert torch.equal(torch.get_rng_state(), state) and next(encoder.parameters()).device.type == "meta"
     programs = len(traced)
     assert programs == 3  # a first block that is never dropped; one that may be; and shifted
     encoder = encoder.to_empty(device="cpu").train()
-    encoder(torch.randn(2, 3, 36, 36)).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        encoder(torch.randn(2, 3, 36, 36)).float().sum().backward()
     assert len(traced) == programs
+
+
+def test_attention_in_chunks_is_not_compiled(traced):
+    encoder = make_small().save_memory(attention_chunks=[1, 4])
+    warnings, said = compile_small(encoder)
+    assert warnings == ["blocks are not compiled: compiled attention goes at once, and memory asks for 4 chunks"]
+    assert not said and not is_compiled(encoder) and not traced
 
 
 def test_without_a_compiler_blocks_are_left_as_they_are_and_it_is_said(monkeypatch):

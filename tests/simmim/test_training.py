@@ -304,6 +304,8 @@ def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_pa
     assert " in bf16; seed " in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
     assert assembly.usual_precision() is None
+    stages.pretrain(tiny_recipe(), tmp_path)  # as it was begun, on another processor
+    assert "done before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

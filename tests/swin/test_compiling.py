@@ -14,6 +14,8 @@ from tests.swin.test_encoder import wake
 
 SMALL = {"embed_dim": 8, "depths": (2, 4), "num_heads": (1, 2), "image_size": 36, "window_size": 4, "drop_path": 0.3}
 
+BF16 = 0.02
+
 
 def make_small(**settings):
     torch.manual_seed(0)
@@ -45,6 +47,19 @@ def test_compiled_blocks_have_the_numbers_of_plain_ones(checkpointing, traced):
     assert len(traced) == 4
     numbers(encoder, images), numbers(encoder.use_compiler(False), images)
     assert len(traced) == 4
+
+
+def test_in_bf16_they_differ_by_rounding(traced):
+    """All gradients together by a percent, as much as either differs from float32 by."""
+    encoder, images = make_small(), torch.randn(3, 3, 36, 36)
+    exact = numbers(encoder, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = numbers(encoder, images)
+        compiled = numbers(encoder.use_compiler(), images)
+    vectors = [torch.cat([x.float().flatten() for x in gradients]) for _, *gradients in (exact, plain, compiled)]
+    assert (vectors[2] - vectors[1]).norm() < BF16 * vectors[1].norm()
+    assert (vectors[2] - vectors[0]).norm() < BF16 * vectors[0].norm()
+    torch.testing.assert_close(compiled[0], plain[0], rtol=BF16, atol=BF16)
 
 
 def test_without_training_blocks_run_as_they_are(traced):

@@ -1,0 +1,169 @@
+"""Showing what an export says of images: a picture of each, and a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from simmim import visualize
+from simmim.classifier import load_classifier
+from simmim.data import Decoder, Images, MovingShapes, Shapes, Source, VideoDecoder, open_files
+from simmim.data.loader import reason_of
+from simmim.objectives.classify import Classify
+from simmim.stages.assembly import make_accelerator
+from simmim.stages.evaluate import interpolation_of, open_encoder, video_of, view_of
+from simmim.stages.evaluate_objects import load_detector, predict_objects
+from simmim.stages.evaluate_segments import load_segmenter, predict_segments
+from simmim.stages.judging import check_options, kind_of
+from swin import VideoEncoder
+
+LINES = "predictions.jsonl"
+FIRST = 5
+
+
+class Shown(NamedTuple):
+    """What was found in one image or video."""
+
+    picture: Image.Image
+    facts: dict[str, Any]
+    """Plain JSON."""
+    label_map: Image.Image | None = None
+
+
+Show = Callable[[Any], Shown]
+"""Something that a decoder gave -> what was found in it."""
+
+
+def predict(
+    path: Path,
+    data: str,
+    out: Path,
+    *,
+    images: int | None = None,
+    precision: str | None = None,
+    least_score: float = 0.5,
+    **options: Any,
+) -> int:
+    """Write a picture of every image into a folder, with its classes, label map or objects drawn on it, and all
+    of it as ``predictions.jsonl``.
+
+    Args:
+        path: the export of a classifier, a segmenter or a detector.
+        data: anything that ``data.path`` of a recipe takes.
+        images: so many of the first; None for all.
+        least_score: of objects that are shown and told.
+        options: ``image_size``, ``window_size``, and those of :data:`simmim.stages.judging.OPTIONS`.
+
+    Returns:
+        How many were shown; what could not be read is named on stderr.
+
+    Raises:
+        ValueError: an export, data or options that do not belong to each other; no image that can be read.
+    """
+    accelerator = make_accelerator(precision)
+    if accelerator.num_processes > 1:
+        raise ValueError("pictures are made by one process: start simmim predict without accelerate launch")
+    show, decoder, size = _open(path, accelerator.device, least_score, options)
+    if data == "builtin:shapes":
+        kind = MovingShapes if isinstance(decoder, VideoDecoder) else Shapes
+        source: Source = kind(images or 16, size, decoder.channels, held_out=True)
+    else:
+        source = Images(open_files(data), decoder)
+    count = len(source) if images is None else min(images, len(source))
+    out.mkdir(parents=True, exist_ok=True)
+    done, reason = 0, "there is none"
+    with (out / LINES).open("w", encoding="utf-8") as lines:
+        for number in tqdm(range(count), unit="image"):
+            name = source.name(number)
+            try:
+                picture = source.decode(source.fetch(number))
+            except Exception as error:  # damaged bytes raise almost anything
+                reason = reason_of(error)
+                print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
+                continue
+            with accelerator.autocast():
+                shown = show(picture)
+            file = f"{number:05d}_{Path(name).stem}.png"
+            shown.picture.save(out / file)
+            facts = {"image": name, "picture": file, **shown.facts}
+            if shown.label_map is not None:
+                facts["label_map"] = file.replace(".png", "_labels.png")
+                shown.label_map.save(out / facts["label_map"])
+            lines.write(json.dumps(facts) + "\n")
+            done += 1
+    if not done:
+        raise ValueError(f"none of {count} images of {data} could be shown, the last: {reason}")
+    return done
+
+
+def _open(
+    path: Path, device: torch.device, least_score: float, options: dict[str, Any]
+) -> tuple[Show, Decoder, tuple[int, int]]:
+    """How an export shows things, what reads them, and their nominal size."""
+    kind = kind_of(path)
+    check_options(kind, {key: value for key, value in options.items() if key not in ("image_size", "window_size")})
+    show: Show
+    if kind == "segmenter":
+        segmenter = load_segmenter(path, **options).to(device)
+        show, encoder = partial(_segments, segmenter), segmenter.encoder
+    elif kind == "detector":
+        detector, view = load_detector(path, **options)
+        show = partial(_objects, detector.to(device), view=view, least_score=least_score)
+        encoder = detector.encoder
+    else:
+        sizes = {key: options.pop(key) for key in ("image_size", "window_size") if key in options}
+        encoder, pixels = open_encoder(path, **sizes)
+        head = load_classifier(path)
+        names = head.classes or [str(number) for number in range(len(head.weight))]
+        classifier = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
+        classifier.head.load_state_dict({"weight": head.weight, "bias": head.bias})
+        look = view_of(encoder, interpolation_of(path), video_of(path) | options)
+        show = partial(_classes, classifier.to(device).eval(), look)
+    _, pixels = open_encoder(path)
+    low_high = pixels.get("value_range")
+    channels = encoder.config.in_chans
+    if isinstance(encoder, VideoEncoder):
+        return show, VideoDecoder(channels), encoder.config.image_size
+    return show, Decoder(channels, low_high and (low_high[0], low_high[1])), encoder.config.image_size
+
+
+@torch.no_grad()
+def _classes(objective: Classify, view: Any, picture: Any) -> Shown:
+    """The likeliest classes of an image, or of a video."""
+    seen = view(picture, [])[None]
+    shares, numbers = (
+        objective.predict(seen.to(objective.mean.device))
+        .softmax(dim=1)[0]
+        .cpu()
+        .topk(min(FIRST, len(objective.classes)))
+    )
+    best = [(objective.classes[number], share) for number, share in zip(numbers.tolist(), shares.tolist(), strict=True)]
+    middle = seen if seen.ndim < 6 else seen[:, seen.shape[1] // 2]  # of the views of a video
+    image = visualize.to_rgb(visualize.film(middle / 255))[0]
+    return Shown(visualize.ranked(image, best), {"classes": dict(best)})
+
+
+def _segments(objective: Any, picture: Any) -> Shown:
+    (found,) = predict_segments(objective, [("", _whole(picture))])
+    return Shown(found.overlay, found.facts, found.label_map)
+
+
+def _objects(objective: Any, picture: Any, *, view: Any, least_score: float) -> Shown:
+    ((_, overlay, facts),) = predict_objects(objective, [("", _whole(picture))], view=view, least_score=least_score)
+    return Shown(overlay, {"objects": facts})
+
+
+def _whole(picture: Any) -> Tensor:
+    """uint8 ``(c, H, W)``"""
+    height, width = picture.size
+    pixels: Tensor = picture.crop((0, 0, height, width), (height, width))
+    return pixels
