@@ -14,7 +14,7 @@ from tests.swin.test_encoder import wake
 
 SMALL = {"embed_dim": 8, "depths": (2, 4), "num_heads": (1, 2), "image_size": 36, "window_size": 4, "drop_path": 0.3}
 
-BF16 = 0.02
+BF16 = 0.04
 
 
 def make_small(**settings):
@@ -50,7 +50,7 @@ def test_compiled_blocks_have_the_numbers_of_plain_ones(checkpointing, traced):
 
 
 def test_in_bf16_they_differ_by_rounding(traced):
-    """All gradients together by a percent, as much as either differs from float32 by."""
+    """All gradients together by less than 4 %, from each other and from float32."""
     encoder, images = make_small(), torch.randn(3, 3, 36, 36)
     exact = numbers(encoder, images)
     with torch.autocast("cpu", torch.bfloat16):
