@@ -147,7 +147,7 @@ def _find_kinetics(path: Path, videos: list[str], rows: list[dict[str, str]]) ->
 
 def part_names(part: str) -> tuple[str, ...]:
     """What ``train`` or ``val`` may be called."""
-    return VALIDATION if part == "val" else TRAINING
+    return {"val": VALIDATION, "train": TRAINING}.get(part, (part,))
 
 
 def part_of(name: str) -> str | None:

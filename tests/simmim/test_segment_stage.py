@@ -243,7 +243,7 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
     folder = stages.run(recipe, tmp_path / "out").parent
     printed = capsys.readouterr().out
     assert "warning: 4 problem(s) in the annotations: " in printed and printed.count("has no annotation") == 3
-    assert "training/001.png has no annotation; " in printed and "006.png has no annotation; ..." in printed
+    assert "training/001.png: has no annotation; " in printed and "006.png: has no annotation; ..." in printed
     assert "8 images at 32 x 32 px" in printed
     assert "training/003.png (the file is empty)" in printed and "validation/002.png" in printed
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
