@@ -79,7 +79,7 @@ def evaluate_classifier(
         pixels,
         accelerator,
         interpolation=interpolation_of(path),
-        video=video_of(path) | given,
+        video=clips_of(path) | given,
         batch_size=batch_size,
         num_workers=num_workers,
     )
@@ -145,7 +145,7 @@ def probe(
     crop = CenterCrop(encoder.config.image_size, "bicubic")
     view: Transform = crop
     if isinstance(encoder, VideoEncoder):
-        view = MiddleClip(crop, encoder.config.frames, video_of(path).get("stride", 1))
+        view = MiddleClip(crop, encoder.config.frames, clips_of(path).get("stride", 1))
     known, labels = _features(objective, _views(training, view, batch_size, accelerator, num_workers), accelerator)
     new, new_labels = _features(objective, _views(holdout, view, batch_size, accelerator, num_workers), accelerator)
     rows = []
@@ -203,7 +203,7 @@ def interpolation_of(path: Path) -> str:
     return trained.get("settings", {}).get("stage", {}).get("crop", {}).get("interpolation", "bicubic")
 
 
-def video_of(path: Path) -> dict[str, int]:
+def clips_of(path: Path) -> dict[str, int]:
     """``stride``, ``views`` and ``crops`` of an export of clips; empty if it says nothing of them."""
     return load_description(path).get("video", {}) if (path / DESCRIPTION).exists() else {}
 

@@ -183,10 +183,12 @@ def test_the_judge_and_evaluate_agree(chain, videos, capsys):
     assert "encodes images, which have no crops: leave them out" in capsys.readouterr().err
 
 
-def test_probes_see_the_middle_clip(chain, videos):
+def test_probes_see_the_middle_clip(chain, videos, monkeypatch):
+    seen, embed = set(), VideoEncoder.embed
+    monkeypatch.setattr(VideoEncoder, "embed", lambda self, clips: seen.add(clips.shape[1:]) or embed(self, clips))
     rows = probe(chain / "finetune_48" / "export", str(videos), num_workers=0, batch_size=8)
     assert [row["features"] for row in rows] == [8, 16, 16] and "final norm" in format_probe(rows)
-    assert rows[-1]["linear"] > 0.8
+    assert rows[-1]["linear"] > 0.8 and seen == {(3, 4, 48, 48)}
 
 
 def test_a_pretraining_of_clips_is_judged_beside_what_learns_nothing(chain):
@@ -237,11 +239,12 @@ def test_what_is_broken_off_ends_the_same_bit_for_bit(stage, epochs, videos, tmp
     labels = {"labels": {"path": str(videos)}, "ema_decay": 0.5}
     path = written(tmp_path, pretrain_clips={"init_from": "scratch"}, finetune_48=labels)
     changes = [f"stages.{stage}.schedule.epochs={epochs}", f"stages.{stage}.init_from=scratch"]
-    changes += [f"stages.{stage}.log.checkpoint_every_steps=2"]
-    recipe = load_recipe(str(path), [*changes, "stages.finetune_48.window_size=6"])
+    changes += [f"stages.{stage}.log.checkpoint_every_steps=2", "stages.finetune_48.window_size=6"]
+    recipe = load_recipe(str(path), changes)
     run_stage(recipe, stage, tmp_path / "straight")
     AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = partial(run_stage, recipe, stage, tmp_path / "resumed")
+    with_worker = load_recipe(str(path), [*changes, "data.num_workers=1"])
+    resumed = partial(run_stage, with_worker, stage, tmp_path / "resumed")
     break_off(3, resumed)  # after the checkpoint of step 2
     resumed()
     found = [
@@ -250,16 +253,14 @@ def test_what_is_broken_off_ends_the_same_bit_for_bit(stage, epochs, videos, tmp
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     summaries = [(tmp_path / out / "clips" / stage / "summary.json").read_text() for out in ("straight", "resumed")]
     assert summaries[0] == summaries[1]
-    others = [*changes, "stages.finetune_48.window_size=6", f"stages.{stage}.video.views=1"]  # only how it is judged
+    judged = load_recipe(
+        str(path), [*changes, f"stages.{stage}.video.views=1"]
+    )  # which does not change what is trained
     AcceleratorState._reset_state(reset_partial_state=True)
-    run_stage(load_recipe(str(path), others), stage, tmp_path / "straight")
+    run_stage(judged, stage, tmp_path / "straight")
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match=r"other settings \(stage.video.stride: 2 -> 1\)"):
-        run_stage(
-            load_recipe(str(path), [*changes, "stages.finetune_48.window_size=6", f"stages.{stage}.video.stride=1"]),
-            stage,
-            tmp_path / "straight",
-        )
+        run_stage(load_recipe(str(path), [*changes, f"stages.{stage}.video.stride=1"]), stage, tmp_path / "straight")
 
 
 def test_a_start_from_images_gives_a_still_clip_the_features_of_its_image(chain):
