@@ -20,7 +20,7 @@ from simmim.data import Decoder, Images, MovingShapes, Shapes, Source, VideoDeco
 from simmim.data.loader import reason_of
 from simmim.objectives.classify import Classify
 from simmim.stages.assembly import make_accelerator
-from simmim.stages.evaluate import interpolation_of, open_encoder, video_of, view_of
+from simmim.stages.evaluate import clips_of, interpolation_of, open_encoder, view_of
 from simmim.stages.evaluate_objects import load_detector, predict_objects
 from simmim.stages.evaluate_segments import load_segmenter, predict_segments
 from simmim.stages.judging import check_options, kind_of
@@ -122,11 +122,13 @@ def _open(
     else:
         sizes = {key: options.pop(key) for key in ("image_size", "window_size") if key in options}
         encoder, pixels = open_encoder(path, **sizes)
+        if options and not isinstance(encoder, VideoEncoder):
+            raise ValueError(f"{path} encodes images, which have no {' and '.join(options)}: leave them out")
         head = load_classifier(path)
         names = head.classes or [str(number) for number in range(len(head.weight))]
         classifier = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
         classifier.head.load_state_dict({"weight": head.weight, "bias": head.bias})
-        look = view_of(encoder, interpolation_of(path), video_of(path) | options)
+        look = view_of(encoder, interpolation_of(path), clips_of(path) | options)
         show = partial(_classes, classifier.to(device).eval(), look)
     _, pixels = open_encoder(path)
     low_high = pixels.get("value_range")

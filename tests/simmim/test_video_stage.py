@@ -171,15 +171,15 @@ def test_the_judge_and_evaluate_agree(chain, videos, capsys):
     assert numbers.pop("images") == 6
     assert {f"holdout_{key}": value for key, value in numbers.items()} == pytest.approx(summary, rel=1e-4)
     last = [row for row in metrics(chain / "transfer_64") if "holdout_loss" in row][-1]
-    one = ("--views", 1, "--crops", 1, "--num-workers", 0, "--json", chain / "one.json")
+    one = ("views=1", "crops=1", "--num-workers", 0, "--json", chain / "one.json")
     assert command("evaluate", export, videos, *one) == 0
     single = json.loads((chain / "one.json").read_text())
     assert single["loss"] == pytest.approx(last["holdout_loss"], rel=1e-4)
     assert single["loss"] != pytest.approx(numbers["loss"], rel=1e-4)
     capsys.readouterr()
-    assert command("evaluate", export, videos, "--views", 0) == 2
+    assert command("evaluate", export, videos, "views=0") == 2
     assert "must be at least 1, got 8, 1, 0, 3" in capsys.readouterr().err
-    assert command("evaluate", chain / "pretrain" / "export", videos, "--crops", 3) == 2
+    assert command("evaluate", chain / "pretrain" / "export", videos, "crops=3") == 2
     assert "encodes images, which have no crops: leave them out" in capsys.readouterr().err
 
 

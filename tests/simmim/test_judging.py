@@ -1,0 +1,158 @@
+"""One command judges, and one shows, what any export says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim import visualize
+from simmim.around import HEAD, save_around
+from simmim.classifier import save_classifier
+from simmim.cli import main
+from simmim.objectives.classify import Classify
+from simmim.objectives.detect import Detect
+from simmim.objectives.segment import Segment
+from simmim.schema import Detect as DetectStage
+from simmim.stages.detecting import describe, head_of
+from swin import make_encoder, save_encoder
+
+PIXELS = {"mean": [0.5] * 3, "std": [0.3] * 3}
+CLASSES = [f"name {number}" for number in range(12)]
+SIZES = {"a.png": (40, 60), "b.png": (33, 32), "c.png": (64, 48)}
+
+
+def make_small():
+    torch.manual_seed(0)
+    return make_encoder(
+        "swinv2_tiny", embed_dim=8, depths=(1, 1), num_heads=(1, 2), image_size=32, window_size=4
+    ).eval()
+
+
+def write(objective, folder, about):
+    save_encoder(objective.encoder, folder, about={"pixels": PIXELS, **about})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A classifier that takes everything for its class 2, a segmenter and a detector that know nothing."""
+    folder = tmp_path_factory.mktemp("exports")
+    classifier = Classify(make_small(), CLASSES, **PIXELS)
+    with torch.no_grad():
+        classifier.head.weight.zero_()
+        classifier.head.bias.zero_()[2] = 3.0
+    save_classifier(write(classifier, folder / "classifier", {"classes": CLASSES}), classifier.head.state_dict())
+    segmenter = Segment(make_small(), ["sky", "sea", "land"], channels=8, auxiliary_channels=8, **PIXELS)
+    write(segmenter, folder / "segmenter", {"segmentation": segmenter.description()})
+    save_around(folder / "segmenter" / HEAD, segmenter.state_dict())
+    stage = DetectStage(init_from="scratch", width=8, hidden=16, test={"short_px": 32, "long_px": 64})
+    detector = Detect(make_small(), ["cat", "dog"], **PIXELS, **head_of(stage))
+    write(detector, folder / "detector", {"detection": describe(stage, detector.classes)})
+    save_around(folder / "detector" / HEAD, detector.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three pictures, and a file that is none."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, (height, width) in SIZES.items():
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "bad.png").write_bytes(b"nothing")
+    return folder
+
+
+def shown_by(capsys, *arguments) -> tuple[list[dict], str, str]:
+    """Lines of JSON, what was printed, and what was complained of."""
+    assert main(["predict", *map(str, arguments)]) == 0
+    said = capsys.readouterr()
+    out = arguments[-1]
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()], said.out, said.err
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter", "detector"])
+def test_every_image_gets_a_picture_and_a_line(kind, exports, photos, tmp_path, capsys):
+    lines, printed, complained = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
+    assert [line["image"].rpartition("/")[2] for line in lines] == list(SIZES)
+    assert printed.startswith("3 picture(s)") and "left out a broken image: " in complained and "bad.png" in complained
+    for line in lines:
+        with Image.open(tmp_path / "out" / line["picture"]) as picture:
+            assert min(picture.size) >= 32
+    if kind == "classifier":
+        assert all(next(iter(line["classes"])) == "name 2" and len(line["classes"]) == 5 for line in lines)
+    if kind == "segmenter":
+        for line, (height, width) in zip(lines, SIZES.values(), strict=True):
+            with Image.open(tmp_path / "out" / line["label_map"]) as labels:
+                assert (labels.mode, labels.size) == ("P", (width, height)) and np.asarray(labels).max() <= 2
+            assert sum(line["classes"].values()) == pytest.approx(1)
+    if kind == "detector":
+        found = [thing for line in lines for thing in line["objects"]]
+        assert found and {thing["class"] for thing in found} <= {"cat", "dog"} and "segmentation" in found[0]
+
+
+def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
+    lines, *_ = shown_by(capsys, exports / "classifier", "builtin:shapes", "--images", 2, "--out", tmp_path / "out")
+    assert [line["picture"][:6] for line in lines] == ["00000_", "00001_"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "segmenter", "PHOTOS", "zooms=[1]"],
+            "a segmenter has no option 'zooms': it has annotations, flip, scales",
+        ),
+        (["predict", "detector", "PHOTOS", "zooms=[1"], "'zooms=[1' is not valid YAML"),
+        (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
+        (["predict", "classifier", "PHOTOS", "PHOTOS"], "expected one place with images, got 2"),
+        (["predict", "classifier", "PHOTOS", "--images", "0"], "--images must be at least 1"),
+        (["predict", "classifier", "views=2"], "no data: views=2 are options"),
+        (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
+        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "a detector has no option 'scales'"),
+    ],
+)
+def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):
+    command, kind, *rest = arguments
+    rest = [str(photos) if text == "PHOTOS" else text for text in rest]
+    out = ["--out", str(tmp_path / "out")] if command == "predict" else []
+    assert main([command, str(exports / kind), *rest, *out]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_show_is_a_mistake(exports, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").write_bytes(b"nothing")
+    assert main(["predict", str(exports / "classifier"), str(tmp_path / "bad"), "--out", str(tmp_path / "out")]) == 2
+    assert "none of 1 images of " in capsys.readouterr().err
+
+
+def test_all_variants_of_imagenet_v2_by_the_numbers_of_their_folders(exports, tmp_path, capsys):
+    """Folder 10 comes after 9, not after 1: three of the images of one variant, one of the other, are of class 2."""
+    for variant, of_two in (("imagenetv2-top-images-format-val", 3), ("imagenetv2-threshold0.7-format-val", 1)):
+        for label in range(12):
+            folder = tmp_path / variant / str(label)
+            folder.mkdir(parents=True)
+            for number in range(of_two if label == 2 else 1):
+                Image.new("RGB", (40, 40), (20 * label, 90, 60)).save(folder / f"{number}.png")
+    task = ["evaluate", str(exports / "classifier"), "--num-workers", "0"]
+    assert main([*task, str(tmp_path), "--json", str(tmp_path / "v2.json")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == [
+        "imagenetv2-threshold0.7-format-val",
+        "imagenetv2-top-images-format-val",
+    ]
+    rows = json.loads((tmp_path / "v2.json").read_text())
+    assert [row["top1"] for row in rows.values()] == pytest.approx([1 / 12, 3 / 14])
+    assert main([*task, *(str(tmp_path / row.rpartition("/")[2]) for row in rows)]) == 0  # or one by one
+    assert capsys.readouterr().out.splitlines() == printed
+
+
+def test_bars_are_as_long_as_shares():
+    picture = np.asarray(visualize.ranked(torch.zeros(3, 128, 128), [("all", 1.0), ("half", 0.5), ("none", 0.0)]))
+    blue = (picture == (190, 215, 240)).all(axis=2)
+    lengths = [int(blue[22 + row * 23 + 16].sum()) for row in range(3)]
+    assert lengths[0] == pytest.approx(2 * lengths[1], abs=2) and lengths[0] > 60 and lengths[2] <= 1
