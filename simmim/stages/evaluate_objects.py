@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
@@ -28,6 +29,7 @@ from simmim.stages.training import told
 from swin import load_description, load_encoder
 
 SIZES = ("image_size", "window_size")
+SMALLEST_PICTURE = 256
 
 
 def evaluate_objects(
@@ -144,8 +146,9 @@ def predict_objects(
             for result in coco_results([found], [0], range(len(objective.classes)))
         ]
         names = [f"{fact['class']} {fact['score']:.2f}" for fact in facts]
-        shown = visualize.to_rgb(image[None] / 255)[0]
-        overlay = visualize.with_objects(shown, found["boxes"], found["labels"], names, found.get("masks"))
+        zoom = max(1, -(-SMALLEST_PICTURE // min(image.shape[-2:])))  # names need room
+        shown = F.interpolate(visualize.to_rgb(image[None] / 255), scale_factor=zoom)[0]
+        overlay = visualize.with_objects(shown, zoom * found["boxes"], found["labels"], names, found.get("masks"))
         yield name, to_pil_image(overlay), facts
 
 

@@ -194,9 +194,9 @@ def test_what_is_found_is_drawn_and_told(chain):
     ((name, overlay, facts),) = predict_objects(objective, [("a", image)], view=view)
     assert seen[0]["image_size"].tolist() == [[40, 60]] and seen[0]["original_size"].tolist() == [[80, 120]]
     (fact,) = json.loads(json.dumps(facts))
-    assert (name, overlay.size, fact["class"], fact["bbox"]) == ("a", (120, 80), "red", [30, 10, 20, 10])
+    assert (name, overlay.size, fact["class"], fact["bbox"]) == ("a", (480, 320), "red", [30, 10, 20, 10])
     assert fact["score"] == pytest.approx(0.9) and fact["segmentation"]["size"] == [80, 120]
-    pixels = np.array(overlay)
+    pixels = np.array(overlay)[2::4, 2::4]  # small pictures are enlarged
     assert (pixels[12:18, 34:46] != 100).any(axis=-1).all() and (pixels[40:, 60:] == 100).all()
     del objective.predict
     assert len(list(predict_objects(objective, [("a", image)], view=view, least_score=0.0))) == 1
