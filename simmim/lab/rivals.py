@@ -61,13 +61,17 @@ def make_rival(name: str, ours: Reconstruct) -> nn.Module:
         ValueError: an unknown name, or a file that is not there or has no such function.
     """
     config = ours.encoder.config
+    if name in ("timm", "transformers") and config.norm != "res-post":
+        raise ValueError(f"{name} is compared as Swin V2: leave it out of --rivals, or measure an encoder swinv2_...")
     if name == "timm":
         return Rival(_timm(config, ours), _encode_timm, ours)
     if name == "transformers":
         return Rival(_transformers(config, ours), _encode_transformers, ours)
     file, colon, function = name.rpartition(":")
-    if not colon or not Path(file).is_file():
+    if not colon:
         raise ValueError(f"unknown rival {name!r}: expected timm, transformers or FILE.py:FUNCTION")
+    if not Path(file).is_file():
+        raise ValueError(f"rival {name!r}: there is no file {file}")
     spec = importlib.util.spec_from_file_location("rival", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

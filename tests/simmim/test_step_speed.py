@@ -81,9 +81,17 @@ def test_everybody_is_measured(tmp_path, monkeypatch):
     assert 0 < ours.saved_bytes < 0.7 * theirs.saved_bytes and ours.share_of_limit > 0
     written = json.loads((tmp_path / "speed.json").read_text())
     assert [row["name"] for row in written] == names * 2 and len(said) == 10
-    for name, message in (("nobody", "unknown rival 'nobody'"), (f"{tmp_path / 'other.py'}:made", "has no made")):
+    for name, message in (
+        ("nobody", "unknown rival 'nobody'"),
+        ("gone.py:make", "there is no file gone.py"),
+        (f"{tmp_path / 'other.py'}:made", "has no made"),
+    ):
         with pytest.raises(ValueError, match=message):
             make_rival(name, make_small())
+    encoder = make_encoder("swin_tiny", embed_dim=24, depths=(2, 2), num_heads=(2, 4), image_size=64, window_size=4)
+    first = Reconstruct(encoder, MaskGenerator((64, 64), 16, 0.6), mean=[0.5] * 3, std=[0.2] * 3)
+    with pytest.raises(ValueError, match="timm is compared as Swin V2"):
+        make_rival("timm", first)
 
 
 def test_kept_bytes_are_those_of_the_backward_pass():
