@@ -71,7 +71,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from simmim.stages.judging import evaluate_export, variants
 
-    paths, options = split_options(arguments.data)
+    paths, options = split_options([*arguments.data, *arguments.overrides])
     rows = {}
     task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments), **options}
     places = [place for path in paths for place in variants(path)]
@@ -104,7 +104,7 @@ def _tell(text: str, results: Any, file: Path | None) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     from simmim.stages.predicting import LINES, predict
 
-    paths, options = split_options(arguments.data)
+    paths, options = split_options([*arguments.data, *arguments.overrides])
     if len(paths) != 1:
         raise ValueError(f"expected one place with images, got {len(paths)}: {', '.join(paths)}")
     if arguments.images is not None and arguments.images < 1:
