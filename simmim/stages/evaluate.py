@@ -39,6 +39,7 @@ from simmim.stages.images import make_views
 from swin import SwinEncoder, VideoEncoder, import_encoder, load_description, load_encoder
 from swin.weights import DESCRIPTION
 
+SIZES = ("image_size", "window_size")
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -68,8 +69,7 @@ def evaluate_classifier(
     accelerator = make_accelerator(precision)
     encoder, pixels = open_encoder(path, **sizes)
     given = {key: number for key, number in (("views", views), ("crops", crops)) if number is not None}
-    if given and not isinstance(encoder, VideoEncoder):
-        raise ValueError(f"{path} encodes images, which have no {' and '.join(given)}: leave them out")
+    video = looked_at(path, encoder, given)
     classifier = load_classifier(path)
     source = labelled_images(data, encoder, pixels, classifier.classes, len(classifier.weight))
     return judge(
@@ -79,7 +79,7 @@ def evaluate_classifier(
         pixels,
         accelerator,
         interpolation=interpolation_of(path),
-        video=clips_of(path) | given,
+        video=video,
         batch_size=batch_size,
         num_workers=num_workers,
     )
@@ -105,10 +105,7 @@ def judge(
     Raises:
         ValueError: no image could be read.
     """
-    names = classifier.classes or [str(number) for number in range(len(classifier.weight))]
-    objective = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
-    objective.head.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
-    objective.to(accelerator.device).eval()
+    objective = with_head(encoder, classifier, pixels).to(accelerator.device).eval()
     view = view_of(encoder, interpolation, video)
     if isinstance(view, Views):  # as many clips at a time as there would be images
         batch_size = max(1, batch_size // (view.temporal * view.spatial))
@@ -191,10 +188,22 @@ def open_encoder(path: Path, **sizes: Any) -> tuple[SwinEncoder, dict[str, Any]]
     Raises:
         ValueError: unreadable, or sizes that do not fit.
     """
-    if (path / DESCRIPTION).exists():
-        return load_encoder(path, **sizes), load_description(path).get("pixels", IMAGENET)
-    encoder, _ = import_encoder(path, **sizes)
-    return encoder, IMAGENET
+    encoder = load_encoder(path, **sizes) if (path / DESCRIPTION).exists() else import_encoder(path, **sizes)[0]
+    return encoder, pixels_of(path)
+
+
+def pixels_of(path: Path) -> dict[str, Any]:
+    """The statistics of the pixels of an export; ImageNet's of other files."""
+    about = load_description(path) if (path / DESCRIPTION).exists() else {}
+    return about.get("pixels", IMAGENET)
+
+
+def with_head(encoder: SwinEncoder, classifier: Classifier, pixels: dict[str, Any]) -> Classify:
+    """Both together; classes without names are called by their numbers."""
+    names = classifier.classes or [str(number) for number in range(len(classifier.weight))]
+    objective = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
+    objective.head.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
+    return objective
 
 
 def interpolation_of(path: Path) -> str:
@@ -206,6 +215,17 @@ def interpolation_of(path: Path) -> str:
 def clips_of(path: Path) -> dict[str, int]:
     """``stride``, ``views`` and ``crops`` of an export of clips; empty if it says nothing of them."""
     return load_description(path).get("video", {}) if (path / DESCRIPTION).exists() else {}
+
+
+def looked_at(path: Path, encoder: SwinEncoder, given: dict[str, int]) -> dict[str, int]:
+    """:func:`clips_of`, with other ``views`` and ``crops`` where they are given.
+
+    Raises:
+        ValueError: given for images.
+    """
+    if given and not isinstance(encoder, VideoEncoder):
+        raise ValueError(f"{path} encodes images, which have no {' and '.join(given)}: leave them out")
+    return clips_of(path) | given
 
 
 def view_of(encoder: SwinEncoder, interpolation: str, video: Mapping[str, int] | None) -> Transform:
@@ -251,14 +271,15 @@ def labelled_images(
             raise ValueError(
                 f"{data} has {len(known)} classes, but the classifier {count} without names: give all of them"
             )
-    return LabelledImages(files, _decoder(encoder, pixels), known)
+    return LabelledImages(files, decoder_of(encoder, pixels), known)
 
 
 def _shapes(encoder: SwinEncoder) -> type[Shapes]:
     return MovingShapes if isinstance(encoder, VideoEncoder) else Shapes
 
 
-def _decoder(encoder: SwinEncoder, pixels: dict[str, Any]) -> Decoder:
+def decoder_of(encoder: SwinEncoder, pixels: dict[str, Any]) -> Decoder:
+    """Of the images or videos that the encoder was trained on."""
     channels, low_high = encoder.config.in_chans, pixels.get("value_range")
     if isinstance(encoder, VideoEncoder):
         return VideoDecoder(channels)
@@ -270,7 +291,7 @@ def _labelled_pair(data: str, encoder: SwinEncoder, pixels: dict[str, Any]) -> t
     if data == "builtin:shapes":
         make = _shapes(encoder)
         return make(2000, size, channels), make(500, size, channels, held_out=True)
-    return labelled_sources(data, _decoder(encoder, pixels), 5000)
+    return labelled_sources(data, decoder_of(encoder, pixels), 5000)
 
 
 def _views(source: Labelled, view: Transform, batch_size: int, accelerator: Accelerator, num_workers: int) -> Batches:

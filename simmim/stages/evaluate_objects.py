@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from simmim import visualize
 from simmim.around import HEAD, load_around
-from simmim.data import Decoder, Pixels, Source, Subset, evaluation_batches
+from simmim.data import Pixels, Source, Subset, evaluation_batches
 from simmim.data.box_transforms import EvaluationSize, collate_scenes
 from simmim.data.boxes import CocoImages, Scene, has_split, open_coco
 from simmim.engine import Batch, in_step, to_device
 from simmim.objectives.average_precision import AveragePrecision, coco_results
 from simmim.objectives.detect import Detect
 from simmim.stages.assembly import make_accelerator
+from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
 from simmim.stages.training import told
 from swin import load_description, load_encoder
 
-SIZES = ("image_size", "window_size")
 SMALLEST_PICTURE = 256
 
 
@@ -50,7 +50,7 @@ def evaluate_objects(
     """
     accelerator = make_accelerator(precision)
     objective, view = load_detector(path, **options)
-    decoder = Decoder(objective.encoder.config.in_chans, _range(path))
+    decoder = decoder_of(objective.encoder, pixels_of(path))
     split = "val" if has_split(data, "val") else "train"
     source = open_coco(
         data, split, decoder, training=False, keep_empty=True, masks=objective.masks, categories=objective.classes
@@ -154,9 +154,3 @@ def predict_objects(
 
 def _without_ids(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if not key.endswith("_id")}
-
-
-def _range(path: Path) -> tuple[float, float] | None:
-    """Black and white of pixels, as the export says."""
-    low_high = load_description(path)["pixels"].get("value_range")
-    return (low_high[0], low_high[1]) if low_high else None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from simmim import visualize
 from simmim.around import load_around
-from simmim.data import Decoder, Pixels, Source
+from simmim.data import Pixels, Source
 from simmim.data.loader import Batches
 from simmim.data.segment_transforms import WholeSegments
 from simmim.data.segments import class_names_in, validation_segments
@@ -26,6 +26,7 @@ from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment
 from simmim.objectives.sliding import resized
 from simmim.stages.assembly import make_accelerator
+from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
 from simmim.stages.images import make_views
 from simmim.stages.training import told
 from swin import load_description, load_encoder
@@ -33,7 +34,6 @@ from swin.config import as_pair
 from swin.weights import load_config
 
 HEAD = "head.safetensors"
-SIZES = ("image_size", "window_size")
 
 
 class Judged(NamedTuple):
@@ -112,8 +112,7 @@ def evaluate_segments(
     """
     accelerator = make_accelerator(precision)
     objective = load_segmenter(path, **options).to(accelerator.device)
-    value_range = load_description(path)["pixels"].get("value_range")
-    decoder = Decoder(objective.encoder.config.in_chans, value_range and tuple(value_range))
+    decoder = decoder_of(objective.encoder, pixels_of(path))
     names = class_names_in(data)
     if names is not None and names != objective.classes:
         raise ValueError(

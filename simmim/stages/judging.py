@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simmim.stages.evaluate import evaluate_classifier
+from simmim.stages.evaluate import SIZES, evaluate_classifier
 from simmim.stages.evaluate_objects import evaluate_objects
 from simmim.stages.evaluate_segments import evaluate_segments
 from swin import load_description
@@ -23,6 +23,7 @@ JUDGES: dict[str, Callable[..., dict[str, float]]] = {
     "segmenter": evaluate_segments,
     "detector": evaluate_objects,
 }
+COMMON = ("num_workers", "precision", *SIZES)
 VARIANTS = "imagenetv2-*"
 
 
@@ -55,9 +56,6 @@ def evaluate_export(path: Path, data: str, *, batch_size: int | None = None, **o
             raise ValueError("a segmenter looks at whole images one by one: leave the batch size out")
         options["batch_size"] = batch_size
     return JUDGES[kind](path, data, **options)
-
-
-COMMON = ("num_workers", "precision", "image_size", "window_size")
 
 
 def variants(data: str) -> list[str]:

@@ -20,11 +20,19 @@ from simmim.data import Decoder, Images, MovingShapes, Shapes, Source, VideoDeco
 from simmim.data.loader import reason_of
 from simmim.objectives.classify import Classify
 from simmim.stages.assembly import make_accelerator
-from simmim.stages.evaluate import clips_of, interpolation_of, open_encoder, view_of
+from simmim.stages.evaluate import (
+    SIZES,
+    decoder_of,
+    interpolation_of,
+    looked_at,
+    open_encoder,
+    pixels_of,
+    view_of,
+    with_head,
+)
 from simmim.stages.evaluate_objects import load_detector, predict_objects
 from simmim.stages.evaluate_segments import load_segmenter, predict_segments
 from simmim.stages.judging import check_options, kind_of
-from swin import VideoEncoder
 
 LINES = "predictions.jsonl"
 FIRST = 5
@@ -110,7 +118,7 @@ def _open(
 ) -> tuple[Show, Decoder, tuple[int, int]]:
     """How an export shows things, what reads them, and their nominal size."""
     kind = kind_of(path)
-    check_options(kind, {key: value for key, value in options.items() if key not in ("image_size", "window_size")})
+    check_options(kind, {key: value for key, value in options.items() if key not in SIZES})
     show: Show
     if kind == "segmenter":
         segmenter = load_segmenter(path, **options).to(device)
@@ -120,22 +128,12 @@ def _open(
         show = partial(_objects, detector.to(device), view=view, least_score=least_score)
         encoder = detector.encoder
     else:
-        sizes = {key: options.pop(key) for key in ("image_size", "window_size") if key in options}
+        sizes = {key: options.pop(key) for key in SIZES if key in options}
         encoder, pixels = open_encoder(path, **sizes)
-        if options and not isinstance(encoder, VideoEncoder):
-            raise ValueError(f"{path} encodes images, which have no {' and '.join(options)}: leave them out")
-        head = load_classifier(path)
-        names = head.classes or [str(number) for number in range(len(head.weight))]
-        classifier = Classify(encoder, names, mean=pixels["mean"], std=pixels["std"])
-        classifier.head.load_state_dict({"weight": head.weight, "bias": head.bias})
-        look = view_of(encoder, interpolation_of(path), clips_of(path) | options)
+        look = view_of(encoder, interpolation_of(path), looked_at(path, encoder, options))
+        classifier = with_head(encoder, load_classifier(path), pixels)
         show = partial(_classes, classifier.to(device).eval(), look)
-    _, pixels = open_encoder(path)
-    low_high = pixels.get("value_range")
-    channels = encoder.config.in_chans
-    if isinstance(encoder, VideoEncoder):
-        return show, VideoDecoder(channels), encoder.config.image_size
-    return show, Decoder(channels, low_high and (low_high[0], low_high[1])), encoder.config.image_size
+    return show, decoder_of(encoder, pixels_of(path)), encoder.config.image_size
 
 
 @torch.no_grad()

@@ -22,15 +22,8 @@ from simmim.schema import Recipe
 from simmim.stages.assembly import decisive_settings, make_start
 from simmim.stages.evaluate_segments import HEAD, judge_whole
 from simmim.stages.images import reserved_images
-from simmim.stages.training import Job, Trained, carry_out
+from simmim.stages.training import Job, Trained
 from swin import SwinEncoder
-
-
-def segment(
-    recipe: Recipe, out: Path, *, name: str = "segment", precision: str | None = None, allow_changes: bool = False
-) -> Path:
-    """Run a stage of segmentation, from where it stands; see :func:`simmim.stages.training.carry_out`."""
-    return carry_out(recipe, out, name, make_job, judge, precision=precision, allow_changes=allow_changes)
 
 
 def judge(trained: Trained, accelerator: Accelerator) -> None:

@@ -20,14 +20,13 @@ from simmim.data.boxes import coco_sources
 from simmim.footprint import flops, footprint
 from simmim.memory import TrackedMemory
 from simmim.objectives.detect import Detect
-from simmim.optim import make_lr
 from simmim.recipe import load_recipe
 from simmim.report import write_report
-from simmim.stages import assembly, evaluate_objects, pretraining
+from simmim.stages import evaluate_objects, pretraining
 from simmim.stages.detecting import make_job
 from simmim.stages.evaluate_objects import average_precision, load_detector, predict_objects
 from tests.simmim.test_boxes import annotation, write_coco
-from tests.simmim.test_training import comparable_metrics, saved_state
+from tests.simmim.test_training import comparable_metrics, interrupted, saved_state
 
 LOG = {"metrics_every_steps": 1, "pictures_every_steps": 8, "checkpoint_every_steps": 3}
 DETECT = {
@@ -202,29 +201,14 @@ def test_what_is_found_is_drawn_and_told(chain):
     assert len(list(predict_objects(objective, [("a", image)], view=view, least_score=0.0))) == 1
 
 
-def run_interrupted(recipe, out, at_step, monkeypatch):
-    def interrupting(**arguments):
-        lr_at = make_lr(**arguments)
-
-        def lr(step):
-            if step == at_step:
-                raise KeyboardInterrupt
-            return lr_at(step)
-
-        return lr
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(assembly, "make_lr", interrupting)
-        stages.run(recipe, out)
-
-
-def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, monkeypatch):
+def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
     write_coco(tmp_path / "coco", count=5)
     write_coco(tmp_path / "coco", "val", count=1)
     changes = ("jitter.kind=large_scale", "batch_size=2", "micro_batch_size=1", "log.checkpoint_every_steps=2")
     recipe = make_recipe(tmp_path, [f"stages.detect.{change}" for change in changes])
     stages.run(recipe, tmp_path / "straight")
-    run_interrupted(recipe, tmp_path / "resumed", 4, monkeypatch)
+    with interrupted(4):
+        stages.run(recipe, tmp_path / "resumed")
     stages.run(recipe, tmp_path / "resumed")
     one, two = (tmp_path / name / "mine/detect" for name in ("straight", "resumed"))
     assert "resumed" in (two / "events.jsonl").read_text()

@@ -24,9 +24,10 @@ from simmim.data.segments import read_label_map, segmented_sources, validation_s
 from simmim.optim import make_lr
 from simmim.recipe import load_recipe
 from simmim.report import write_report
-from simmim.stages import assembly, images
+from simmim.stages import images
 from simmim.stages.evaluate_segments import evaluate_segments, load_segmenter, predict_segments
 from simmim.stages.segmenting import make_segmented
+from tests.simmim.test_training import comparable_metrics, interrupted
 from tools import paint_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -107,11 +108,6 @@ def done(data, tmp_path_factory) -> Path:
     return out / "tiny/segment"
 
 
-def metrics(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
-
-
 def test_linear_decay_by_hand():
     arguments = {"batch_size": 16, "steps_per_epoch": 10, "total_steps": 100, "warmup_lr": 0, "min_lr": 3.2e-5}
     lr_at = make_lr("linear", base_lr=1.28e-3, warmup_epochs=2, **arguments)
@@ -120,7 +116,7 @@ def test_linear_decay_by_hand():
 
 
 def test_a_stage_learns_and_says_how_well(done):
-    lines = metrics(done)
+    lines = comparable_metrics(done)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 25 and sum(losses[-5:]) < 0.65 * sum(losses[:5])
     assert {"holdout_loss", "holdout_pixel_accuracy"} <= lines[-1].keys() | lines[-2].keys()
@@ -188,19 +184,14 @@ def test_processes_count_every_image_once(done, data, tmp_path):
         assert numbers == {key: pytest.approx(summary[f"holdout_{key}"]) for key in numbers}
 
 
-def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(done, data, tmp_path, monkeypatch):
-    def interrupting(**arguments):
-        lr_at = make_lr(**arguments)
-        return lambda step: exec("raise KeyboardInterrupt") if step == 16 else lr_at(step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(assembly, "make_lr", interrupting)
+def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(done, data, tmp_path):
+    with interrupted(16):
         stages.run(make_recipe(data), tmp_path)
     stages.run(make_recipe(data, "stages.segment.test.flip=true"), tmp_path)  # how it is tested may change
     folder = tmp_path / "tiny/segment"
     one, two = (load_file(next((f / "checkpoints/step_00000025").glob("*.safetensors"))) for f in (done, folder))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    trained = [[line for line in metrics(f) if "loss" in line] for f in (done, folder)]
+    trained = [[line for line in comparable_metrics(f) if "loss" in line] for f in (done, folder)]
     assert trained[0] == trained[1]
     with pytest.raises(ValueError, match=r"other settings \(stage.head.channels: 16 -> 24"):
         stages.run(make_recipe(data, "stages.segment.head.channels=24"), tmp_path)

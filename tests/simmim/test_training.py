@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,9 +128,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def run_interrupted(out: Path, at_step: int, monkeypatch) -> None:
+@contextmanager
+def interrupted(at_step: int) -> Iterator[None]:
+    """Ctrl-C before a step."""
+    original = assembly.make_lr
+
     def interrupting(**arguments):
-        lr_at = make_lr(**arguments)
+        lr_at = original(**arguments)
 
         def lr(step):
             if step == at_step:
@@ -137,9 +143,9 @@ def run_interrupted(out: Path, at_step: int, monkeypatch) -> None:
 
         return lr
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(assembly, "make_lr", interrupting)
-        stages.pretrain(tiny_recipe(), out)
+        yield
 
 
 def comparable_metrics(folder: Path) -> list[dict]:
@@ -152,11 +158,13 @@ def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path, monkeypatch):
+def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     stages.pretrain(tiny_recipe(), straight)
-    run_interrupted(resumed, 5, monkeypatch)  # after the checkpoint of step 3; steps 4 and 5 are lost
-    run_interrupted(resumed, 8, monkeypatch)
+    with interrupted(5):
+        stages.pretrain(tiny_recipe(), resumed)  # after the checkpoint of step 3; steps 4 and 5 are lost
+    with interrupted(8):
+        stages.pretrain(tiny_recipe(), resumed)
     stages.pretrain(tiny_recipe("data.num_workers=1"), resumed)
     a, b = straight / "tiny" / "pretrain", resumed / "tiny" / "pretrain"
     one, two = saved_state(a / "checkpoints/step_00000010"), saved_state(b / "checkpoints/step_00000010")

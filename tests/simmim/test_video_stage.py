@@ -28,14 +28,14 @@ from simmim.objectives.trivial import nearest_visible
 from simmim.plan import config_of, make_planned
 from simmim.recipe import document, load_recipe
 from simmim.report import write_report
-from simmim.stages import assembly, run_stage
+from simmim.stages import run_stage
 from simmim.stages.assembly import make_start
 from simmim.stages.evaluate import evaluate_classifier, format_probe, probe
 from simmim.stages.pretraining import make_objective
 from simmim.stages.sharding import draw_weights, give_memory
 from swin import VideoConfig, VideoEncoder
 from tests.simmim.test_clips import write_video
-from tests.simmim.test_training import saved_state
+from tests.simmim.test_training import interrupted, saved_state
 
 pytest.importorskip("av")
 
@@ -214,26 +214,6 @@ def test_a_pretraining_of_clips_is_judged_beside_what_learns_nothing(chain):
     assert {name: found[name] for name in sums} == pytest.approx(sums, rel=1e-4)
 
 
-def break_off(at_step: int, run) -> None:
-    """Ctrl-C before a step."""
-    original = assembly.make_lr
-
-    def interrupting(**arguments):
-        lr_at = original(**arguments)
-
-        def lr(step):
-            if step == at_step:
-                raise KeyboardInterrupt
-            return lr_at(step)
-
-        return lr
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(assembly, "make_lr", interrupting)
-        run()
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize(("stage", "epochs"), [("pretrain_clips", 1.5), ("finetune_48", 3)])
 def test_what_is_broken_off_ends_the_same_bit_for_bit(stage, epochs, videos, tmp_path):
     labels = {"labels": {"path": str(videos)}, "ema_decay": 0.5}
@@ -245,7 +225,9 @@ def test_what_is_broken_off_ends_the_same_bit_for_bit(stage, epochs, videos, tmp
     AcceleratorState._reset_state(reset_partial_state=True)
     with_worker = load_recipe(str(path), [*changes, "data.num_workers=1"])
     resumed = partial(run_stage, with_worker, stage, tmp_path / "resumed")
-    break_off(3, resumed)  # after the checkpoint of step 2
+    with interrupted(3):  # after the checkpoint of step 2
+        resumed()
+    AcceleratorState._reset_state(reset_partial_state=True)
     resumed()
     found = [
         saved_state(tmp_path / out / "clips" / stage / "checkpoints/step_00000006") for out in ("straight", "resumed")
