@@ -9,11 +9,18 @@ from accelerate.state import AcceleratorState
 from swin.blocks import compiled_branches
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_numbers_on_every_processor():
+    """Also of what is trained once for a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_start(tmp_path_factory, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the same numbers on every processor
 
 
 @pytest.fixture

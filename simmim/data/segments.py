@@ -194,7 +194,6 @@ def segmented_sources(
     val_annotations: str | Path | None = None,
     classes: Sequence[str] | int | None = None,
     ignore_zero: bool = False,
-    reserved: int = 0,
 ) -> SegmentedSources:
     """Images with label maps, and held-out ones.
 
@@ -208,7 +207,6 @@ def segmented_sources(
         classes: names or number; None: ``objectInfo150.txt`` or ``classes.txt`` in ``path``, see
             :func:`read_class_names`; else the annotations are counted.
         ignore_zero: as of :class:`SegmentedImages`.
-        reserved: as of :func:`split_holdout`.
 
     Raises:
         ValueError: as :class:`SegmentedImages`; folders that are missing, too few images to hold any out.
@@ -231,7 +229,7 @@ def segmented_sources(
     if val_path is not None and val_annotations is not None:
         holdout = _open_pair(val_path, val_annotations, decoder, training.classes, ignore_zero)
         return SegmentedSources(training, holdout, training.classes, training.problems + holdout.problems)
-    kept, held_out = (_pairs_of(training, part) for part in split_holdout(training.images, holdout_images, reserved))
+    kept, held_out = (_pairs_of(training, part) for part in split_holdout(training.images, holdout_images))
     if not len(held_out):
         raise ValueError(f"{path} holds {len(training)} images: too few to hold a tenth out, 10 are the least")
     return SegmentedSources(kept, held_out, training.classes, training.problems)

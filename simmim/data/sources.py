@@ -222,7 +222,7 @@ def open_files(path: str | Path) -> Files:
     matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
     if not matches:
         raise ValueError(
-            f"data.path {text!r} is not a folder, nor a file or a pattern of files: set data.path=FOLDER_OF_IMAGES"
+            f"{text!r} is not a folder, nor a file or a pattern of files: expected something that holds images"
         )
     return _open_shards(place, matches)
 
@@ -275,34 +275,26 @@ def is_name(path: str | Path) -> bool:
     return str(path).startswith((PREFIX, STREAM, "builtin:"))
 
 
-def split_holdout(source: Source, holdout_images: int, reserved: int = 0) -> tuple[Source, Source | None]:
+def split_holdout(source: Source, holdout_images: int) -> tuple[Source, Source | None]:
     """Take a fixed random set of images out of training: ``(training, holdout)``.
 
     The same images for every seed and recipe, so that held-out losses compare. Never more than a
     tenth of the source; None when that leaves nothing. Of a stream it is the first images, so that
     they lie together.
-
-    Args:
-        reserved: as many are kept out of training, if that is more: other stages are judged by them.
     """
     count = min(holdout_images, len(source) // 10)
-    unseen = min(max(holdout_images, reserved), len(source) // 10)
-    if unseen == 0:
+    if count == 0:
         return source, None
     generator = torch.Generator().manual_seed(derive_seed("holdout", 0))
     in_blocks = source.blocks is not None
     order = torch.arange(len(source)) if in_blocks else torch.randperm(len(source), generator=generator)
-    training = Subset(source, order[unseen:].sort().values)
-    return training, Subset(source, order[:count]) if count else None
+    return Subset(source, order[count:].sort().values), Subset(source, order[:count])
 
 
-def training_images(
-    path: str | Path, decoder: Decoder, holdout_images: int, reserved: int = 0
-) -> tuple[Source, Source | None]:
+def training_images(path: str | Path, decoder: Decoder, holdout_images: int) -> tuple[Source, Source | None]:
     """Images for training without labels, and held-out ones (None where too few are left to hold any out).
 
-    Where there is a train and a val part only the first is used: no stage may see the other. Where there
-    is not, ``reserved`` images are kept out of training.
+    Where there is a train and a val part only the first is used: no stage may see the other.
 
     Raises:
         ValueError, OSError: as :func:`open_files`.
@@ -310,12 +302,12 @@ def training_images(
     files = open_files(path)
     train, val = files.part("train"), files.part("val")
     if train is not None and val is not None:
-        return split_holdout(Images(train, decoder), holdout_images)
-    return split_holdout(Images(files, decoder), holdout_images, reserved)
+        files = train
+    return split_holdout(Images(files, decoder), holdout_images)
 
 
 def labelled_sources(
-    path: str | Path, decoder: Decoder, holdout_images: int, val_path: str | Path | None = None, reserved: int = 0
+    path: str | Path, decoder: Decoder, holdout_images: int, val_path: str | Path | None = None
 ) -> tuple[Labelled, Labelled]:
     """Training and held-out images with labels.
 
@@ -333,7 +325,7 @@ def labelled_sources(
     if train is not None and val is not None:
         training = LabelledImages(train, decoder)
         return training, LabelledImages(val, decoder, training.classes)
-    kept, holdout = split_holdout(LabelledImages(files, decoder), holdout_images, reserved)
+    kept, holdout = split_holdout(LabelledImages(files, decoder), holdout_images)
     if holdout is None:
         raise ValueError(f"{path} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
     return cast(Labelled, kept), cast(Labelled, holdout)

@@ -18,7 +18,7 @@ from simmim.lab.arms import Outcome, check_seeds, make_arm, pearson, pretraining
 from simmim.lab.results import percent, write_results
 from simmim.schema import Recipe
 from simmim.stages.assembly import make_accelerator
-from simmim.stages.images import images_of_share, make_sources, reserved_images
+from simmim.stages.sources import images_of_share, make_sources
 
 MARKS = "osD^v"
 LINES = ("-", "--", ":", "-.")
@@ -81,11 +81,10 @@ def data_scaling(
 
 def images_of(recipe: Recipe, shares: Sequence[float]) -> tuple[int, dict[float, int]]:
     """How many images pretraining has as the recipe is, and with each share; they are looked for once."""
-    _, stage = pretraining_of(recipe)
-    data = recipe.data.model_copy(update={"share": 1.0})
-    reserved = reserved_images(recipe, data.path)
-    training, _ = make_sources(data, stage.image_size, recipe.encoder.in_chans, reserved, stage.video)
-    numbers = {share: images_of_share(share, len(training)) for share in (recipe.data.share, *shares)}
+    name, _ = pretraining_of(recipe)
+    whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share": 1.0})})
+    images = len(make_sources(whole, name).training)
+    numbers = {share: images_of_share(share, images) for share in (recipe.data.share, *shares)}
     return numbers[recipe.data.share], {share: numbers[share] for share in shares}
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from simmim.classifier import load_classifier
+from simmim.data import Labelled
 from simmim.lab.arms import check_seeds
 from simmim.lab.page import draw_page, final_of, measure_of
 from simmim.lab.results import percent
@@ -20,8 +21,8 @@ from simmim.schema import Finetune, Pretrain, Recipe, Supervised, video_of
 from simmim.stages import run, run_stage
 from simmim.stages.assembly import geometry, make_accelerator
 from simmim.stages.evaluate import judge
-from simmim.stages.finetuning import make_labelled
 from simmim.stages.images import about_video
+from simmim.stages.sources import make_sources
 from swin import load_encoder
 
 BICUBIC = "as it is, bias table resampled"
@@ -149,7 +150,7 @@ def judge_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) 
     export = out / recipe.name / stage.init_from / "export"
     encoder, classifier = load_encoder(export), load_classifier(export)
     size, window = geometry(stage, encoder.config)
-    _, holdout = make_labelled(recipe, stage, size)
+    holdout = cast(Labelled, make_sources(recipe, name, size).holdout)
     accuracies = {}
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
     ways = {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}

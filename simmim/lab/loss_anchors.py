@@ -21,7 +21,8 @@ from simmim.masking import MaskGenerator, expand_mask
 from simmim.objectives.reconstruct import mean_of_squares, normalize_locally
 from simmim.objectives.trivial import average_distance, copy_nearest_visible, masked_l1, mean_of_visible
 from simmim.schema import Pretrain, Recipe
-from simmim.stages.images import make_sources, make_views
+from simmim.stages.images import make_views
+from simmim.stages.sources import make_sources
 
 BATCH = 16
 
@@ -59,8 +60,8 @@ def loss_anchors(
     Raises:
         ValueError: no stage of pretraining, no images, or masks that do not fit the image.
     """
-    pretraining = [stage for stage in recipe.stages.values() if isinstance(stage, Pretrain)]
-    stage = next((stage for stage in pretraining if stage.video is None), None)
+    pretraining = [(name, stage) for name, stage in recipe.stages.items() if isinstance(stage, Pretrain)]
+    name, stage = next(((name, stage) for name, stage in pretraining if stage.video is None), ("", None))
     if images < 1:
         raise ValueError(f"--images must be at least 1, got {images}")
     if stage is None:
@@ -70,7 +71,7 @@ def loss_anchors(
         for size in mask_patch_sizes or [stage.mask.patch_size]
         for ratio in ratios or [stage.mask.ratio]
     ]
-    batches = load_batches(recipe, stage, images)
+    batches = load_batches(recipe, name, images)
     anchors = [
         Anchor(size, ratio, *measure(batches, generator, stage.target.norm_window, stage.target.downsample))
         for size, ratio, generator in tqdm(wanted, unit="mask", disable=None)
@@ -86,10 +87,11 @@ def loss_anchors(
     return anchors
 
 
-def load_batches(recipe: Recipe, stage: Pretrain, images: int) -> list[tuple[Tensor, Tensor]]:
+def load_batches(recipe: Recipe, name: str, images: int) -> list[tuple[Tensor, Tensor]]:
     """Normalised images ``(b, c, H, W)`` and their numbers ``(b,)``: held out, or of training where none are."""
-    training, holdout = make_sources(recipe.data, stage.image_size, recipe.encoder.in_chans)
-    source = holdout or training
+    stage, sources = recipe.stages[name], make_sources(recipe, name)
+    assert isinstance(stage, Pretrain)
+    source = sources.holdout or sources.training
     some = Subset(source, list(range(min(images, len(source)))))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
     views = make_views(some, CenterCrop(stage.image_size, stage.crop.interpolation), BATCH, False)

@@ -1,6 +1,6 @@
 """The schema of a recipe: one YAML file with data, encoder and an ordered set of stages."""
 
-from simmim.schema.dense import Detect, Segment
+from simmim.schema.dense import Detect, Segment, SegmentLabels
 from simmim.schema.images import Finetune, Pretrain, Video, video_of
 from simmim.schema.parts import Data, Encoder, Optimizer, Settings, Stage, Supervised
 from simmim.schema.recipe import KINDS, Recipe, encoder_config
@@ -15,6 +15,7 @@ __all__ = [
     "Pretrain",
     "Recipe",
     "Segment",
+    "SegmentLabels",
     "Settings",
     "Stage",
     "Supervised",

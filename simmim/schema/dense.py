@@ -37,11 +37,6 @@ class SegmentLabels(Settings):
     )
     ignore_zero: bool = Field(False, description="label 0 says nothing and the first class is 1 (ADE20K)")
 
-    def of_images(self, data_path: str) -> str:
-        """Where the images lie."""
-        path = self.path or data_path
-        return path if self.annotations else f"{path.rstrip('/')}/images"
-
 
 class SegmentAugment(Settings):
     """What is done to training images and their label maps (Swin V2, appendix A1.2)."""

@@ -85,10 +85,6 @@ class Labels(Settings):
     val_images: Count = Field(5000, description="held out where there is no folder for validation, at most a tenth")
     shots: Count | None = Field(None, description="labelled images of each class; null: all")
 
-    def of_images(self, data_path: str) -> str:
-        """Where the images lie."""
-        return self.path or data_path
-
 
 class Augment(Settings):
     """What timm does to the images of a classifier (official Swin recipes)."""

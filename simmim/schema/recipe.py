@@ -115,12 +115,6 @@ class Recipe(Settings):
             raise ValueError(f"stages.{name}.augment.distort is for 3 channels: set it to false")
         if depth < 2:
             raise ValueError(f"stages.{name} needs a pyramid, but the encoder has one stage: give it two or more")
-        together = not stage.labels.annotations and self.data.path and stage.labels.path in ("", self.data.path)
-        if together and any(isinstance(other, Pretrain) for other in self.stages.values()):
-            raise ValueError(
-                f"data.path holds the images and annotations of stages.{name}, and pretraining would take both for "
-                f"images: set data.path to the images alone, and stages.{name}.labels.path to what is above them"
-            )
 
     def _agree_on_clips(self, name: str) -> None:
         video, start = video_of(self.stages[name]), self.start_of(name)

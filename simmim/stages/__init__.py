@@ -9,6 +9,7 @@ from simmim.schema import Recipe
 from simmim.stages.finetuning import finetune
 from simmim.stages.pretraining import pretrain
 from simmim.stages.rooms import room_of
+from simmim.stages.sources import check_sources
 from simmim.stages.training import carry_out
 
 __all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
@@ -32,7 +33,12 @@ def run_stage(
 
 
 def run(recipe: Recipe, out: Path, *, precision: str | None = None, allow_changes: bool = False) -> Path:
-    """Run all stages in their order, from where they stand; the export of the last."""
+    """Run all stages in their order, from where they stand; the export of the last.
+
+    Raises:
+        ValueError: as of :func:`run_stage`; or images of any stage are missing, before the first is trained.
+    """
+    check_sources(recipe)
     for name in recipe.stages:
         last = run_stage(recipe, name, out, precision=precision, allow_changes=allow_changes)
     return last

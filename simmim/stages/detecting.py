@@ -12,14 +12,13 @@ from accelerate import Accelerator
 from simmim import schema
 from simmim.around import HEAD, save_around
 from simmim.counter_rng import derive_seed
-from simmim.data import Decoder
 from simmim.data.box_transforms import EvaluationSize, LargeScaleJitter, ShortSideJitter
-from simmim.data.boxes import coco_sources
 from simmim.objectives.average_precision import AveragePrecision
 from simmim.objectives.detect import Detect
 from simmim.runlog import write_whole
 from simmim.stages.assembly import decisive_settings, make_start
 from simmim.stages.evaluate_objects import average_precision
+from simmim.stages.sources import make_sources
 from simmim.stages.training import Job, Trained
 from swin import SwinEncoder
 from swin.config import Pair
@@ -36,32 +35,27 @@ def make_job(recipe: schema.Recipe, out: Path, name: str, precision: str) -> Job
     stage = recipe.stages[name]
     assert isinstance(stage, schema.Detect)
     AveragePrecision(masks=stage.masks)  # what it needs is missed now, not after days of training
-    path = stage.labels.path or recipe.data.path
-    if not path:
-        raise ValueError("the recipe names no images with objects: set data.path or the labels.path of the stage")
-    decoder = Decoder(recipe.encoder.in_chans, recipe.data.value_range)
-    training, holdout, problems = coco_sources(path, decoder, stage.labels.val_images, masks=stage.masks)
+    sources = make_sources(recipe, name)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
-    classes = list(training.classes)
-    objective = make_objective(recipe, stage, start.encoder, classes)
+    objective = make_objective(recipe, stage, start.encoder, sources.classes)
     settings = decisive_settings(
-        recipe, name, start, num_training_images=len(training), classes=classes, precision=precision
+        recipe, name, start, num_training_images=len(sources.training), classes=sources.classes, precision=precision
     )
     return Job(
         objective=objective,
-        training=training,
-        holdout=holdout,
+        training=sources.training,
+        holdout=sources.holdout,
         transform=make_jitter(stage, start.encoder.config.image_size),
         view=EvaluationSize(stage.test.short_px, stage.test.long_px, stage.jitter.interpolation),
         settings=settings,
         start=str(start.path or "scratch"),
         pictures="predictions",
-        about={"detection": describe(stage, classes)},
+        about={"detection": describe(stage, sources.classes)},
         save=lambda folder, weights: save_around(folder / HEAD, weights),
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
-        problems=problems,
+        problems=sources.problems,
     )
 
 

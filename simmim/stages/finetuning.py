@@ -12,12 +12,9 @@ from simmim.classifier import load_classifier, save_classifier, take_over, take_
 from simmim.counter_rng import derive_seed
 from simmim.data import (
     CenterCrop,
-    Labelled,
     RandAugmentedCrop,
     RandomCrop,
     Views,
-    few_labels,
-    labelled_sources,
 )
 from simmim.data.loader import Batches
 from simmim.engine import evaluate
@@ -26,7 +23,8 @@ from simmim.runlog import write_whole
 from simmim.schema import Finetune, Recipe, Video
 from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_start
 from simmim.stages.folder import part_of
-from simmim.stages.images import about_video, decoder_of, reserved_images, shapes, transforms_of
+from simmim.stages.images import about_video, transforms_of
+from simmim.stages.sources import make_sources
 from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder
 from swin.config import Pair
@@ -70,8 +68,8 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
     size = start.encoder.config.image_size
-    training, holdout = make_labelled(recipe, stage, size)
-    objective = make_objective(recipe, stage, start, list(training.classes))
+    sources = make_sources(recipe, name, size)
+    objective = make_objective(recipe, stage, start, sources.classes)
     view = CenterCrop(size, stage.crop.interpolation)
     transform, view_in_training = transforms_of(make_transform(recipe, stage, size), view, stage.video)
     settings = decisive_settings(
@@ -79,14 +77,14 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         name,
         start,
         head="fresh" if wanted_head(stage) == "fresh" else fingerprint(objective.head),
-        num_training_images=len(training),
-        classes=list(training.classes),
+        num_training_images=len(sources.training),
+        classes=sources.classes,
         precision=precision,
     )
     return Job(
         objective=objective,
-        training=training,
-        holdout=holdout,
+        training=sources.training,
+        holdout=sources.holdout,
         transform=transform,
         view=view_in_training,
         settings=settings,
@@ -95,6 +93,7 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         about={"classes": objective.classes, **about_video(stage.video)},
         save=lambda folder, weights: save_classifier(folder, part_of(weights, "head")),
         labelled=True,
+        problems=sources.problems,
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
         final_view=None if stage.video is None else views_of(stage.video, view),
@@ -111,23 +110,6 @@ def views_of(video: Video, crop: CenterCrop) -> Views:
         spatial=video.crops,
         interpolation=crop.interpolation,
     )
-
-
-def make_labelled(recipe: Recipe, stage: Finetune, size: Pair) -> tuple[Labelled, Labelled]:
-    """Training and held-out images with labels."""
-    labels, channels = stage.labels, recipe.encoder.in_chans
-    path = labels.path or recipe.data.path
-    if path == "builtin:shapes":
-        training: Labelled = shapes(recipe.data.num_images, size, channels, stage.video)
-        holdout: Labelled = shapes(labels.val_images, size, channels, stage.video, held_out=True)
-    elif not path:
-        raise ValueError("the recipe names no labelled images: set data.path or the labels.path of the stage")
-    else:
-        decoder = decoder_of(recipe.data, channels, stage.video)
-        training, holdout = labelled_sources(
-            path, decoder, labels.val_images, labels.val_path or None, reserved_images(recipe, path)
-        )
-    return training if labels.shots is None else few_labels(training, labels.shots, recipe.seed), holdout
 
 
 def make_transform(recipe: Recipe, stage: Finetune, size: Pair) -> RandomCrop:

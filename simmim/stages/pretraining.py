@@ -22,7 +22,8 @@ from simmim.reconstructions import DECODER
 from simmim.runlog import write_whole
 from simmim.schema import Pretrain, Recipe
 from simmim.stages.assembly import decisive_settings, make_start
-from simmim.stages.images import about_video, make_sources, reserved_images, transforms_of, without_held_out
+from simmim.stages.images import about_video, transforms_of
+from simmim.stages.sources import make_sources
 from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder, VideoEncoder
 
@@ -47,10 +48,8 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     """
     stage = recipe.stages[name]
     assert isinstance(stage, Pretrain)
-    reserved = reserved_images(recipe, recipe.data.path)
-    channels, video, crop = recipe.encoder.in_chans, stage.video, stage.crop
-    training, holdout = make_sources(recipe.data, stage.image_size, channels, reserved, video)
-    training = without_held_out(training, recipe)
+    video, crop = stage.video, stage.crop
+    sources = make_sources(recipe, name)
     view = CenterCrop(stage.image_size, crop.interpolation)
     transform, view_of_clips = transforms_of(RandomCrop(stage.image_size, **crop.model_dump()), view, video)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
@@ -58,15 +57,16 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     objective = make_objective(recipe, stage, start.encoder)
     return Job(
         objective=objective,
-        training=training,
-        holdout=holdout,
+        training=sources.training,
+        holdout=sources.holdout,
         transform=transform,
         view=view_of_clips,
-        settings=decisive_settings(recipe, name, start, num_training_images=len(training), precision=precision),
+        settings=decisive_settings(recipe, name, start, num_training_images=len(sources.training), precision=precision),
         start=str(start.path or "scratch"),
         pictures="reconstructions",
         about={"reconstruction": objective.description(), **about_video(video)},
         save=lambda folder, weights: save_around(folder / DECODER, weights),
+        problems=sources.problems,
     )
 
 

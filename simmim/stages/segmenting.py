@@ -10,18 +10,15 @@ from accelerate import Accelerator
 
 from simmim import schema
 from simmim.around import save_around
-from simmim.counter_rng import derive_seed, permutation
-from simmim.data import Decoder
+from simmim.counter_rng import derive_seed
 from simmim.data.segment_transforms import CenterSegmentCrop, RandomSegmentCrop
-from simmim.data.segments import SegmentedSources, read_class_names, segmented_sources
-from simmim.data.sources import Subset
 from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment
 from simmim.runlog import write_whole
 from simmim.schema import Recipe
 from simmim.stages.assembly import decisive_settings, make_start
 from simmim.stages.evaluate_segments import HEAD, judge_whole
-from simmim.stages.images import reserved_images
+from simmim.stages.sources import make_sources
 from simmim.stages.training import Job, Trained
 from swin import SwinEncoder
 
@@ -57,7 +54,7 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
     assert isinstance(stage, schema.Segment)
     torch.manual_seed(derive_seed("step", recipe.seed, 0))
     start = make_start(recipe, name, out)
-    sources = make_segmented(recipe, stage)
+    sources = make_sources(recipe, name)
     MeanIoU(len(sources.classes))  # which says now, and not after the training, what is not installed
     objective = make_objective(recipe, stage, start.encoder, sources.classes)
     settings = decisive_settings(
@@ -83,37 +80,6 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
     )
-
-
-def make_segmented(recipe: Recipe, stage: schema.Segment) -> SegmentedSources:
-    """Training and held-out images with label maps.
-
-    Raises:
-        ValueError: as of :func:`simmim.data.segments.segmented_sources`; fewer images than are asked for.
-    """
-    labels, data_path = stage.labels, recipe.data.path
-    path = labels.path or data_path
-    if not path or path.startswith("builtin:"):
-        raise ValueError("the recipe names no images with label maps: set the labels.path of the stage, or data.path")
-    classes = read_class_names(Path(labels.classes)) if isinstance(labels.classes, str) else labels.classes
-    sources = segmented_sources(
-        path,
-        Decoder(recipe.encoder.in_chans, recipe.data.value_range),
-        labels.val_images,
-        annotations=labels.annotations or None,
-        val_path=labels.val_path or None,
-        val_annotations=labels.val_annotations or None,
-        classes=classes,
-        ignore_zero=labels.ignore_zero,
-        reserved=reserved_images(recipe, labels.of_images(data_path)),
-    )
-    if labels.images is None:
-        return sources
-    count = len(sources.training)
-    if labels.images > count:
-        raise ValueError(f"{path} has {count} training images, but labels.images is {labels.images}: lower it")
-    drawn = permutation(recipe.seed, 0, count)[: labels.images]
-    return sources._replace(training=Subset(sources.training, drawn))
 
 
 def make_objective(recipe: Recipe, stage: schema.Segment, encoder: SwinEncoder, classes: list[str]) -> Segment:

@@ -254,7 +254,7 @@ def told(problems: Sequence[tuple[str, str]], shown: int = 3) -> list[str]:
     if not problems:
         return []
     first = "; ".join(f"{name}: {reason}" for name, reason in problems[:shown])
-    return [f"{len(problems)} problem(s) in the annotations: {first}{'; ...' if len(problems) > shown else ''}"]
+    return [f"{len(problems)} problem(s) in the data: {first}{'; ...' if len(problems) > shown else ''}"]
 
 
 def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:

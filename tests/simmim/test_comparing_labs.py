@@ -17,7 +17,7 @@ from simmim.lab.arms import Outcome
 from simmim.recipe import load_recipe
 from simmim.reconstructions import load_reconstruct
 from simmim.schema import Data, Recipe
-from simmim.stages.images import make_sources
+from simmim.stages.sources import make_sources
 from tests.simmim.test_label_efficiency import RECIPE
 
 
@@ -168,7 +168,8 @@ def test_correlations_by_share():
 
 def test_small_shares_lie_in_larger_ones(tmp_path):
     def names(share):
-        training, holdout = make_sources(Data(path="builtin:shapes", num_images=50, share=share), (32, 32), channels=3)
+        data = Data(path="builtin:shapes", num_images=50, share=share)
+        training, holdout, _, _ = make_sources(Recipe(data=data), "pretrain")
         assert isinstance(holdout, Shapes) and len(holdout) == 64
         return [training.name(number) for number in range(len(training))]
 

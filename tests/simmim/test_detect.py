@@ -350,13 +350,16 @@ def test_strides_are_right_for_small_images_on_a_large_canvas():
 
 def test_half_precision_keeps_boxes_in_float32(trained):
     model, batch, _ = trained
-    exact, model = model.measure(batch)["loss"], copy.deepcopy(model)
+    exact_losses, model = model.measure(batch), copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16):
         found, measured = model.detections(batch["image"], batch["image_size"]), model.measure(batch)
         loss = model.train()(batch)
         loss.backward()
     assert all(own["boxes"].dtype == own["scores"].dtype == torch.float32 for own in found)
-    assert loss.dtype == torch.float32 and measured["loss"] == pytest.approx(float(exact), rel=0.1)
+    # Rounded scores give other regions to the box heads, a few of which decide over the loss of four images.
+    assert loss.dtype == torch.float32 and measured["loss"] == pytest.approx(float(exact_losses["loss"]), rel=0.5)
+    for name in ("loss_objectness", "loss_rpn_box_reg"):
+        assert measured[name] == pytest.approx(float(exact_losses[name]), rel=0.2, abs=1e-3), name
 
 
 def test_parameters_have_their_rates():

