@@ -16,6 +16,13 @@ def add_command(
     return commands.add_parser(name, help=help, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def as_count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
 def as_size(text: str) -> int | tuple[int, ...]:
     """``192`` or ``192x256``, height first."""
     sides = tuple(int(side) for side in text.split("x"))

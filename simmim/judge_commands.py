@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simmim.arguments import add_command, as_size, split_options
+from simmim.arguments import add_command, as_count, as_size, split_options
 
 EVALUATE_EXAMPLES = """examples:
   simmim evaluate runs/b/finetune/export /data/imagenet
@@ -33,14 +33,14 @@ def add_judge(commands: argparse._SubParsersAction) -> None:
     )
     judge.add_argument("encoder", type=Path, help="an export, or the file of a classifier of another project")
     judge.add_argument("data", nargs="+", help="labelled images, one or several; and options of the export: key=value")
-    judge.add_argument("--batch-size", type=int, metavar="N", help="default: 64 of a classifier, 1 of a detector")
+    judge.add_argument("--batch-size", type=as_count, metavar="N", help="default: 64 of a classifier, 1 of a detector")
     judge.set_defaults(run=_evaluate, overrides=[])
     probe = commands.add_parser(
         "probe", help="k-NN, few-shot, linear probe and effective rank of frozen features, stage by stage"
     )
     probe.add_argument("encoder", type=Path, help="an export, or the file of another project")
     probe.add_argument("data", help="a folder with one subfolder per class, hf:NAME, or builtin:shapes")
-    probe.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
+    probe.add_argument("--batch-size", type=as_count, default=64, metavar="N", help="default: 64")
     probe.set_defaults(run=_probe, overrides=[])
     for parser in (judge, probe):
         parser.add_argument("--num-workers", type=int, default=2, metavar="N", help="default: 2")
@@ -53,7 +53,7 @@ def add_judge(commands: argparse._SubParsersAction) -> None:
     )
     shown.add_argument("encoder", type=Path, help="the export of a classifier, a segmenter or a detector")
     shown.add_argument("data", nargs="+", metavar="IMAGES", help="as data.path of a recipe; and options: key=value")
-    shown.add_argument("--images", type=int, metavar="N", help="so many of the first (default: all)")
+    shown.add_argument("--images", type=as_count, metavar="N", help="so many of the first (default: all)")
     shown.add_argument("--least-score", type=float, default=0.5, metavar="S", help="of objects (default: 0.5)")
     shown.add_argument("--out", type=Path, default=Path("predictions"), help="a folder (default: %(default)s)")
     shown.set_defaults(run=_predict, overrides=[])
@@ -73,10 +73,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     paths, options = split_options([*arguments.data, *arguments.overrides])
     rows = {}
-    task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments), **options}
+    task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
     places = [place for path in paths for place in variants(path)]
     for place in places:
-        rows[place] = evaluate_export(arguments.encoder, place, **task)
+        rows[place] = evaluate_export(arguments.encoder, place, options, **task)
     lines = ["  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) for numbers in rows.values()]
     if len(places) > 1:
         lines = [f"{Path(place).name}: {line}" for place, line in zip(rows, lines, strict=True)]
@@ -86,6 +86,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from simmim.stages.evaluate import format_probe, probe
 
+    if arguments.overrides:
+        raise ValueError(f"simmim probe has no options such as {arguments.overrides[0]!r}: simmim probe --help")
     task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
     rows = probe(arguments.encoder, arguments.data, **task)
     return _tell(format_probe(rows), rows, arguments.json)
@@ -107,16 +109,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     paths, options = split_options([*arguments.data, *arguments.overrides])
     if len(paths) != 1:
         raise ValueError(f"expected one place with images, got {len(paths)}: {', '.join(paths)}")
-    if arguments.images is not None and arguments.images < 1:
-        raise ValueError(f"--images must be at least 1, got {arguments.images}")
     count = predict(
         arguments.encoder,
         paths[0],
         arguments.out,
+        options,
         images=arguments.images,
         least_score=arguments.least_score,
         **_given(arguments),
-        **options,
     )
     print(f"{count} picture(s) and {LINES} in {arguments.out}")
     return 0

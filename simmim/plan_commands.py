@@ -152,12 +152,13 @@ def _time_and_disk(plan: StagePlan, stage: Stage, recipe: Recipe, machine: Machi
 
     builtin = recipe.data.path == "builtin:shapes"
     number = images or (round(recipe.data.num_images * recipe.data.share) if builtin else 1_000_000)
+    assumed = "" if images or builtin else " (--images says how many there are)"
     seconds = number * 2 * plan.flops.training / (machine.flops * machine.ranks)
     how = "measured products, which training does not reach" if machine.measured else "given"
     checkpoint = (16 if plan.average else 12) * plan.sizes.all
     written = checkpoint * (stage.log.keep_checkpoints + 1) + 4 * plan.sizes.all
     return [
-        f"  time        {duration(seconds)} an epoch of {number:,} images, {duration(seconds * stage.schedule.epochs)} "
+        f"  time        {duration(seconds)} an epoch of {number:,} images{assumed}, {duration(seconds * stage.schedule.epochs)} "
         f"for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
         f"  disk        {gigabytes(written)}: {stage.log.keep_checkpoints} checkpoints, one being written, the export",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -53,6 +54,20 @@ def _build(values: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     except ValidationError as error:
         lines = [_explain(detail, origin, Path(where).name) for detail in error.errors()]
         raise ValueError(f"{len(lines)} problem(s) in {where}:\n" + "\n".join(lines)) from None
+
+
+def read_options(model: type[Settings], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given, checked as those of a recipe are.
+
+    Raises:
+        ValueError: options that are not of the model, or values that are refused; every problem on a line.
+    """
+    try:
+        given: dict[str, Any] = model.model_validate(dict(options)).model_dump(exclude_unset=True)
+        return given
+    except ValidationError as error:
+        lines = [_explain(detail, {}, "an option", model) for detail in error.errors()]
+        raise ValueError("\n".join([f"{len(lines)} problem(s) with options:", *lines])) from None
 
 
 def shipped_recipes() -> list[Path]:
@@ -133,11 +148,11 @@ def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
     values[last] = value
 
 
-def _explain(detail: ErrorDetails, origin: dict[str, str], file: str) -> str:
+def _explain(detail: ErrorDetails, origin: dict[str, str], file: str, model: type[Settings] = Recipe) -> str:
     location = ".".join(str(part) for part in _without_kind(detail["loc"]))
     where = f"   [{origin.get(location, file)}]"
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
+        known = _known_keys(detail["loc"][:-1], model)
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"  {location}: unknown key, {hint}(known here: {', '.join(known)}){where}"
@@ -151,8 +166,7 @@ def _without_kind(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return location[:2] + location[3:] if location[:1] == ("stages",) and len(location) > 2 else location
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
+def _known_keys(location: tuple[int | str, ...], model: Any) -> list[str]:
     if location[:1] == ("stages",) and len(location) > 2:
         model, location = KINDS[str(location[2])], location[3:]
     for part in location:

@@ -155,6 +155,8 @@ def _images(entries: list[Any], problems: list[Problem]) -> tuple[list[str], np.
             continue
         if type(image_id) is not int or not isinstance(file, str) or height < 1 or width < 1:
             problems.append((str(file), f"id {image_id!r} and {height} x {width} px: expected whole numbers above 0"))
+        elif not -(2**63) <= image_id < 2**63:
+            problems.append((file, f"has the id {image_id}: expected one of 64 bits"))
         elif image_id in found:
             problems.append((file, f"has the id {image_id} of {found[image_id][0]}"))
         else:

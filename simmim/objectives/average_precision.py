@@ -38,7 +38,9 @@ class AveragePrecision:
             kinds: Any = ("bbox", "segm") if masks else ("bbox",)
             self.metric = MeanAveragePrecision(iou_type=kinds, backend=backend)
         except ImportError as error:
-            raise ValueError(f"average precision needs torchmetrics and {backend}: {error}") from None
+            raise ValueError(
+                f"average precision needs torchmetrics and {backend} ({error}): pip install 'simmim[detection]'"
+            ) from None
         self.metric.sync_on_compute = False
         self.prefixes = {"bbox_": "box_", "segm_": "mask_"} if masks else {"": "box_"}
         self.fields = ("boxes", "scores", "labels", "masks") if masks else ("boxes", "scores", "labels")
@@ -79,8 +81,6 @@ def coco_results(
         found: as of :meth:`AveragePrecision.add`.
         image_ids, category_ids: of the data set; ``category_ids`` by class.
     """
-    from pycocotools import mask as coco_mask
-
     results = []
     for own, image_id in zip(found, image_ids, strict=True):
         boxes = torch.cat([own["boxes"][:, :2], own["boxes"][:, 2:] - own["boxes"][:, :2]], dim=1).tolist()
@@ -90,7 +90,15 @@ def coco_results(
             result = {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
             if "masks" in own:
                 mask = np.asfortranarray(own["masks"][number].cpu().numpy().astype(np.uint8))
-                packed = coco_mask.encode(mask)
+                packed = _packing().encode(mask)
                 result["segmentation"] = {"size": packed["size"], "counts": packed["counts"].decode()}
             results.append(result)
     return results
+
+
+def _packing() -> Any:
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError as error:
+        raise ValueError(f"masks are told as COCO packs them ({error}): pip install 'simmim[detection]'") from None
+    return coco_mask

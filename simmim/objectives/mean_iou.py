@@ -25,7 +25,7 @@ class MeanIoU:
             from torchmetrics.classification import MulticlassJaccardIndex
         except ImportError as error:
             raise ValueError(
-                f"mean intersection over union needs torchmetrics ({error}): pip install '.[segmentation]'"
+                f"mean intersection over union needs torchmetrics ({error}): pip install 'simmim[segmentation]'"
             ) from None
         self.metric = MulticlassJaccardIndex(
             classes, ignore_index=IGNORED, validate_args=False, sync_on_compute=False, compute_with_cache=False

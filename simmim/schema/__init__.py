@@ -2,20 +2,25 @@
 
 from simmim.schema.dense import Detect, Segment, SegmentLabels
 from simmim.schema.images import Finetune, Pretrain, Video, video_of
+from simmim.schema.options import ClassifierOptions, DetectorOptions, JudgedSegmenterOptions, SegmenterOptions
 from simmim.schema.parts import Data, Encoder, Optimizer, Settings, Stage, Supervised
 from simmim.schema.recipe import KINDS, Recipe, encoder_config
 
 __all__ = [
     "KINDS",
+    "ClassifierOptions",
     "Data",
     "Detect",
+    "DetectorOptions",
     "Encoder",
     "Finetune",
+    "JudgedSegmenterOptions",
     "Optimizer",
     "Pretrain",
     "Recipe",
     "Segment",
     "SegmentLabels",
+    "SegmenterOptions",
     "Settings",
     "Stage",
     "Supervised",

@@ -63,14 +63,19 @@ class SegmentHead(Settings):
     dropout: float = Field(0.1, ge=0, lt=1, description="of channels before the last layer of either")
 
 
-class SegmentTest(Settings):
-    """How whole images are looked at to be judged; may change while a stage goes on."""
+class SegmentLook(Settings):
+    """How whole images are looked at."""
 
     short_px: Count | None = Field(None, description="short side of an image; null: of the crop")
-    window: bool = Field(False, description="in windows as large as the crop; no: the whole image at once")
     stride: SizeOrNone = Field(None, description="of windows, px; null: two thirds of them")
     scales: list[Positive] = Field([1.0], min_length=1, description="of the image; predictions are averaged")
     flip: bool = Field(False, description="mirrored, too")
+
+
+class SegmentTest(SegmentLook):
+    """How whole images are looked at to be judged; may change while a stage goes on."""
+
+    window: bool = Field(False, description="in windows as large as the crop; no: the whole image at once")
 
 
 class SegmentSchedule(Schedule):

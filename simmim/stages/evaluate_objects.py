@@ -24,6 +24,8 @@ from simmim.data.boxes import CocoImages, Scene, has_split, open_coco
 from simmim.engine import Batch, in_step, to_device
 from simmim.objectives.average_precision import AveragePrecision, coco_results
 from simmim.objectives.detect import Detect
+from simmim.recipe import read_options
+from simmim.schema import DetectorOptions
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
 from simmim.stages.training import told
@@ -56,7 +58,12 @@ def evaluate_objects(
         data, split, decoder, training=False, keep_empty=True, masks=objective.masks, categories=objective.classes
     )
     for text in told(source.problems):
-        accelerator.print(f"warning: {text}", file=sys.stderr)
+        accelerator.print(text, file=sys.stderr)
+    if not len(source.annotations.boxes):
+        raise ValueError(
+            f"{data} has no object of the {len(objective.classes)} classes of the detector "
+            f"({', '.join(objective.classes[:3])}{', ...' if len(objective.classes) > 3 else ''}): judge it by such"
+        )
     shares = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     views = evaluation_batches(source, view, batch_size=batch_size, num_workers=num_workers, **shares)
     objective.to(accelerator.device)
@@ -102,7 +109,7 @@ def load_detector(path: Path, **options: Any) -> tuple[Detect, EvaluationSize]:
             ``soft_nms``; and ``image_size`` and ``window_size``, as for :func:`swin.load_encoder`.
 
     Raises:
-        ValueError: an export of something else, damaged or missing files, an unknown option.
+        ValueError: an export of something else, damaged or missing files, options that cannot be.
     """
     description = load_description(path)
     about = description.get("detection")
@@ -111,11 +118,10 @@ def load_detector(path: Path, **options: Any) -> tuple[Detect, EvaluationSize]:
     sizes = {name: options.pop(name) for name in SIZES if name in options}
     try:
         test, head = dict(about["test"]), {key: value for key, value in about.items() if key not in ("classes", "test")}
-        if unknown := sorted(set(options) - set(test)):
-            raise ValueError(f"unknown option {unknown[0]!r}: expected some of {', '.join([*test, *SIZES])}")
-        test |= options
+        interpolation = test.pop("interpolation")
+        test |= read_options(DetectorOptions, test | options)
         looks = {key: test[key] for key in ("soft_nms", "zooms", "flips")}
-        view = EvaluationSize(test["short_px"], test["long_px"], test["interpolation"])
+        view = EvaluationSize(test["short_px"], test["long_px"], interpolation)
         pixels, encoder = description["pixels"], load_encoder(path, **sizes)
         objective = Detect(encoder, about["classes"], mean=pixels["mean"], std=pixels["std"], **head, **looks)
     except (KeyError, TypeError) as error:

@@ -25,12 +25,13 @@ from simmim.engine import to_device
 from simmim.objectives.mean_iou import MeanIoU
 from simmim.objectives.segment import Segment
 from simmim.objectives.sliding import resized
+from simmim.recipe import read_options
+from simmim.schema import SegmenterOptions
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
 from simmim.stages.images import make_views
 from simmim.stages.training import told
 from swin import load_description, load_encoder
-from swin.config import as_pair
 from swin.weights import load_config
 
 HEAD = "head.safetensors"
@@ -82,8 +83,8 @@ def load_segmenter(export: Path | str, **options: Any) -> Segment:
         described = {**described, "short_px": short_px, "window": described["window"] and size, "stride": None}
     if "window" in options:  # the stride belongs to it
         described = {**described, "stride": None}
-    settings = {**described, **options}
-    settings |= {name: settings[name] and as_pair(settings[name], name) for name in ("window", "stride")}
+    looks = {name: described[name] for name in SegmenterOptions.model_fields}
+    settings = {**described, **read_options(SegmenterOptions, looks | options)}
     pixels = about["pixels"]
     objective = Segment(encoder, **settings, mean=pixels["mean"], std=pixels["std"])
     load_around(export / HEAD, objective)
@@ -160,6 +161,8 @@ def judge_whole(
         scores.gather(gather_object)
         images = sum(gather_object([images]))
     if not images:
+        for name, reason in views.broken.items():
+            print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
         raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read with its label map")
     numbers = scores.compute()
     if math.isnan(numbers["mean_iou"]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from simmim.classifier import load_classifier
 from simmim.data import Decoder, Images, MovingShapes, Shapes, Source, VideoDecoder, open_files
 from simmim.data.loader import reason_of
 from simmim.objectives.classify import Classify
+from simmim.recipe import read_options
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.evaluate import (
     SIZES,
@@ -32,7 +33,7 @@ from simmim.stages.evaluate import (
 )
 from simmim.stages.evaluate_objects import load_detector, predict_objects
 from simmim.stages.evaluate_segments import load_segmenter, predict_segments
-from simmim.stages.judging import check_options, kind_of
+from simmim.stages.judging import OPTIONS, kind_of
 
 LINES = "predictions.jsonl"
 FIRST = 5
@@ -55,11 +56,12 @@ def predict(
     path: Path,
     data: str,
     out: Path,
+    options: Mapping[str, Any] | None = None,
     *,
     images: int | None = None,
     precision: str | None = None,
     least_score: float = 0.5,
-    **options: Any,
+    **sizes: Any,
 ) -> int:
     """Write a picture of every image into a folder, with its classes, label map or objects drawn on it, and all
     of it as ``predictions.jsonl``.
@@ -68,8 +70,9 @@ def predict(
         path: the export of a classifier, a segmenter or a detector.
         data: anything that ``data.path`` of a recipe takes.
         images: so many of the first; None for all.
+        options: of :data:`simmim.stages.judging.OPTIONS`.
         least_score: of objects that are shown and told.
-        options: ``image_size``, ``window_size``, and those of :data:`simmim.stages.judging.OPTIONS`.
+        sizes: ``image_size``, ``window_size``.
 
     Returns:
         How many were shown; what could not be read is named on stderr.
@@ -80,13 +83,17 @@ def predict(
     accelerator = make_accelerator(precision)
     if accelerator.num_processes > 1:
         raise ValueError("pictures are made by one process: start simmim predict without accelerate launch")
-    show, decoder, size = _open(path, accelerator.device, least_score, options)
+    kind = kind_of(path)
+    look = {**sizes, **read_options(OPTIONS[kind], options or {})}
+    show, decoder, size = _open(path, kind, accelerator.device, least_score, look)
     if data == "builtin:shapes":
-        kind = MovingShapes if isinstance(decoder, VideoDecoder) else Shapes
-        source: Source = kind(images or 16, size, decoder.channels, held_out=True)
+        drawn = MovingShapes if isinstance(decoder, VideoDecoder) else Shapes
+        source: Source = drawn(images or 16, size, decoder.channels, held_out=True)
     else:
         source = Images(open_files(data), decoder)
     count = len(source) if images is None else min(images, len(source))
+    if (out / LINES).exists():
+        raise ValueError(f"{out} holds predictions already: give another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     done, reason = 0, "there is none"
     with (out / LINES).open("w", encoding="utf-8") as lines:
@@ -114,11 +121,9 @@ def predict(
 
 
 def _open(
-    path: Path, device: torch.device, least_score: float, options: dict[str, Any]
+    path: Path, kind: str, device: torch.device, least_score: float, options: dict[str, Any]
 ) -> tuple[Show, Decoder, tuple[int, int]]:
     """How an export shows things, what reads them, and their nominal size."""
-    kind = kind_of(path)
-    check_options(kind, {key: value for key, value in options.items() if key not in SIZES})
     show: Show
     if kind == "segmenter":
         segmenter = load_segmenter(path, **options).to(device)

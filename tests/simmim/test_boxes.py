@@ -160,6 +160,7 @@ def test_bad_images_are_named_and_left_out(tmp_path):
     content = write_coco(tmp_path)
     images = content["images"]
     images += [{**images[0], "file_name": "twice.png"}, {"id": 5, "file_name": "no_size.png"}, None]
+    images += [{**images[0], "id": 2**63, "file_name": "large.png"}]
     images += [{"id": 6, "file_name": "gone.png", "height": 40, "width": 60}]
     images[1] = images[1] | {"height": 41}
     content["annotations"].append(annotation(99, 6, 3, (1, 1, 9, 9)))
@@ -169,6 +170,7 @@ def test_bad_images_are_named_and_left_out(tmp_path):
     assert len(source) == 6 and source.classes == ["green", "red"]
     reasons = dict(source.problems)
     assert reasons["gone.png"] == "is missing" and "id 100 of 0.png" in reasons["twice.png"]
+    assert "expected one of 64 bits" in reasons["large.png"]
     assert {"image 7 of the list", "image 8 of the list", "category again"} <= set(reasons)
     assert len(reasons) == 6
     for image_id in source.annotations.image_ids:  # the objects of the missing image left no shape behind

@@ -125,7 +125,7 @@ def test_an_export_is_judged_as_the_stage_was(chain, tmp_path):
     other, view = load_detector(export, short_px=80, long_px=90, zooms=[1, 1.5], soft_nms="linear", window_size=4)
     assert (view.short_px, other.zooms, other.soft_nms) == (80, (1, 1.5), "linear")
     assert other.encoder.config.window_size == (4, 4)
-    with pytest.raises(ValueError, match="unknown option 'short': expected some of short_px, long_px"):
+    with pytest.raises(ValueError, match="short: unknown key, did you mean 'short_px'"):
         load_detector(export, short=3)
     with pytest.raises(ValueError, match="holds no detector: give the export of a stage of kind detect"):
         load_detector(chain / "pretrain" / "export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from simmim.objectives.segment import Segment
 from simmim.schema import Detect as DetectStage
 from simmim.stages.detecting import describe, head_of
 from swin import make_encoder, save_encoder
+from tests.simmim.test_boxes import write_coco
 
 PIXELS = {"mean": [0.5] * 3, "std": [0.3] * 3}
 CLASSES = [f"name {number}" for number in range(12)]
@@ -53,6 +55,7 @@ def exports(tmp_path_factory):
     detector = Detect(make_small(), ["cat", "dog"], **PIXELS, **head_of(stage))
     write(detector, folder / "detector", {"detection": describe(stage, detector.classes)})
     save_around(folder / "detector" / HEAD, detector.state_dict())
+    save_encoder(make_small(), folder / "plain", about={"pixels": PIXELS})
     return folder
 
 
@@ -104,23 +107,68 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     [
         (
             ["predict", "segmenter", "PHOTOS", "zooms=[1]"],
-            "a segmenter has no option 'zooms': it has annotations, flip, scales",
+            "zooms: unknown key, (known here: short_px, stride, scales, flip, window)",
         ),
         (["predict", "detector", "PHOTOS", "zooms=[1"], "'zooms=[1' is not valid YAML"),
         (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
         (["predict", "classifier", "PHOTOS", "PHOTOS"], "expected one place with images, got 2"),
-        (["predict", "classifier", "PHOTOS", "--images", "0"], "--images must be at least 1"),
+        (["predict", "segmenter", "PHOTOS", "annotations=maps"], "annotations: unknown key"),
+        (["predict", "classifier", "PHOTOS", "views=two"], "views: Input should be a valid integer (got 'two')"),
+        (["predict", "classifier", "PHOTOS", "images=2", "out=there"], "2 problem(s) with options:"),
+        (["predict", "classifier", "PHOTOS", "path=there"], "path: unknown key"),
+        (["predict", "detector", "PHOTOS", "soft_nms=foo"], "soft_nms: Input should be 'linear' or 'gaussian'"),
+        (["predict", "detector", "PHOTOS", "zooms=0.8"], "zooms: Input should be a valid list (got 0.8)"),
+        (["predict", "detector", "PHOTOS", "short_px=90"], "long_px 64 is below short_px 90: raise it"),
+        (["predict", "plain", "PHOTOS"], "holds no classifier, segmenter or detector"),
+        (["evaluate", "detector", "COCO"], "has no object of the 2 classes of the detector (cat, dog)"),
+        (["evaluate", "detector", "PHOTOS", "zooms=[]"], "zooms: List should have at least 1 item"),
+        (["evaluate", "detector", "PHOTOS", "zooms=[0]"], "zooms.0: Input should be greater than 0"),
+        (["evaluate", "segmenter", "PHOTOS", "short_px=-3"], "short_px: Input should be greater than 0"),
+        (["evaluate", "segmenter", "PHOTOS", "scales=1"], "scales: Input should be a valid list"),
+        (["evaluate", "segmenter", "PHOTOS", "annotations=nowhere"], "'nowhere' is not a folder"),
+        (["evaluate", "classifier", "PHOTOS", "data=there"], "data: unknown key"),
+        (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
         (["predict", "classifier", "views=2"], "no data: views=2 are options"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
-        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "a detector has no option 'scales'"),
+        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key, (known here: short_px"),
     ],
 )
 def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):
     command, kind, *rest = arguments
-    rest = [str(photos) if text == "PHOTOS" else text for text in rest]
+    if "COCO" in rest:
+        write_coco(tmp_path, "val", count=2)  # of other classes
+    rest = [{"PHOTOS": str(photos), "COCO": str(tmp_path)}.get(text, text) for text in rest]
     out = ["--out", str(tmp_path / "out")] if command == "predict" else []
     assert main([command, str(exports / kind), *rest, *out]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_of_images_are_above_zero(exports, photos, capsys):
+    for command, option in (("predict", "--images"), ("evaluate", "--batch-size"), ("probe", "--batch-size")):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, str(exports / "classifier"), str(photos), option, "0"])
+        assert "expected a whole number above 0" in capsys.readouterr().err
+
+
+def test_predictions_are_not_mixed_with_others(exports, photos, tmp_path, capsys):
+    task = ["predict", str(exports / "classifier"), str(photos), "--out", str(tmp_path / "out")]
+    assert main(task) == 0 and main(task) == 2
+    assert "holds predictions already: give another --out" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_said(exports, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    task = ["predict", str(exports / "detector"), str(photos), "--least-score", "0", "--out", str(tmp_path / "out")]
+    assert main(task) == 2 and "pip install 'simmim[detection]'" in capsys.readouterr().err
+
+
+def test_why_no_image_could_be_judged_is_said(exports, tmp_path, capsys):
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(b"nothing")
+    assert main(["evaluate", str(exports / "segmenter"), str(tmp_path), "--num-workers", "0"]) == 2
+    complained = capsys.readouterr().err
+    assert "left out a broken image: " in complained and "none of 1 images" in complained
 
 
 def test_nothing_to_show_is_a_mistake(exports, tmp_path, capsys):

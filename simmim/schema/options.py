@@ -1,0 +1,31 @@
+"""What may be changed of an export where it judges or shows: options of commands and of loaders."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from simmim.schema.dense import DetectTest, SegmentLook
+from simmim.schema.parts import Count, Settings, SizeOrNone
+
+
+class ClassifierOptions(Settings):
+    """Of videos."""
+
+    views: Count | None = Field(None, description="clips of a video; null: as it was judged")
+    crops: Count | None = Field(None, description="of each of them; null: as it was judged")
+
+
+class SegmenterOptions(SegmentLook):
+    """Of whole images."""
+
+    window: SizeOrNone = Field(None, description="px; null: the whole image at once")
+
+
+class JudgedSegmenterOptions(SegmenterOptions):
+    """Of whole images and where their label maps are."""
+
+    annotations: str | None = Field(None, description="label maps of the images")
+
+
+class DetectorOptions(DetectTest):
+    """Of whole images."""
