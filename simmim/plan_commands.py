@@ -158,8 +158,8 @@ def _time_and_disk(plan: StagePlan, stage: Stage, recipe: Recipe, machine: Machi
     checkpoint = (16 if plan.average else 12) * plan.sizes.all
     written = checkpoint * (stage.log.keep_checkpoints + 1) + 4 * plan.sizes.all
     return [
-        f"  time        {duration(seconds)} an epoch of {number:,} images{assumed}, {duration(seconds * stage.schedule.epochs)} "
-        f"for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
+        f"  time        {duration(seconds)} an epoch of {number:,} images{assumed}, "
+        f"{duration(seconds * stage.schedule.epochs)} for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
         f"  disk        {gigabytes(written)}: {stage.log.keep_checkpoints} checkpoints, one being written, the export",
     ]
 

@@ -172,7 +172,7 @@ def test_bad_images_are_named_and_left_out(tmp_path):
     assert reasons["gone.png"] == "is missing" and "id 100 of 0.png" in reasons["twice.png"]
     assert "expected one of 64 bits" in reasons["large.png"]
     assert {"image 7 of the list", "image 8 of the list", "category again"} <= set(reasons)
-    assert len(reasons) == 6
+    assert len(reasons) == 7
     for image_id in source.annotations.image_ids:  # the objects of the missing image left no shape behind
         truth = source.truth(image_id)
         for mask, box in zip(truth["masks"], truth["boxes"].tolist(), strict=True):
