@@ -159,7 +159,8 @@ def _time_and_disk(plan: StagePlan, stage: Stage, recipe: Recipe, machine: Machi
     written = checkpoint * (stage.log.keep_checkpoints + 1) + 4 * plan.sizes.all
     return [
         f"  time        {duration(seconds)} an epoch of {number:,} images{assumed}, "
-        f"{duration(seconds * stage.schedule.epochs)} for {stage.schedule.epochs:g}, at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
+        f"{duration(seconds * stage.schedule.epochs)} for {stage.schedule.epochs:g}, "
+        f"at {readable(machine.flops / 1e12)} TFLOP/s each ({how})",
         f"  disk        {gigabytes(written)}: {stage.log.keep_checkpoints} checkpoints, one being written, the export",
     ]
 
