@@ -69,7 +69,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from simmim.stages.judging import evaluate_export, variants
+    from simmim.data.sources import variants
+    from simmim.stages.judging import evaluate_export
 
     paths, options = split_options([*arguments.data, *arguments.overrides])
     rows = {}

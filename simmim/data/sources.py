@@ -24,6 +24,7 @@ from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream
 
 INDEX = "index.arrow"
 """The manifest of a packed data set, beside its shards."""
+VARIANTS = "imagenetv2-*"
 ARRAYS = (".npy", ".tif", ".tiff")
 """Files that may have any number of channels."""
 
@@ -268,6 +269,12 @@ def _open_shards(path: Path, files: list[Path]) -> Files:
         f"{path} is a file of a kind that holds no set of images ({' '.join(sorted(kinds))}){advice}"
         f"{'' if advice else ': expected .zip .tar .parquet .arrow .npy .txt .csv, or a folder'}"
     )
+
+
+def variants(data: str) -> list[str]:
+    """The folders of ImageNet-V2 (arXiv 1902.10811) where data is what they lie in; else the data alone."""
+    found = [] if is_name(data) else sorted(Path(data).expanduser().glob(VARIANTS))
+    return [str(path) for path in found if path.is_dir()] or [data]
 
 
 def is_name(path: str | Path) -> bool:

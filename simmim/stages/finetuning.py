@@ -17,11 +17,13 @@ from simmim.data import (
     Views,
 )
 from simmim.data.loader import Batches
+from simmim.data.sources import Labelled, variants
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
 from simmim.runlog import write_whole
 from simmim.schema import Finetune, Recipe, Video
 from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_start
+from simmim.stages.evaluate import labelled_images
 from simmim.stages.folder import part_of
 from simmim.stages.images import about_video, transforms_of
 from simmim.stages.sources import make_sources
@@ -53,8 +55,17 @@ def judge(trained: Trained, accelerator: Accelerator) -> None:
     image = trained.preview["image"]
     how = f" by {image.shape[1]} views each" if image.ndim == 6 else ""
     log.say(f"held-out top-1 {numbers['holdout_top1']:.2%}, top-5 {numbers['holdout_top5']:.2%}{how}")
+    tests: dict[str, dict[str, float]] = {}
+    for place, views in trained.tests.items():
+        found = evaluate(trained.objective, views, accelerator, trained.preview)
+        if isinstance(views, Batches):
+            log.broken(list(views.broken.items()))
+        if found:
+            log.say(f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}{how} of {place}")
+        for key, value in found.items():
+            tests.setdefault(f"test_{key}", {})[place] = value
     if log.is_main:
-        write_whole(log.folder / "summary.json", json.dumps(numbers, indent=2) + "\n")
+        write_whole(log.folder / "summary.json", json.dumps(numbers | tests, indent=2) + "\n")
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
@@ -97,6 +108,7 @@ def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
         layer_decay=stage.layer_decay,
         ema_decay=stage.ema_decay,
         final_view=None if stage.video is None else views_of(stage.video, view),
+        tests=make_tests(recipe, stage, start.encoder, sources.classes),
     )
 
 
@@ -110,6 +122,19 @@ def views_of(video: Video, crop: CenterCrop) -> Views:
         spatial=video.crops,
         interpolation=crop.interpolation,
     )
+
+
+def make_tests(recipe: Recipe, stage: Finetune, encoder: SwinEncoder, classes: list[str]) -> dict[str, Labelled]:
+    """More images to judge the classifier by, by their places.
+
+    Raises:
+        ValueError: classes that it does not know.
+    """
+    pixels, places = (
+        {"value_range": recipe.data.value_range},
+        [p for path in stage.labels.tests for p in variants(path)],
+    )
+    return {place: labelled_images(place, encoder, pixels, classes, len(classes)) for place in places}
 
 
 def make_transform(recipe: Recipe, stage: Finetune, size: Pair) -> RandomCrop:

@@ -27,7 +27,6 @@ JUDGES: dict[str, Callable[..., dict[str, float]]] = {
     "segmenter": evaluate_segments,
     "detector": evaluate_objects,
 }
-VARIANTS = "imagenetv2-*"
 
 
 def kind_of(path: Path) -> str:
@@ -63,9 +62,3 @@ def evaluate_export(
             raise ValueError("a segmenter looks at whole images one by one: leave the batch size out")
         common["batch_size"] = batch_size
     return JUDGES[kind](path, data, **common, **given)
-
-
-def variants(data: str) -> list[str]:
-    """The folders of ImageNet-V2 (arXiv 1902.10811) where data is what they lie in; else the data alone."""
-    found = sorted(path for path in Path(data).expanduser().glob(VARIANTS) if path.is_dir())
-    return [str(path) for path in found] or [data]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -23,7 +25,7 @@ from simmim.data import (
 )
 from simmim.data.boxes import coco_sources
 from simmim.data.segments import SegmentedImages, SegmentedSources, read_class_names, segmented_sources
-from simmim.data.sources import Subset
+from simmim.data.sources import Files, Subset, open_files, variants
 from simmim.schema import Data, Detect, Finetune, Pretrain, Recipe, Segment, SegmentLabels, Stage, Video, video_of
 from swin.config import Pair
 
@@ -72,6 +74,8 @@ def _of_others(recipe: Recipe, name: str) -> tuple[set[str], set[str], list[tupl
     label_maps: set[str] = set()
     unknown, seen = [], []
     for other, stage in recipe.stages.items():
+        with suppress(ValueError, OSError):
+            judged |= {_file(files.name(number)) for files in _tests_of(stage) for number in range(len(files))}
         if other == name or isinstance(stage, Pretrain) or _path(recipe, stage) == BUILTIN:
             continue
         assert isinstance(stage, Finetune | Segment | Detect)
@@ -102,6 +106,7 @@ def check_sources(recipe: Recipe) -> None:
         try:
             if _path(recipe, stage) != BUILTIN:
                 open_sources(recipe, stage)
+            list(_tests_of(stage))
         except (ValueError, OSError) as error:
             raise ValueError(f"stages.{name}: {error}") from None
 
@@ -155,6 +160,12 @@ _WANTED: dict[type[Stage], tuple[str, str]] = {
 def _path(recipe: Recipe, stage: Stage) -> str:
     own = stage.labels.path if isinstance(stage, Finetune | Segment | Detect) else ""
     return own or recipe.data.path
+
+
+def _tests_of(stage: Stage) -> Iterator[Files]:
+    """More images that a stage is judged by."""
+    for path in stage.labels.tests if isinstance(stage, Finetune) else ():
+        yield from (open_files(place) for place in variants(path) if place != BUILTIN)
 
 
 def _builtin(recipe: Recipe, stage: Pretrain | Finetune, path: str, size: Pair | None) -> Sources:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,12 +57,14 @@ class Job(NamedTuple):
     ema_decay: float | None = None
     final_view: Transform | None = None
     """Of held-out images once the stage is trained, where that is another."""
+    tests: Mapping[str, Source] = {}
+    """More images to judge it by then."""
 
 
 class Trained(NamedTuple):
     """What is left of it: the objective to judge, its whole weights to export, and the held-out images.
 
-    ``views`` and ``preview`` are by the last view of the job.
+    ``views``, ``preview`` and ``tests`` are by the last view of the job.
     """
 
     objective: Objective
@@ -70,6 +72,7 @@ class Trained(NamedTuple):
     holdout: Source | None
     views: Batches | list
     preview: Batch
+    tests: dict[str, Batches | list]
     log: RunLog
 
 
@@ -246,7 +249,8 @@ def train(
     if job.final_view is not None:
         views, preview = make_views(job.holdout, job.final_view, *looking), make_preview(job, final=True)
     judged = objective if average is None else average.module
-    return Trained(judged.eval(), whole_weights(judged, accelerator), job.holdout, views, preview, log)
+    tests = {place: make_views(its, job.final_view or job.view, *looking) for place, its in job.tests.items()}
+    return Trained(judged.eval(), whole_weights(judged, accelerator), job.holdout, views, preview, tests, log)
 
 
 def told(problems: Sequence[tuple[str, str]], shown: int = 3) -> list[str]:

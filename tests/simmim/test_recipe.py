@@ -45,6 +45,8 @@ CHAINS = {
     "simmim_swinv2_h": [(192, 12), (224, 14), (512, 32)],
     "simmim_swinv2_3b": [(192, 12), (192, 12), (640, 40)],
     "kinetics_swinv2_3b": [(256, 16), (320, 20)],
+    "imagenet_swinv2_b": [(192, 12), (384, 24)],
+    "imagenet_swinv2_l": [(192, 12), (384, 24)],
     "simmim_swin_b": [(192, 6), (224, 7)],
     "simmim_swin_l": [(192, 12), (224, 14)],
 }
@@ -79,6 +81,8 @@ def test_rates_of_the_published_recipes():
         "simmim_swin_b": [4e-4, 5e-3],
         "simmim_swinv2_b": [4e-4, 5e-3, 4e-5],
         "simmim_swinv2_3b": [1.4e-3, 1.4e-3, 2.1e-5],
+        "imagenet_swinv2_b": [1e-3, 4e-5],
+        "imagenet_swinv2_l": [1e-3, 4e-5],
         "kinetics_swinv2_3b": [3.6e-4, 5e-5],
     }
     for name, rates in expected.items():

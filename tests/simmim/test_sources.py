@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simmim import stages
+from simmim.data.sources import open_images
 from simmim.schema import Recipe
 from simmim.stages import pretraining
+from simmim.stages.judging import evaluate_export
 from simmim.stages.sources import make_sources
 from tests.simmim.test_boxes import write_coco
 
@@ -104,3 +108,28 @@ def test_objects_too(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, **labels)
     judged_by = names(make_sources(recipe, "detect").holdout)
     assert len(judged_by) == 3 and not names(make_sources(recipe, "pretrain").training) & judged_by
+
+
+def test_a_classifier_is_judged_by_more_than_one_place(photos, tmp_path, capsys):
+    """Each variant by the numbers of its folders, as ``simmim evaluate`` does; none of it is trained on."""
+    for variant in ("imagenetv2-a", "imagenetv2-b"):
+        for label, name in enumerate("ab"):
+            shutil.copytree(photos / "classes" / name, photos / "v2" / variant / str(label))
+    shutil.rmtree(photos / "v2/imagenetv2-b/1")
+    labels = {"path": str(photos / "classes"), "tests": [str(photos / "v2")]}
+    stage = {**STAGE, "labels": labels, "augment": {"rand_augment": None}, "batch_size": 8, "micro_batch_size": 8}
+    stage["schedule"] = {"epochs": 1, "warmup_epochs": 0}
+    recipe = make_recipe(photos, finetune=stage).model_copy(update={"name": "more"})
+    export = stages.run_stage(recipe, "finetune", tmp_path / "out", precision="fp32")
+    summary = json.loads((export.parent / "summary.json").read_text())
+    for variant, images in (("imagenetv2-a", 40), ("imagenetv2-b", 20)):
+        place = str(photos / "v2" / variant)
+        found = evaluate_export(export, place, num_workers=0, precision="fp32")
+        assert len(names(open_images(place))) == images
+        assert summary["test_top1"][place] == pytest.approx(found["top1"])
+        assert summary["test_loss"][place] == pytest.approx(found["loss"], rel=1e-5)
+    assert summary["test_top1"].keys() == summary["test_loss"].keys() and "v2/imagenetv2-b" in capsys.readouterr().out
+    assert not any("/v2/" in name for name in names(make_sources(recipe, "pretrain").training))
+    gone = make_recipe(photos, finetune=stage | {"labels": labels | {"tests": [str(photos / "gone")]}})
+    with pytest.raises(ValueError, match=r"stages.finetune: '.*gone' is not a folder"):
+        stages.run(gone, tmp_path / "other")
