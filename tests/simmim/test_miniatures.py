@@ -1,0 +1,48 @@
+"""Recipes that stand for the large ones run from beginning to end, on pictures that are painted for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import swin
+from simmim.cli import main
+from simmim.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+PAINT = {
+    "segment_demo": ["paint_shapes.py", "--training", "40", "--validation", "10", "--size", "48"],
+    "detect_miniature": ["paint_objects.py", "--images", "24", "--val-images", "10"],
+    "detect_painted": ["paint_objects.py", "--images", "24", "--val-images", "10", "--size", "48"],
+}
+
+
+@pytest.mark.parametrize("name", ["segment_demo", "detect_miniature", "detect_painted", "kinetics_mini", "video_demo"])
+def test_a_miniature_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name)
+    overrides = [
+        f"stages.{stage}.schedule.{key}" for stage in recipe.stages for key in ("epochs=0.5", "warmup_epochs=0")
+    ]
+    if name in PAINT:
+        script, *sizes = PAINT[name]
+        subprocess.run([sys.executable, ROOT / "tools" / script, "painted", *sizes], check=True, capture_output=True)
+        overrides += ["data.path=painted/images" if script == "paint_shapes.py" else "data.path=painted"]
+    else:
+        overrides += ["data.num_images=32"]
+    overrides += [
+        f"stages.{stage}.labels.{key}"
+        for stage, its in recipe.stages.items()
+        if its.kind != "pretrain"
+        for key in {"segment": ["images=16"], "detect": []}.get(its.kind, ["val_images=8", "shots=null"])
+    ]
+    assert main(["run", name, *overrides, "--out", "runs"]) == 0
+    for stage in recipe.stages:
+        folder = Path("runs") / name / stage
+        assert json.loads((folder / "summary.json").read_text()) and list(folder.glob("*/step_*.png"))
+        swin.load_encoder(folder / "export")
+    assert "warning" not in capsys.readouterr().out
