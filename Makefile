@@ -17,8 +17,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/simmim lab label-efficiency recipes/demo.yaml --precision fp32
 
+# One thread each, whole files: what a file has trained is trained once.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -q -m faults
