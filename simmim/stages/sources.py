@@ -45,7 +45,7 @@ class Sources(NamedTuple):
 
 
 def make_sources(recipe: Recipe, name: str, size: Pair | None = None) -> Sources:
-    """The images of a stage: as many as its settings ask for, and none that another stage is judged by.
+    """The images of a stage: as many as its settings ask for, and none to train on that a stage is judged by.
 
     Images are the same if their files are, however a path is spelled. Where pretraining is on a folder that holds the
     annotations of another stage as well, these are no images.
@@ -59,10 +59,13 @@ def make_sources(recipe: Recipe, name: str, size: Pair | None = None) -> Sources
     stage = recipe.stages[name]
     training, holdout, classes, problems = open_sources(recipe, stage, size)
     judged, label_maps, unknown = _of_others(recipe, name)
+    if holdout is not None and not isinstance(stage, Pretrain):
+        judged |= _files_of(holdout)  # which may lie below the place of the others
     kept = _without(training, judged | label_maps)
     if not len(kept):
         raise ValueError(
-            f"stages.{name}: none of {len(training)} images is left, other stages are judged by all of them: add some"
+            f"stages.{name}: none of {len(training)} images is left to train on, stages are judged by all of them: "
+            "add some"
         )
     unseen = holdout and _without(holdout, label_maps)
     return Sources(_share(kept, recipe, stage), unseen or None, classes, problems + unknown)

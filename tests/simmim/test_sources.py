@@ -84,7 +84,7 @@ def test_stages_with_labels_keep_from_each_other(photos):
 def test_nothing_is_left(photos):
     """What is named by a list may be all that there is."""
     later = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "val_path": str(photos / "classes")}}}
-    with pytest.raises(ValueError, match="none of 36 images is left, other stages are judged by all of them"):
+    with pytest.raises(ValueError, match="none of 36 images is left to train on, stages are judged by all of them"):
         make_sources(make_recipe(photos / "classes", **later), "pretrain")
 
 
@@ -99,6 +99,18 @@ def test_missing_labels_are_missed_before_anything_is_trained(photos, later, tmp
     job = pretraining.make_job(recipe, tmp_path / "out", "pretrain", "no")
     ((which, why),) = job.problems
     assert which.startswith("stages.") and "gone" in why and why.endswith("may be trained on here")
+
+
+def test_images_to_be_judged_by_may_lie_among_the_others(photos):
+    """A list of some of the images that a stage is trained on."""
+    some = [f"classes/{name}/{number:02d}.png" for number, name in ((0, "a"), (1, "b"), (2, "a"))]
+    rows = [f"{file},{file.split('/')[1]}" for file in some]
+    (photos / "some.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    labels = {"path": str(photos / "classes"), "val_path": str(photos / "some.csv")}
+    recipe = make_recipe(photos / "classes", finetune={**STAGE, "labels": labels})
+    sources = make_sources(recipe, "finetune")
+    assert names(sources.holdout) == {str(photos / file) for file in some}
+    assert len(names(sources.training)) == 37 and not names(sources.training) & names(sources.holdout)
 
 
 def test_objects_too(tmp_path, monkeypatch):
