@@ -59,7 +59,8 @@ class Mlp(nn.Module):
         x = self.fc1(x)
         if torch.compiler.is_compiling():
             return self.fc2(self.act(x))
-        out: Tensor = _GeluLinear.apply(x, self.fc2.weight, self.fc2.bias)
+        # Under autocast x is in half precision already, and so are the weights for both of its passes.
+        out: Tensor = _GeluLinear.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
         return out
 
 
@@ -76,9 +77,8 @@ class _GeluLinear(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         x, weight = context.saved_tensors
         of_rows = gradient.flatten(0, -2)
-        dweight = of_rows.T @ F.gelu(x).flatten(0, -2).to(gradient.dtype)
-        dx = torch.ops.aten.gelu_backward((gradient @ weight.to(gradient.dtype)).to(x.dtype), x)
-        return dx, dweight.to(weight.dtype), of_rows.sum(dim=0).to(weight.dtype)
+        dweight = of_rows.T @ F.gelu(x).flatten(0, -2)
+        return torch.ops.aten.gelu_backward(gradient @ weight, x), dweight, of_rows.sum(dim=0)
 
 
 class PatchEmbed(nn.Module):
