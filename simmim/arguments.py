@@ -23,8 +23,21 @@ def as_count(text: str) -> int:
     return int(text)
 
 
+def as_share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
+    return number
+
+
 def as_size(text: str) -> int | tuple[int, ...]:
     """``192`` or ``192x256``, height first."""
+    if not all(side.isdecimal() for side in text.split("x")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number or HEIGHTxWIDTH")
     sides = tuple(int(side) for side in text.split("x"))
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} sides: expected one number or HEIGHTxWIDTH")
@@ -47,6 +60,8 @@ def split_options(given: list[str]) -> tuple[list[str], dict[str, Any]]:
                 raise ValueError(f"{text!r} is not valid YAML: {' '.join(str(error).split())}") from None
         else:
             places.append(text)
+    if not all(places):
+        raise ValueError("a place without a name: give a folder, or . for this one")
     if not places:
         raise ValueError(f"no data: {', '.join(given)} are options")
     return places, options

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from simmim.arguments import add_command, as_count, as_size, split_options
+from simmim.arguments import add_command, as_count, as_share, as_size, split_options
 
 EVALUATE_EXAMPLES = """examples:
   simmim evaluate runs/b/finetune/export /data/imagenet
@@ -54,7 +55,7 @@ def add_judge(commands: argparse._SubParsersAction) -> None:
     shown.add_argument("encoder", type=Path, help="the export of a classifier, a segmenter or a detector")
     shown.add_argument("data", nargs="+", metavar="IMAGES", help="as data.path of a recipe; and options: key=value")
     shown.add_argument("--images", type=as_count, metavar="N", help="so many of the first (default: all)")
-    shown.add_argument("--least-score", type=float, default=0.5, metavar="S", help="of objects (default: 0.5)")
+    shown.add_argument("--least-score", type=as_share, default=0.5, metavar="S", help="of objects (default: 0.5)")
     shown.add_argument("--out", type=Path, default=Path("predictions"), help="a folder (default: %(default)s)")
     shown.set_defaults(run=_predict, overrides=[])
     for parser in (judge, probe, shown):
@@ -69,18 +70,23 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from simmim.data.sources import variants
+    from simmim.data.sources import is_name, variants
     from simmim.stages.judging import evaluate_export
 
     paths, options = split_options([*arguments.data, *arguments.overrides])
     rows = {}
     task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
     places = [place for path in paths for place in variants(path)]
+    for place in places:  # before the first is judged, which may take hours
+        if not is_name(place) and not glob(str(Path(place).expanduser())):
+            raise ValueError(f"there is no {place!r}: expected labelled images, or options as key=value")
     for place in places:
         rows[place] = evaluate_export(arguments.encoder, place, options, **task)
     lines = ["  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) for numbers in rows.values()]
     if len(places) > 1:
-        lines = [f"{Path(place).name}: {line}" for place, line in zip(rows, lines, strict=True)]
+        names = [Path(place).name for place in rows]
+        names = names if len(set(names)) == len(names) else list(rows)
+        lines = [f"{name}: {line}" for name, line in zip(names, lines, strict=True)]
     return _tell("\n".join(lines), rows if len(places) > 1 else rows[places[0]], arguments.json)
 
 

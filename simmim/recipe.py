@@ -1,4 +1,4 @@
-"""Reading recipes: files, overrides, and what is said of mistakes. What they may hold is in ``schema.py``."""
+"""Reading recipes: files, overrides, and what is said of mistakes. What they may hold is in ``schema/``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_options(model: type[Settings], options: Mapping[str, Any]) -> dict[str,
         given: dict[str, Any] = model.model_validate(dict(options)).model_dump(exclude_unset=True)
         return given
     except ValidationError as error:
-        lines = [_explain(detail, {}, "an option", model) for detail in error.errors()]
+        lines = [_explain(detail, {}, "key=value", model) for detail in error.errors()]
         raise ValueError("\n".join([f"{len(lines)} problem(s) with options:", *lines])) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import tarfile
@@ -102,29 +103,44 @@ def read_list(path: Path) -> tuple[list[Entry], list[Path]]:
     Returns:
         The entries, and the files and folders that they depend on.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        if path.suffix.lower() in (".txt", ".lst"):
-            entries = [Entry(line.strip()) for line in file if line.strip() and not line.startswith("#")]
-        else:
-            rows = [row for row in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if row]
-            head = [cell.strip().lower() for cell in rows[0]] if rows else []
-            place, label = 0, 1
-            if set(KINETICS) <= set(head):
-                found = scan(path.parent)
-                named = [dict(zip(head, row, strict=False)) for row in rows[1:]]
-                return _find_kinetics(path, found.videos, named), [path, *found.folders]
-            if rows and not (is_image(rows[0][0]) or is_video(rows[0][0])):
-                place = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
-                label = next((head.index(word) for word in LABEL_COLUMNS if word in head), len(head))
-                if place < 0:
-                    raise ValueError(
-                        f"{path} has the columns {', '.join(head)}: call the one with paths {' or '.join(PATH_COLUMNS)}"
-                    )
-                rows = rows[1:]
-            entries = [Entry(row[place], row[label] if label < len(row) else None) for row in rows]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8") from None
+    if path.suffix.lower() in (".txt", ".lst"):
+        lines = text.split("\n")
+        entries = [Entry(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    else:
+        rows = _read_table(path, text)
+        head = [cell.strip().lower() for cell in rows[0]] if rows else []
+        place, label = 0, 1
+        if set(KINETICS) <= set(head):
+            found = scan(path.parent)
+            named = [dict(zip(head, row, strict=False)) for row in rows[1:]]
+            return _find_kinetics(path, found.videos, named), [path, *found.folders]
+        if rows and not (is_image(rows[0][0]) or is_video(rows[0][0])):
+            place = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
+            label = next((head.index(word) for word in LABEL_COLUMNS if word in head), len(head))
+            if place < 0:
+                raise ValueError(
+                    f"{path} has the columns {', '.join(head)}: call the one with paths {' or '.join(PATH_COLUMNS)}"
+                )
+            rows = rows[1:]
+        if short := next((row for row in rows if len(row) <= place), None):
+            raise ValueError(f"{path} has a row without a path: {', '.join(short)}")
+        entries = [Entry(row[place], (row[label] if label < len(row) else None) or None) for row in rows]
     if not entries:
         raise ValueError(f"{path} lists no images: expected one path per line, relative to {path.parent}")
     return entries, [path]
+
+
+def _read_table(path: Path, text: str) -> list[list[str]]:
+    """Rows that are not empty."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table of paths: {error}") from None
 
 
 def _find_kinetics(path: Path, videos: list[str], rows: list[dict[str, str]]) -> list[Entry]:
@@ -134,8 +150,13 @@ def _find_kinetics(path: Path, videos: list[str], rows: list[dict[str, str]]) ->
     """
     by_stem = {video.rpartition("/")[2].rpartition(".")[0]: video for video in videos}
     entries = []
-    for row in rows:
-        stem = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+    for number, row in enumerate(rows, start=2):
+        try:
+            stem = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"row {number} of {path} is {', '.join(row.values())}: expected {', '.join(KINETICS)}, times in seconds"
+            ) from None
         entries.append(Entry(by_stem.get(stem, f"{stem}.mp4"), row.get("label")))
     if not {entry.name for entry in entries} & set(videos):
         raise ValueError(

@@ -83,9 +83,9 @@ class Manifest:
 
     def name(self, number: int) -> str:
         """A path for a person to find the image by."""
+        if self._columns[3][number].as_py() == WHOLE:
+            return os.path.join(self._folder, self._columns[0][number].as_py())
         entry = self._entry(number)
-        if entry.kind == WHOLE:
-            return str(self.root / entry.name)
         part = part_of(self.places[entry.place].name)
         name = entry.name.removeprefix(f"{part}/") if part else entry.name
         return f"{self.places[entry.place]}/{name}".rstrip("/")

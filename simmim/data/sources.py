@@ -155,7 +155,7 @@ class LabelledImages(Images):
             classes = files.classes or (sorted(found, key=int) if numeric else sorted(found))
         if unknown := sorted(found - set(classes)):
             raise ValueError(
-                f"{place} holds classes that the training images lack: {', '.join(unknown[:5])}"
+                f"{place} holds classes that are not among the {len(classes)} known ones: {', '.join(unknown[:5])}"
                 f"{' and others' if len(unknown) > 5 else ''}"
             )
         self.classes = list(classes)
@@ -211,6 +211,8 @@ def open_files(path: str | Path) -> Files:
         OSError: it cannot be read.
     """
     text = str(path)
+    if not text:
+        raise ValueError("a place without a name: give a folder of images, or . for this one")
     if text.startswith(STREAM):
         return open_stream(text)
     if text.startswith(PREFIX):

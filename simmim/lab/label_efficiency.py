@@ -17,7 +17,7 @@ from simmim.data import Labelled
 from simmim.lab.arms import check_seeds
 from simmim.lab.page import draw_page, final_of, measure_of
 from simmim.lab.results import percent
-from simmim.schema import Finetune, Pretrain, Recipe, Supervised, video_of
+from simmim.schema import Detect, Finetune, Pretrain, Recipe, Segment, Supervised, video_of
 from simmim.stages import run, run_stage
 from simmim.stages.assembly import geometry, make_accelerator
 from simmim.stages.evaluate import judge
@@ -124,7 +124,8 @@ def find_pairs(recipe: Recipe) -> list[Pair]:
 
 def _budget(recipe: Recipe, stage: Supervised) -> tuple[Any, ...]:
     size = stage.image_size or next((s.image_size for s in recipe.stages.values() if isinstance(s, Pretrain)), None)
-    return type(stage), getattr(stage, "labels", None), video_of(stage), size, stage.batch_size, stage.schedule.epochs
+    labels = stage.labels.model_dump_json(exclude={"tests"}) if isinstance(stage, Finetune | Segment | Detect) else ""
+    return type(stage), labels, video_of(stage), size, stage.batch_size, stage.schedule.epochs
 
 
 def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:

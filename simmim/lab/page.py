@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from simmim.runlog import read_lines
-from simmim.schema import Pretrain, Recipe, Segment, Stage
+from simmim.schema import Detect, Pretrain, Recipe, Segment, Stage
 from simmim.visualize import folded
 
 PRETRAINED, SCRATCH = "C0", "C1"
@@ -32,11 +32,12 @@ class Measure(NamedTuple):
 
 TOP1 = Measure("top-1", "holdout_top1", "holdout_top1")
 MEAN_IOU = Measure("mean IoU", "holdout_mean_iou", "holdout_pixel_accuracy")
+BOX_AP = Measure("box AP", "holdout_box_ap", "holdout_loss")
 
 
 def measure_of(stage: Stage) -> Measure:
     """By the kind of a stage."""
-    return MEAN_IOU if isinstance(stage, Segment) else TOP1
+    return MEAN_IOU if isinstance(stage, Segment) else BOX_AP if isinstance(stage, Detect) else TOP1
 
 
 def final_of(folder: Path, stage: Stage) -> float:
@@ -91,14 +92,15 @@ def draw_pretraining(axis: Axes, folder: Path) -> None:
 
 
 def draw_curves(axis: Axes, folder: Path, pair: tuple[str, ...], seeds: Sequence[int], curve: str) -> None:
-    """Held-out accuracy over the epochs of a pair, one thin line per seed."""
+    """Held-out accuracy, or loss, over the epochs of a pair, one thin line per seed."""
+    scale, unit = (1, "") if curve == "holdout_loss" else (100, ", %")
     for stage, colour, label in zip(pair, (PRETRAINED, SCRATCH), ("pretrained", "from scratch"), strict=True):
         for seed in seeds:
             rows = read_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
             epochs_per_step = next(row["epoch"] / row["step"] for row in rows if "epoch" in row)
-            points = [(row["step"] * epochs_per_step, 100 * row[curve]) for row in rows if curve in row]
+            points = [(row["step"] * epochs_per_step, scale * row[curve]) for row in rows if curve in row]
             axis.plot(*zip(*points, strict=True), color=colour, label=label if seed == seeds[0] else None)
-    axis.set(title=" and ".join(pair), xlabel="epoch", ylabel=f"{curve.replace('_', ' ')}, %")
+    axis.set(title=" and ".join(pair), xlabel="epoch", ylabel=f"{curve.replace('_', ' ')}{unit}")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
 

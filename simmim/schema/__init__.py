@@ -1,6 +1,6 @@
 """The schema of a recipe: one YAML file with data, encoder and an ordered set of stages."""
 
-from simmim.schema.dense import Detect, Segment, SegmentLabels
+from simmim.schema.dense import Detect, DetectTest, Segment, SegmentLabels
 from simmim.schema.images import Finetune, Pretrain, Video, video_of
 from simmim.schema.options import ClassifierOptions, DetectorOptions, JudgedSegmenterOptions, SegmenterOptions
 from simmim.schema.parts import Data, Encoder, Optimizer, Settings, Stage, Supervised
@@ -11,6 +11,7 @@ __all__ = [
     "ClassifierOptions",
     "Data",
     "Detect",
+    "DetectTest",
     "DetectorOptions",
     "Encoder",
     "Finetune",

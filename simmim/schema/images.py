@@ -84,8 +84,8 @@ class Labels(Settings):
     val_path: str = Field("", description="empty: the val subfolder, or val_images held out of the others")
     val_images: Count = Field(5000, description="held out where there is no folder for validation, at most a tenth")
     shots: Count | None = Field(None, description="labelled images of each class; null: all")
-    tests: list[str] = Field(
-        [],
+    tests: tuple[str, ...] = Field(
+        (),
         description="more labelled images that the trained classifier is judged by, of each place by itself; "
         "of ImageNet-V2, the folder with its variants",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simmim.schema.dense import DetectTest, SegmentLook
 from simmim.schema.parts import Count, Settings, SizeOrNone
@@ -28,4 +28,8 @@ class JudgedSegmenterOptions(SegmenterOptions):
 
 
 class DetectorOptions(DetectTest):
-    """Of whole images."""
+    """Of whole images; what is not given is of the export, so that they are compared there."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DetectorOptions:
+        return self

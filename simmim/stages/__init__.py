@@ -9,7 +9,7 @@ from simmim.schema import Recipe
 from simmim.stages.finetuning import finetune
 from simmim.stages.pretraining import pretrain
 from simmim.stages.rooms import room_of
-from simmim.stages.sources import check_sources
+from simmim.stages.sources import check_stages
 from simmim.stages.training import carry_out
 
 __all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
@@ -36,9 +36,9 @@ def run(recipe: Recipe, out: Path, *, precision: str | None = None, allow_change
     """Run all stages in their order, from where they stand; the export of the last.
 
     Raises:
-        ValueError: as of :func:`run_stage`; or images of any stage are missing, before the first is trained.
+        ValueError: as of :func:`run_stage`; what is missing of any stage is missed before the first is trained.
     """
-    check_sources(recipe)
+    check_stages(recipe, (name for name in recipe.stages if not (out / recipe.name / name / "export").exists()))
     for name in recipe.stages:
         last = run_stage(recipe, name, out, precision=precision, allow_changes=allow_changes)
     return last

@@ -259,7 +259,8 @@ def labelled_images(
     files = files.part("val") or files
     labels = files.labels()
     found = sorted(set(labels.drop_null().to_pylist())) if labels is not None else []
-    by_number = bool(found) and all(name.isdecimal() for name in found) and not set(found) <= set(classes or [])
+    names_are_numbers = bool(classes) and all(name.isdecimal() for name in classes or [])
+    by_number = bool(found) and all(name.isdecimal() for name in found) and not names_are_numbers
     if by_number:
         numbers = [str(number) for number in range(count)]
         if unknown := sorted(set(found) - set(numbers), key=int):

@@ -25,7 +25,7 @@ from simmim.engine import Batch, in_step, to_device
 from simmim.objectives.average_precision import AveragePrecision, coco_results
 from simmim.objectives.detect import Detect
 from simmim.recipe import read_options
-from simmim.schema import DetectorOptions
+from simmim.schema import DetectTest
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
 from simmim.stages.training import told
@@ -119,7 +119,7 @@ def load_detector(path: Path, **options: Any) -> tuple[Detect, EvaluationSize]:
     try:
         test, head = dict(about["test"]), {key: value for key, value in about.items() if key not in ("classes", "test")}
         interpolation = test.pop("interpolation")
-        test |= read_options(DetectorOptions, test | options)
+        test |= read_options(DetectTest, test | options)
         looks = {key: test[key] for key in ("soft_nms", "zooms", "flips")}
         view = EvaluationSize(test["short_px"], test["long_px"], interpolation)
         pixels, encoder = description["pixels"], load_encoder(path, **sizes)

@@ -83,10 +83,12 @@ def load_segmenter(export: Path | str, **options: Any) -> Segment:
         described = {**described, "short_px": short_px, "window": described["window"] and size, "stride": None}
     if "window" in options:  # the stride belongs to it
         described = {**described, "stride": None}
-    looks = {name: described[name] for name in SegmenterOptions.model_fields}
-    settings = {**described, **read_options(SegmenterOptions, looks | options)}
-    pixels = about["pixels"]
-    objective = Segment(encoder, **settings, mean=pixels["mean"], std=pixels["std"])
+    try:
+        looks = {name: described[name] for name in SegmenterOptions.model_fields}
+        settings, pixels = {**described, **read_options(SegmenterOptions, looks | options)}, about["pixels"]
+        objective = Segment(encoder, **settings, mean=pixels["mean"], std=pixels["std"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"encoder.json of {export} does not describe a segmenter ({error!r})") from None
     load_around(export / HEAD, objective)
     return objective.eval()
 

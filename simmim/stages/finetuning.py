@@ -62,6 +62,8 @@ def judge(trained: Trained, accelerator: Accelerator) -> None:
             log.broken(list(views.broken.items()))
         if found:
             log.say(f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}{how} of {place}")
+        else:
+            log.say(f"warning: none of the images of {place} could be read")
         for key, value in found.items():
             tests.setdefault(f"test_{key}", {})[place] = value
     if log.is_main:

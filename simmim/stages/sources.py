@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -23,13 +22,17 @@ from simmim.data import (
     labelled_sources,
     training_images,
 )
-from simmim.data.boxes import coco_sources
-from simmim.data.segments import SegmentedImages, SegmentedSources, read_class_names, segmented_sources
+from simmim.data.boxes import coco_sources, has_split, open_coco
+from simmim.data.loader import reason_of
+from simmim.data.segments import SegmentedSources, read_class_names, segmented_sources
 from simmim.data.sources import Files, Subset, open_files, variants
+from simmim.objectives.average_precision import AveragePrecision
+from simmim.objectives.mean_iou import MeanIoU
 from simmim.schema import Data, Detect, Finetune, Pretrain, Recipe, Segment, SegmentLabels, Stage, Video, video_of
 from swin.config import Pair
 
 BUILTIN = "builtin:shapes"
+UNKNOWN = "what it will be judged by may be trained on here"
 
 
 class Sources(NamedTuple):
@@ -58,60 +61,62 @@ def make_sources(recipe: Recipe, name: str, size: Pair | None = None) -> Sources
     """
     stage = recipe.stages[name]
     training, holdout, classes, problems = open_sources(recipe, stage, size)
-    judged, label_maps, unknown = _of_others(recipe, name)
+    judged, unknown = _of_others(recipe, name)
     if holdout is not None and not isinstance(stage, Pretrain):
         judged |= _files_of(holdout)  # which may lie below the place of the others
-    kept = _without(training, judged | label_maps)
+    label_maps = {folder for its in recipe.stages.values() for folder in _label_maps(recipe, its)}
+    kept = _without(training, judged, label_maps)
     if not len(kept):
         raise ValueError(
-            f"stages.{name}: none of {len(training)} images is left to train on, stages are judged by all of them: "
+            f"none of {len(training)} images is left to train on, stages of the recipe are judged by all of them: "
             "add some"
         )
-    unseen = holdout and _without(holdout, label_maps)
+    unseen = holdout and _without(holdout, set(), label_maps)
     return Sources(_share(kept, recipe, stage), unseen or None, classes, problems + unknown)
 
 
-def _of_others(recipe: Recipe, name: str) -> tuple[set[str], set[str], list[tuple[str, str]]]:
-    """Files that the other stages of a recipe are judged by, their label maps, and stages that do not say theirs."""
+def _of_others(recipe: Recipe, name: str) -> tuple[set[str], list[tuple[str, str]]]:
+    """Files that the stages of a recipe are judged by but for those held out by one, and what could not be opened."""
     judged: set[str] = set()
-    label_maps: set[str] = set()
-    unknown, seen = [], []
+    unknown = []
+    seen = {_split(recipe.stages[name])}  # the same labels hold out the same
     for other, stage in recipe.stages.items():
-        with suppress(ValueError, OSError):
-            judged |= {_file(files.name(number)) for files in _tests_of(stage) for number in range(len(files))}
-        if other == name or isinstance(stage, Pretrain) or _path(recipe, stage) == BUILTIN:
+        for place in _tests(stage):
+            try:
+                judged |= _files_of(_validation(place))
+            except (ValueError, OSError) as error:
+                unknown.append((f"stages.{other}.labels.tests", f"{error}; {UNKNOWN}"))
+        if isinstance(stage, Pretrain) or _path(recipe, stage) == BUILTIN or _split(stage) in seen:
             continue
-        assert isinstance(stage, Finetune | Segment | Detect)
-        if (same := (stage.kind, stage.labels)) in seen:
-            continue
-        seen.append(same)
+        seen.add(_split(stage))
         try:
-            found = open_sources(recipe, stage)
+            judged |= _files_of(_held_out(recipe, stage))
         except (ValueError, OSError) as error:
-            unknown.append((f"stages.{other}", f"{error}; what it will be judged by may be trained on here"))
-            continue
-        assert found.holdout is not None
-        judged |= _files_of(found.holdout)
-        for part in (found.training, found.holdout):
-            whole = part.source if isinstance(part, Subset) else part
-            if isinstance(whole, SegmentedImages):
-                label_maps |= {_file(whole.annotations.name(number)) for number in range(len(whole.annotations))}
-    return judged, label_maps, unknown
+            unknown.append((f"stages.{other}", f"{error}; {UNKNOWN}"))
+    return judged, unknown
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Open the images of all stages: what is missing had better be missed before the first of them is trained.
+def check_stages(recipe: Recipe, names: Iterable[str]) -> None:
+    """What is missing had better be missed before the first of these stages is trained.
 
     Raises:
-        ValueError: data that a stage cannot use.
+        ValueError: images that a stage cannot use, something to start from that is not there, or nothing installed
+            that could judge.
     """
-    for name, stage in recipe.stages.items():
+    for name in names:
+        stage, start = recipe.stages[name], recipe.start_of(name)
         try:
-            if _path(recipe, stage) != BUILTIN:
-                open_sources(recipe, stage)
-            list(_tests_of(stage))
+            make_sources(recipe, name, stage.image_size or (64, 64))
+            for place in _tests(stage):
+                _validation(place)
+            if start and start != "scratch" and start not in recipe.stages and not Path(start).expanduser().exists():
+                raise ValueError(f"init_from {start!r} is no stage, no export and no file")
+            if isinstance(stage, Segment):
+                MeanIoU(2)
+            if isinstance(stage, Detect):
+                AveragePrecision(masks=stage.masks)
         except (ValueError, OSError) as error:
-            raise ValueError(f"stages.{name}: {error}") from None
+            raise ValueError(f"stages.{name}: {reason_of(error)}") from None
 
 
 def open_sources(recipe: Recipe, stage: Stage, size: Pair | None = None) -> Sources:
@@ -165,10 +170,39 @@ def _path(recipe: Recipe, stage: Stage) -> str:
     return own or recipe.data.path
 
 
-def _tests_of(stage: Stage) -> Iterator[Files]:
-    """More images that a stage is judged by."""
-    for path in stage.labels.tests if isinstance(stage, Finetune) else ():
-        yield from (open_files(place) for place in variants(path) if place != BUILTIN)
+def _held_out(recipe: Recipe, stage: Stage) -> Source:
+    """What a stage with labels is judged by."""
+    path = _path(recipe, stage)
+    if isinstance(stage, Detect) and has_split(path, "val"):  # the annotations of train are many
+        return open_coco(path, "val", training=False, masks=False)
+    holdout = open_sources(recipe, stage).holdout
+    assert holdout is not None
+    return holdout
+
+
+def _tests(stage: Stage) -> list[str]:
+    """More places that a stage is judged by."""
+    paths = stage.labels.tests if isinstance(stage, Finetune) else ()
+    return [place for path in paths for place in variants(path) if place != BUILTIN]
+
+
+def _validation(place: str) -> Files:
+    files = open_files(place)
+    return files.part("val") or files
+
+
+def _split(stage: Stage) -> tuple[type[Stage], str]:
+    """Stages for which it is the same hold out the same images."""
+    labels = getattr(stage, "labels", None)
+    return type(stage), labels.model_dump_json(exclude={"tests", "shots", "images"}) if labels is not None else ""
+
+
+def _label_maps(recipe: Recipe, stage: Stage) -> list[str]:
+    """Folders of files that look like images."""
+    if not isinstance(stage, Segment):
+        return []
+    folders = (stage.labels.annotations or f"{_path(recipe, stage)}/annotations", stage.labels.val_annotations)
+    return [_folder(folder) + os.sep for folder in folders if folder]
 
 
 def _builtin(recipe: Recipe, stage: Pretrain | Finetune, path: str, size: Pair | None) -> Sources:
@@ -216,19 +250,23 @@ def _share(source: Source, recipe: Recipe, stage: Stage) -> Source:
     return source
 
 
-def _without(source: Source, files: set[str]) -> Source:
-    """The images that are none of these files."""
-    if not files:
+def _without(source: Source, files: set[str], folders: set[str]) -> Source:
+    """The images that are none of these files and in none of these folders."""
+    if not files and not folders:
         return source
-    names = {os.path.basename(file) for file in files}  # most images are told apart by that alone
-    called = (source.name(number) for number in range(len(source)))
-    kept = [
-        number for number, name in enumerate(called) if os.path.basename(name) not in names or _file(name) not in files
-    ]
+    names, below = {os.path.basename(file) for file in files}, tuple(folders)
+    kept = []
+    for number in range(len(source)):
+        name = source.name(number)
+        if os.path.basename(name) in names or below:  # most images are told apart by that alone
+            file = _file(name)
+            if file in files or file.startswith(below):
+                continue
+        kept.append(number)
     return source if len(kept) == len(source) else Subset(source, kept)
 
 
-def _files_of(source: Source) -> set[str]:
+def _files_of(source: Source | Files) -> set[str]:
     return {_file(source.name(number)) for number in range(len(source))}
 
 

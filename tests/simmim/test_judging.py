@@ -19,6 +19,7 @@ from simmim.objectives.detect import Detect
 from simmim.objectives.segment import Segment
 from simmim.schema import Detect as DetectStage
 from simmim.stages.detecting import describe, head_of
+from simmim.stages.evaluate import labelled_images
 from swin import make_encoder, save_encoder
 from tests.simmim.test_boxes import write_coco
 
@@ -127,6 +128,8 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["evaluate", "segmenter", "PHOTOS", "scales=1"], "scales: Input should be a valid list"),
         (["evaluate", "segmenter", "PHOTOS", "annotations=nowhere"], "'nowhere' is not a folder"),
         (["evaluate", "classifier", "PHOTOS", "data=there"], "data: unknown key"),
+        (["evaluate", "classifier", "PHOTOS", "typo"], "there is no 'typo': expected labelled images, or options"),
+        (["evaluate", "classifier", ""], "a place without a name"),
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
         (["predict", "classifier", "views=2"], "no data: views=2 are options"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
@@ -141,6 +144,21 @@ def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")] if command == "predict" else []
     assert main([command, str(exports / kind), *rest, *out]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_long_side_is_compared_with_the_short_one_of_the_export(exports, photos, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["predict", str(exports / "detector"), str(photos), "long_px=100", *out]) == 0
+
+
+def test_classes_that_are_called_by_numbers_are_matched_by_name(exports, tmp_path):
+    for name in ("2", "3"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "a.png")
+    encoder = make_small()
+    assert labelled_images(str(tmp_path), encoder, PIXELS, ["0", "3", "2"], 3).label(0) == 2
+    with pytest.raises(ValueError, match="holds classes that are not among the 2 known ones: 3"):
+        labelled_images(str(tmp_path), encoder, PIXELS, ["2", "4"], 2)
 
 
 def test_numbers_of_images_are_above_zero(exports, photos, capsys):

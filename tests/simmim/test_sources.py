@@ -18,7 +18,6 @@ from simmim.stages.judging import evaluate_export
 from simmim.stages.sources import make_sources
 from tests.simmim.test_boxes import write_coco
 
-COLOURS = ((0, 0, 0), (200, 30, 30))
 STAGE = {"init_from": "scratch", "image_size": 16, "window_size": 2}
 
 
@@ -62,7 +61,6 @@ def test_one_folder_has_many_spellings(photos, spelled, monkeypatch):
     judged_by = names(make_sources(recipe, "finetune").holdout)
     seen = names(make_sources(recipe, "pretrain").training)
     assert len(judged_by) == 4 and seen and not seen & judged_by
-    assert names(make_sources(recipe, "finetune").training).isdisjoint(judged_by)
 
 
 def test_label_maps_are_no_images(photos):
@@ -70,6 +68,47 @@ def test_label_maps_are_no_images(photos):
     images, judged_by = names(make_sources(recipe, "pretrain").training), make_sources(recipe, "segment").holdout
     holdout = make_sources(recipe, "pretrain").holdout
     assert images and all("/images/" in name for name in images | names(holdout)) and not images & names(judged_by)
+
+
+@pytest.mark.parametrize("part", ["training", "validation", "test"])
+def test_label_maps_of_any_part_are_no_images(photos, part):
+    """Also of one that no stage opens."""
+    for kind in ("images", "annotations"):
+        for number in range(40):
+            file = photos / "scenes" / kind / f"{number:02d}.png"
+            folder = file.parent / (part if number > 35 else "validation" if number > 30 else "training")
+            folder.mkdir(exist_ok=True)
+            file.rename(folder / file.name)
+    recipe = make_recipe(photos / "scenes", **segment(photos / "scenes"))
+    seen = names(make_sources(recipe, "pretrain").training)
+    assert seen and all("/images/" in name for name in seen) and not any("/images/validation/" in name for name in seen)
+
+
+def test_only_the_part_for_validation_tests_a_classifier(photos):
+    for part, end in (("train", "[0-2]?.png"), ("val", "3?.png")):
+        for name in "ab":
+            (photos / "parts" / part / name).mkdir(parents=True)
+            for file in (photos / "classes" / name).glob(end):
+                file.rename(photos / "parts" / part / name / file.name)
+    labels = {"path": str(photos / "parts"), "tests": [str(photos / "parts"), str(photos / "gone")]}
+    sources = make_sources(make_recipe(photos / "parts", finetune={**STAGE, "labels": labels}), "pretrain")
+    assert len(names(sources.training)) == 27 and not any("/val/" in name for name in names(sources.training))
+    ((where, why),) = sources.problems
+    assert where == "stages.finetune.labels.tests" and "gone" in why
+
+
+def test_what_cannot_work_later_is_said_before_anything_is_trained(photos, tmp_path):
+    few = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "shots": 100}}}
+    start = {"finetune": {**finetune(photos / "classes")["finetune"], "init_from": "nowhere"}}
+    builtin = {"segment": {**STAGE, "labels": {"path": ""}}}
+    for path, later, message in (
+        (photos / "classes", few, "stages.finetune: .*100"),
+        (photos / "classes", start, "stages.finetune: init_from 'nowhere' is no stage, no export and no file"),
+        ("builtin:shapes", builtin, "stages.segment: the recipe names no images with label maps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stages.run(make_recipe(path, **later), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_stages_with_labels_keep_from_each_other(photos):
@@ -84,7 +123,9 @@ def test_stages_with_labels_keep_from_each_other(photos):
 def test_nothing_is_left(photos):
     """What is named by a list may be all that there is."""
     later = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "val_path": str(photos / "classes")}}}
-    with pytest.raises(ValueError, match="none of 36 images is left to train on, stages are judged by all of them"):
+    with pytest.raises(
+        ValueError, match="none of 36 images is left to train on, stages of the recipe are judged by all of them"
+    ):
         make_sources(make_recipe(photos / "classes", **later), "pretrain")
 
 
