@@ -132,7 +132,7 @@ def run_lengths(counts: bytes) -> list[int]:
 def _load(file: Path) -> dict[str, list[dict]]:
     try:
         content = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): expected annotations in the format of COCO") from None
     wanted = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in wanted):

@@ -32,7 +32,7 @@ class SegmentLabels(Settings):
     val_annotations: str = Field("", description="their label maps")
     val_images: Count = Field(5000, description="held out where there is no folder for validation, at most a tenth")
     images: Count | None = Field(None, description="so many of the training images, drawn by the seed; null: all")
-    classes: Count | str | None = Field(
+    classes: Count | Annotated[str, Field(min_length=1)] | None = Field(
         None, description="how many, or a file of names; null: a file of names in path, or as many as labels ask for"
     )
     ignore_zero: bool = Field(False, description="label 0 says nothing and the first class is 1 (ADE20K)")

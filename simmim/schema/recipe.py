@@ -65,6 +65,8 @@ class Recipe(Settings):
             count = len(getattr(self.data, name))
             if count != channels:
                 raise ValueError(f"data.{name} has {count} numbers, but encoder.in_chans is {channels}")
+        if "scratch" in self.stages:
+            raise ValueError("a stage cannot be called scratch, which means fresh weights: give it another name")
         for name, stage in self.stages.items():
             chunks, config = stage.memory.attention_chunks, encoder_config(self.encoder, stage)
             if isinstance(chunks, list) and len(chunks) != len(config.depths):

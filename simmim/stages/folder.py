@@ -43,13 +43,8 @@ def starting_point(folder: Path, settings: dict[str, Any], allow_changes: bool =
         return Position(None, 0, [], "")
     changed = "; ".join(different_settings(state["settings"], settings))
     if changed and not allow_changes:
-        why = (
-            ""
-            if "num_training_images" not in changed
-            else (
-                ". Images that any stage of a recipe is judged by are left out: a stage more or less changes their number"
-            )
-        )
+        why = ". Images that any stage of the recipe is judged by are left out: another stage, another number"
+        why = why if "num_training_images" in changed else ""
         raise ValueError(
             f"{folder} holds a run with other settings ({changed}): give another name=..., another --out, "
             f"or remove the folder; --allow-changes continues it all the same{why}"

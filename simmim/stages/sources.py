@@ -175,6 +175,8 @@ def _held_out(recipe: Recipe, stage: Stage) -> Source:
     path = _path(recipe, stage)
     if isinstance(stage, Detect) and has_split(path, "val"):  # the annotations of train are many
         return open_coco(path, "val", training=False, masks=False)
+    if isinstance(stage, Segment):  # which classes there are is not asked: all label maps might be read for it
+        stage = stage.model_copy(update={"labels": stage.labels.model_copy(update={"classes": 2})})
     holdout = open_sources(recipe, stage).holdout
     assert holdout is not None
     return holdout
