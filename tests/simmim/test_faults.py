@@ -43,6 +43,7 @@ PROCESSES.set_forkserver_preload(["simmim.cli", "simmim.stages", "tests.simmim.t
 
 
 def work(command: list[str], output: Path) -> None:
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # what a launcher sets, whose end would be the end of this
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -51,7 +52,9 @@ def work(command: list[str], output: Path) -> None:
 
 def start(out: Path, *overrides: str) -> multiprocessing.process.BaseProcess:
     out.mkdir(exist_ok=True)
-    process = PROCESSES.Process(target=work, args=([*COMMAND, *overrides, "--out", str(out)], out / "output.txt"))
+    process = PROCESSES.Process(
+        target=work, args=([*COMMAND, *overrides, "--precision", "fp32", "--out", str(out)], out / "output.txt")
+    )
     process.start()
     return process
 

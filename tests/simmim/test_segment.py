@@ -363,7 +363,7 @@ def test_the_largest_number_of_classes_and_255_beside():
 
 def test_without_torchmetrics_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
-    with pytest.raises(ValueError, match=r"pip install '\.\[segmentation\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'simmim\[segmentation\]'"):
         MeanIoU(4)
 
 
