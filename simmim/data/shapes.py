@@ -134,13 +134,14 @@ class MovingShapes(Shapes):
     def decode(self, content: int) -> Frames:
         return Frames(self.read(content))
 
-    def _draw(self, number: int) -> Tensor:
+    def paint(self, number: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The video, uint8 ``(c, T, H, W)``, in front of a still background, and bool ``(T, H, W)``."""
         sense, speed = self._motion(number)
         way = (1 if sense < 0.5 else -1) * (0.6 + 0.6 * speed)  # from the first frame to the last
         moved = way * torch.linspace(-0.5, 0.5, NUM_FRAMES)[:, None, None, None]
         y, x = _coordinates(self.size)
-        scene, _ = self._scene(number, y, x, y - moved)
-        return self._seen(number, scene.transpose(0, 1))
+        scene, inside = self._scene(number, y, x, y - moved, background)
+        return self._seen(number, scene.transpose(0, 1)), inside[:, 0]
 
     def _motion(self, number: int) -> list[float]:
         index = torch.tensor([self.start + number])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from simmim.data import (
     Images,
     LabelledImages,
     MiddleClip,
+    MovingShapes,
     Pixels,
     RandAugmentedCrop,
     RandomClip,
@@ -29,6 +31,8 @@ from simmim.data import (
     training_batches,
     training_images,
 )
+from simmim.data.shapes import GRAIN
+from tools import paint_clips
 
 av = pytest.importorskip("av")
 
@@ -320,3 +324,29 @@ def test_what_cannot_be_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"pip install 'simmim\[video\]'"):
         VideoDecoder()
+
+
+def test_shapes_move_in_front_of_what_stands_still():
+    shapes, background = MovingShapes(2, (24, 24)), torch.full((3, 24, 24), 0.5)
+    video, inside = shapes.paint(1, background)
+    assert (video.shape, inside.shape) == ((3, 16, 24, 24), (16, 24, 24)) and torch.equal(shapes.paint(1)[1], inside)
+    assert 0.2 < inside.float().mean() < 0.9 and not torch.equal(inside[0], inside[15])
+    outside = (video / 255 - 0.5).abs().amax(dim=0)[~inside]
+    assert outside.max() < GRAIN + 0.01
+
+
+def test_painted_clips(tmp_path):
+    for out in ("a", "b"):
+        paint_clips.main([str(tmp_path / out), "--videos", "40", "--val-videos", "9"])
+    contents = [[file.read_bytes() for file in sorted((tmp_path / out).rglob("*.avi"))] for out in ("a", "b")]
+    assert contents[0] == contents[1] and len(set(contents[0])) == 49
+    training, holdout = labelled_sources(tmp_path / "a", VideoDecoder(), 1)
+    assert (len(training), len(holdout), len(training.classes)) == (40, 9, 8)
+    shapes = MovingShapes(40, (24, 24))
+    for number in range(40):
+        painted = int(Path(training.name(number)).stem)
+        assert training.classes[training.label(number)] == shapes.classes[shapes.label(painted)].replace(", ", "_")
+    video, inside = shapes.paint(painted)
+    seen = whole(training.decode(training.fetch(number)), range(16))
+    inner = inside.expand_as(video)
+    assert (seen.int() - video)[inner].abs().float().mean() < 4  # what JPEG leaves of it

@@ -18,10 +18,11 @@ PAINT = {
     "segment_demo": ["paint_shapes.py", "--training", "40", "--validation", "10", "--size", "48"],
     "detect_miniature": ["paint_objects.py", "--images", "24", "--val-images", "10"],
     "detect_painted": ["paint_objects.py", "--images", "24", "--val-images", "10", "--size", "48"],
+    "video_painted": ["paint_clips.py", "--videos", "40", "--val-videos", "9"],
 }
 
 
-@pytest.mark.parametrize("name", ["segment_demo", "detect_miniature", "detect_painted", "kinetics_mini", "video_demo"])
+@pytest.mark.parametrize("name", [*PAINT, "kinetics_mini", "video_demo"])
 def test_a_miniature_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name)

@@ -115,7 +115,7 @@ def test_the_shipped_sizes():
     detectors = {
         f"detect_{name}" for name in ("miniature", "painted", *(f"swinv2_{size}" for size in ("t", "s", "b", *LARGE)))
     }
-    others = {"demo", "cifar_swinv2_nano", "video_demo", "kinetics_mini"}
+    others = {"demo", "cifar_swinv2_nano", "video_demo", "video_painted", "kinetics_mini"}
     assert {path.stem for path in shipped_recipes()} == {*others, *CHAINS, *SEGMENTATION, *detectors}
 
 
