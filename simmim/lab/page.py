@@ -99,7 +99,9 @@ def draw_curves(axis: Axes, folder: Path, pair: tuple[str, ...], seeds: Sequence
             rows = read_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
             epochs_per_step = next(row["epoch"] / row["step"] for row in rows if "epoch" in row)
             points = [(row["step"] * epochs_per_step, scale * row[curve]) for row in rows if curve in row]
-            axis.plot(*zip(*points, strict=True), color=colour, label=label if seed == seeds[0] else None)
+            axis.plot(
+                *zip(*points, strict=True), "o-", markersize=3, color=colour, label=label if seed == seeds[0] else None
+            )
     axis.set(title=" and ".join(pair), xlabel="epoch", ylabel=f"{curve.replace('_', ' ')}{unit}")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
