@@ -20,21 +20,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run by its
 
 from simmim.data import MovingShapes
 from simmim.data.decode import to_image
-from tools.paint_objects import background
+from tools.paint_objects import add_place, background, photographs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write ``OUT/train`` and ``OUT/val``."""
-    parser = argparse.ArgumentParser(description="Videos of painted shapes that sink or rise.")
-    parser.add_argument("out", type=Path, help="a folder, new or empty")
+    parser = argparse.ArgumentParser(
+        description="Videos of painted shapes that sink or rise; --size is an even number."
+    )
+    add_place(parser, size_px=24)
     parser.add_argument("--videos", type=int, default=8000, help="to train on (default: 8000)")
     parser.add_argument("--val-videos", type=int, default=400, help="default: 400")
-    parser.add_argument("--size", type=int, default=24, metavar="PX", help="side, an even number (default: 24)")
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="backgrounds: every other photograph for val")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     size, seed = arguments.size, arguments.seed
-    photos = sorted(file for file in arguments.photos.iterdir() if file.is_file()) if arguments.photos else []
+    photos = photographs(arguments.photos)
     for place, (split, count) in enumerate((("train", arguments.videos), ("val", arguments.val_videos))):
         rng = np.random.default_rng([seed, place])
         shapes = MovingShapes((seed + 1) * count, (size, size), held_out=split == "val")

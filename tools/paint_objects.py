@@ -21,17 +21,27 @@ ATTEMPTS, GAP_PX = 20, 2
 def main() -> None:
     """Write ``OUT/train`` and ``OUT/val`` with their annotations."""
     parser = argparse.ArgumentParser(description="Pictures of painted shapes in the layout of COCO.")
-    parser.add_argument("out", type=Path, help="a folder, new or empty")
+    add_place(parser, size_px=64)
     parser.add_argument("--images", type=int, default=400, help="to train on (default: 400)")
     parser.add_argument("--val-images", type=int, default=100, help="default: 100")
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side (default: 64)")
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="backgrounds: every other photograph for val")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    photos = sorted(file for file in arguments.photos.iterdir() if file.is_file()) if arguments.photos else []
+    photos = photographs(arguments.photos)
     for number, (split, count) in enumerate((("train", arguments.images), ("val", arguments.val_images))):
         rng = np.random.default_rng([arguments.seed, number])
         write_split(arguments.out, split, count, arguments.size, photos[number::2], rng)
+
+
+def add_place(parser: argparse.ArgumentParser, size_px: int) -> None:
+    """Where pictures are written to, how large, and in front of what."""
+    parser.add_argument("out", type=Path, help="a folder, new or empty")
+    parser.add_argument("--size", type=int, default=size_px, metavar="PX", help="side (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="backgrounds: every other photograph for val")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def photographs(folder: Path | None) -> list[Path]:
+    """All files of a folder by name; none without one."""
+    return sorted(file for file in folder.iterdir() if file.is_file()) if folder else []
 
 
 def write_split(out: Path, split: str, count: int, size: int, photos: list[Path], rng: np.random.Generator) -> None:

@@ -128,7 +128,7 @@ def read_list(path: Path) -> tuple[list[Entry], list[Path]]:
             rows = rows[1:]
         if short := next((row for row in rows if len(row) <= place), None):
             raise ValueError(f"{path} has a row without a path: {', '.join(short)}")
-        entries = [Entry(row[place], (row[label] if label < len(row) else None) or None) for row in rows]
+        entries = [Entry(row[place], (row[label] if label < len(row) else "") or None) for row in rows]
     if not entries:
         raise ValueError(f"{path} lists no images: expected one path per line, relative to {path.parent}")
     return entries, [path]

@@ -273,6 +273,16 @@ def _open_shards(path: Path, files: list[Path]) -> Files:
     )
 
 
+def validation_files(path: str | Path) -> Files:
+    """What a model is judged by: the ``val`` part of ``path``, or all where it has none.
+
+    Raises:
+        ValueError, OSError: as :func:`open_files`.
+    """
+    files = open_files(path)
+    return files.part("val") or files
+
+
 def variants(data: str) -> list[str]:
     """The folders of ImageNet-V2 (arXiv 1902.10811) where data is what they lie in; else the data alone."""
     found = [] if is_name(data) else sorted(Path(data).expanduser().glob(VARIANTS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,15 @@ from simmim.data import (
     VideoDecoder,
     Views,
     labelled_sources,
-    open_files,
 )
 from simmim.data.loader import Batches
+from simmim.data.sources import validation_files
 from simmim.data.transforms import Transform
 from simmim.engine import evaluate, to_device
 from simmim.objectives.classify import Classify
 from simmim.probes import effective_rank, few_shot, knn, linear
 from simmim.stages.assembly import make_accelerator
-from simmim.stages.images import make_views
+from simmim.stages.images import make_views, tell_broken
 from swin import SwinEncoder, VideoEncoder, import_encoder, load_description, load_encoder
 from swin.weights import DESCRIPTION
 
@@ -112,8 +111,7 @@ def judge(
     views = _views(source, view, batch_size, accelerator, num_workers)
     with accelerator.autocast():
         numbers = evaluate(objective, _with_progress(views, accelerator), accelerator)
-    for name, reason in views.broken.items():
-        print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
+    tell_broken(views.broken)
     images = len(source) - sum(gather_object([len(views.broken)]))
     if not images:
         raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read")
@@ -255,8 +253,7 @@ def labelled_images(
         if list(shapes.classes) != list(classes or shapes.classes) or len(shapes.classes) != count:
             raise ValueError(f"{data} has {len(shapes.classes)} classes that are not the {count} of the classifier")
         return shapes
-    files = open_files(data)
-    files = files.part("val") or files
+    files = validation_files(data)
     labels = files.labels()
     found = sorted(set(labels.drop_null().to_pylist())) if labels is not None else []
     names_are_numbers = bool(classes) and all(name.isdecimal() for name in classes or [])

@@ -28,6 +28,7 @@ from simmim.recipe import read_options
 from simmim.schema import DetectTest
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
+from simmim.stages.images import tell_broken
 from simmim.stages.training import told
 from swin import load_description, load_encoder
 
@@ -70,8 +71,7 @@ def evaluate_objects(
     quiet = None if accelerator.is_main_process else True
     with accelerator.autocast():
         numbers = average_precision(objective, tqdm(views, unit="batch", disable=quiet), source, accelerator)
-    for name, reason in views.broken.items():
-        print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
+    tell_broken(views.broken)
     if not numbers:
         raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read")
     return numbers

@@ -29,7 +29,7 @@ from simmim.recipe import read_options
 from simmim.schema import SegmenterOptions
 from simmim.stages.assembly import make_accelerator
 from simmim.stages.evaluate import SIZES, decoder_of, pixels_of
-from simmim.stages.images import make_views
+from simmim.stages.images import make_views, tell_broken
 from simmim.stages.training import told
 from swin import load_description, load_encoder
 from swin.weights import load_config
@@ -132,9 +132,9 @@ def evaluate_segments(
     with accelerator.autocast():
         found = judge_whole(objective, source, accelerator, num_workers=num_workers)
     problems = told(source.problems) if accelerator.is_main_process else []
-    broken = [f"left out a broken image: {name} ({reason})" for name, reason in found.broken.items()]
-    for line in problems + broken:
+    for line in problems:
         print(line, file=sys.stderr)
+    tell_broken(found.broken)
     return found.numbers
 
 
@@ -163,8 +163,7 @@ def judge_whole(
         scores.gather(gather_object)
         images = sum(gather_object([images]))
     if not images:
-        for name, reason in views.broken.items():
-            print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
+        tell_broken(views.broken)
         raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read with its label map")
     numbers = scores.compute()
     if math.isnan(numbers["mean_iou"]):

@@ -10,14 +10,8 @@ from accelerate import Accelerator
 
 from simmim.classifier import load_classifier, save_classifier, take_over, take_over_rows
 from simmim.counter_rng import derive_seed
-from simmim.data import (
-    CenterCrop,
-    RandAugmentedCrop,
-    RandomCrop,
-    Views,
-)
+from simmim.data import CenterCrop, Labelled, RandAugmentedCrop, RandomCrop, Views
 from simmim.data.loader import Batches
-from simmim.data.sources import Labelled, variants
 from simmim.engine import evaluate
 from simmim.objectives.classify import Classify
 from simmim.runlog import write_whole
@@ -26,7 +20,7 @@ from simmim.stages.assembly import Start, decisive_settings, fingerprint, make_s
 from simmim.stages.evaluate import labelled_images
 from simmim.stages.folder import part_of
 from simmim.stages.images import about_video, transforms_of
-from simmim.stages.sources import make_sources
+from simmim.stages.sources import make_sources, tests_of
 from simmim.stages.training import Job, Trained, carry_out
 from swin import SwinEncoder
 from swin.config import Pair
@@ -132,11 +126,8 @@ def make_tests(recipe: Recipe, stage: Finetune, encoder: SwinEncoder, classes: l
     Raises:
         ValueError: classes that it does not know.
     """
-    pixels, places = (
-        {"value_range": recipe.data.value_range},
-        [p for path in stage.labels.tests for p in variants(path)],
-    )
-    return {place: labelled_images(place, encoder, pixels, classes, len(classes)) for place in places}
+    pixels = {"value_range": recipe.data.value_range}
+    return {place: labelled_images(place, encoder, pixels, classes, len(classes)) for place in tests_of(stage)}
 
 
 def make_transform(recipe: Recipe, stage: Finetune, size: Pair) -> RandomCrop:

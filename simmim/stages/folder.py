@@ -43,8 +43,9 @@ def starting_point(folder: Path, settings: dict[str, Any], allow_changes: bool =
         return Position(None, 0, [], "")
     changed = "; ".join(different_settings(state["settings"], settings))
     if changed and not allow_changes:
-        why = ". Images that any stage of the recipe is judged by are left out: another stage, another number"
-        why = why if "num_training_images" in changed else ""
+        why = ""
+        if "num_training_images" in changed:
+            why = ". Images that any stage of the recipe is judged by are left out: another stage, another number"
         raise ValueError(
             f"{folder} holds a run with other settings ({changed}): give another name=..., another --out, "
             f"or remove the folder; --allow-changes continues it all the same{why}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -42,6 +44,12 @@ def num_workers_of(data: Data, accelerator: Accelerator) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(2 if accelerator.device.type == "cpu" else 16, share - (accelerator.device.type != "cpu")))
+
+
+def tell_broken(broken: Mapping[str, str]) -> None:
+    """Images that could not be read, with the reason, on stderr."""
+    for name, reason in broken.items():
+        print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
 
 
 def make_views(

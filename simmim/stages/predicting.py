@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from simmim.stages.evaluate import (
 )
 from simmim.stages.evaluate_objects import load_detector, predict_objects
 from simmim.stages.evaluate_segments import load_segmenter, predict_segments
+from simmim.stages.images import tell_broken
 from simmim.stages.judging import OPTIONS, kind_of
 
 LINES = "predictions.jsonl"
@@ -103,7 +103,7 @@ def predict(
                 picture = source.decode(source.fetch(number))
             except Exception as error:  # damaged bytes raise almost anything
                 reason = reason_of(error)
-                print(f"left out a broken image: {name} ({reason})", file=sys.stderr)
+                tell_broken({name: reason})
                 continue
             with accelerator.autocast():
                 shown = show(picture)

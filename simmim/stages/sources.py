@@ -25,7 +25,7 @@ from simmim.data import (
 from simmim.data.boxes import coco_sources, has_split, open_coco
 from simmim.data.loader import reason_of
 from simmim.data.segments import SegmentedSources, read_class_names, segmented_sources
-from simmim.data.sources import Files, Subset, open_files, variants
+from simmim.data.sources import Files, Subset, validation_files, variants
 from simmim.objectives.average_precision import AveragePrecision
 from simmim.objectives.mean_iou import MeanIoU
 from simmim.schema import Data, Detect, Finetune, Pretrain, Recipe, Segment, SegmentLabels, Stage, Video, video_of
@@ -81,9 +81,9 @@ def _of_others(recipe: Recipe, name: str) -> tuple[set[str], list[tuple[str, str
     unknown = []
     seen = {_split(recipe.stages[name])}  # the same labels hold out the same
     for other, stage in recipe.stages.items():
-        for place in _tests(stage):
+        for place in _test_places(stage):
             try:
-                judged |= _files_of(_validation(place))
+                judged |= _files_of(validation_files(place))
             except (ValueError, OSError) as error:
                 unknown.append((f"stages.{other}.labels.tests", f"{error}; {UNKNOWN}"))
         if isinstance(stage, Pretrain) or _path(recipe, stage) == BUILTIN or _split(stage) in seen:
@@ -107,8 +107,8 @@ def check_stages(recipe: Recipe, names: Iterable[str]) -> None:
         stage, start = recipe.stages[name], recipe.start_of(name)
         try:
             make_sources(recipe, name, stage.image_size or (64, 64))
-            for place in _tests(stage):
-                _validation(place)
+            for place in _test_places(stage):
+                validation_files(place)
             if start and start != "scratch" and start not in recipe.stages and not Path(start).expanduser().exists():
                 raise ValueError(f"init_from {start!r} is no stage, no export and no file")
             if isinstance(stage, Segment):
@@ -144,6 +144,11 @@ def open_sources(recipe: Recipe, stage: Stage, size: Pair | None = None) -> Sour
     assert isinstance(stage, Detect)
     scenes, unseen, problems = coco_sources(path, decoder, stage.labels.val_images, masks=stage.masks)
     return Sources(scenes, unseen, list(cast(Labelled, scenes).classes), problems)
+
+
+def tests_of(stage: Finetune) -> list[str]:
+    """More places that a classifier is judged by."""
+    return [place for path in stage.labels.tests for place in variants(path)]
 
 
 def decoder_of(data: Data, channels: int, video: Video | None) -> Decoder:
@@ -182,15 +187,9 @@ def _held_out(recipe: Recipe, stage: Stage) -> Source:
     return holdout
 
 
-def _tests(stage: Stage) -> list[str]:
-    """More places that a stage is judged by."""
-    paths = stage.labels.tests if isinstance(stage, Finetune) else ()
-    return [place for path in paths for place in variants(path) if place != BUILTIN]
-
-
-def _validation(place: str) -> Files:
-    files = open_files(place)
-    return files.part("val") or files
+def _test_places(stage: Stage) -> list[str]:
+    """Those of :func:`tests_of` with files."""
+    return [place for place in tests_of(stage) if place != BUILTIN] if isinstance(stage, Finetune) else []
 
 
 def _split(stage: Stage) -> tuple[type[Stage], str]:

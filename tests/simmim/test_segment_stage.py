@@ -254,9 +254,10 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
     for number in range(0, 60, 3):
         (tmp_path / f"one/annotations/{number:03d}.png").unlink()
     recipe = make_recipe(tmp_path / "one", "data.holdout_images=2", pretrained=True)
-    training, sources = make_sources(recipe, "pretrain").training, make_sources(recipe, "segment")
+    (training, own, *_), sources = make_sources(recipe, "pretrain"), make_sources(recipe, "segment")
     held_out = {sources.holdout.name(n) for n in range(len(sources.holdout))}
-    assert 54 <= len(training) < 58 and held_out and len(sources.training) + len(held_out) <= 40
+    assert len(training) == 60 - len(held_out | {own.name(n) for n in range(len(own))}) and held_out
+    assert len(sources.training) + len(held_out) <= 40
     assert not held_out & {training.name(n) for n in range(len(training))}
     assert not held_out & {sources.training.name(n) for n in range(len(sources.training))}
 
