@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/simmim lab label-efficiency recipes/demo.yaml --precision fp32
+	$(BIN)/simmim experiment label-efficiency recipes/demo.yaml --precision fp32
 
 # One thread each, whole files: what a file has trained is trained once.
 test: $(READY)

@@ -1,6 +1,6 @@
 """Random masking with large patches (SimMIM, arXiv 2111.09886, section 3.2). True = masked.
 
-``cell_mask`` (b, hm, wm) is over mask patches; it grows to ``token_mask`` (b, h, w) and
+``patch_mask`` (b, hm, wm) is over mask patches; it grows to ``token_mask`` (b, h, w) and
 ``pixel_mask`` (b, 1, H, W) by repetition only.
 """
 
@@ -13,7 +13,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from simmim.counter_rng import random_bits, uniform
+from simmim.rng import random_bits, uniform
 
 Strategy = Literal["random", "square", "block"]
 BLOCKS, SMALLEST_BLOCK, BLOCK_ASPECT = 40, 16 / 14**2, 1 / 0.3
@@ -48,15 +48,15 @@ class MaskGenerator:
                 f"{image_size[0]} x {image_size[1]}: {_dividing_sizes(image_size)}"
             )
         self.grid = (image_size[0] // mask_patch_size, image_size[1] // mask_patch_size)
-        self.num_cells = self.grid[0] * self.grid[1]
+        self.num_mask_patches = self.grid[0] * self.grid[1]
         # Rounded first: 0.6 x 5 is 3, not a little more.
-        self.num_masked = math.ceil(round(mask_ratio * self.num_cells, 9))
+        self.num_masked = math.ceil(round(mask_ratio * self.num_mask_patches, 9))
         if strategy == "square":
-            self.side = min(max(1, round(math.sqrt(mask_ratio * self.num_cells))), *self.grid)
+            self.side = min(max(1, round(math.sqrt(mask_ratio * self.num_mask_patches))), *self.grid)
             self.num_masked = self.side**2
-        if not 0 < self.num_masked < self.num_cells:
+        if not 0 < self.num_masked < self.num_mask_patches:
             raise ValueError(
-                f"mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_cells} cells of "
+                f"mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_mask_patches} cells of "
                 f"{mask_patch_size} px: at least one cell must be masked and one visible; "
                 "change mask_ratio or take smaller cells"
             )
@@ -69,7 +69,7 @@ class MaskGenerator:
             return self._squares(epoch, index)
         if self.strategy == "block":
             return self._blocks(epoch, index)
-        scores = random_bits("mask", self.seed, epoch, index, self.num_cells)
+        scores = random_bits("mask", self.seed, epoch, index, self.num_mask_patches)
         chosen = scores.argsort(dim=1)[:, : self.num_masked]
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
         return mask.view(-1, *self.grid)
@@ -85,7 +85,7 @@ class MaskGenerator:
 
     def _blocks(self, epoch: Tensor, index: Tensor) -> Tensor:
         draws = uniform("mask", self.seed, epoch, index, 4 * BLOCKS).view(-1, BLOCKS, 4).tolist()
-        spare = random_bits("mask", self.seed, epoch, index, self.num_cells).argsort(dim=1).tolist()
+        spare = random_bits("mask", self.seed, epoch, index, self.num_mask_patches).argsort(dim=1).tolist()
         masks = [self._block_mask(blocks, order) for blocks, order in zip(draws, spare, strict=True)]
         return torch.stack(masks).to(index.device)
 
@@ -94,7 +94,7 @@ class MaskGenerator:
         mask = torch.zeros(height, width, dtype=torch.bool)
         missing = self.num_masked
         for area_draw, shape_draw, top_draw, left_draw in blocks:
-            smallest = min(SMALLEST_BLOCK * self.num_cells, missing)
+            smallest = min(SMALLEST_BLOCK * self.num_mask_patches, missing)
             area = smallest + area_draw * (missing - smallest)
             aspect = BLOCK_ASPECT ** (2 * shape_draw - 1)
             h, w = (

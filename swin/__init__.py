@@ -2,11 +2,11 @@
 
 from swin.config import SIZES, SwinConfig, make_config
 from swin.encoder import SwinEncoder, make_encoder
-from swin.importing import import_encoder
 from swin.inflation import inflate
-from swin.transfer import transfer
 from swin.video import VideoConfig, VideoEncoder
-from swin.weights import load_description, load_encoder, save_encoder
+from swin.weights.import_weights import import_encoder
+from swin.weights.serialization import load_description, load_encoder, save_encoder
+from swin.weights.transfer import transfer
 
 __all__ = [
     "SIZES",

@@ -14,11 +14,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.kernel import attend_windows
+from swin.chunked_attention import (
+    at_least_fp32,
+    attend,
+    chunks_in_cache,
+    cut,
+    masked_logits,
+    no_autocast,
+    scale,
+    split_heads,
+)
 from swin.linear import Linear
 from swin.position_bias import ContinuousBias, PositionBias
-from swin.sequential import at_least_fp32, attend, chunks_in_cache, cut, masked_logits, no_autocast, scale, split_heads
-from swin.windows import Windows, attention_mask, merge, partition
+from swin.triton_attention import attend_windows
+from swin.windows import WindowLayout, attention_mask, window_partition, window_reverse
 
 MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
 
@@ -27,7 +36,7 @@ class WindowAttention(nn.Module):
     """``softmax(similarity(q, k) + B) v``; the two kinds below say how tokens become q, k, v and logits.
 
     Logits and softmax are computed in at least fp32, whatever autocast says. With ``chunks`` above 1 they are computed
-    one after the other, see :mod:`swin.sequential`; with ``fused`` by the kernel of :mod:`swin.kernel`.
+    one after the other, see :mod:`swin.chunked_attention`; with ``fused`` by the kernel of :mod:`swin.triton_attention`.
     """
 
     fused = False
@@ -49,7 +58,7 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> PositionBias:
         return getattr(self, self._bias_name)
 
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+    def forward(self, x: Tensor, windows: WindowLayout) -> Tensor:
         """Every token mixed with those of its window: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
         with no_autocast(x.device.type):
             bias, factor = self.position_bias(windows.window), self.factor()
@@ -58,19 +67,19 @@ class WindowAttention(nn.Module):
             return self.proj(attend_windows(self.project(x), factor, bias, windows, cosine=self.cosine))
         tokens, mask = _cut_out(x, windows)
         if is_compiling:  # what is traced is handed on, or compilers cut it as they like
-            attended = self.at_once(tokens, factor, bias, mask)
+            attended = self.reference_attention(tokens, factor, bias, mask)
         else:
             qkv, chunks = self.project(tokens), self._chunks(len(tokens), bias)
             attended = attend(qkv, factor, bias, mask, cosine=self.cosine, chunks=chunks)
-        return merge(self.proj(attended), windows, tuple(x.shape[1:-1]))
+        return window_reverse(self.proj(attended), windows, tuple(x.shape[1:-1]))
 
     def _chunks(self, windows: int, bias: Tensor) -> int:
         if self.in_cache and bias.device.type == "cpu":
             return max(self.chunks, chunks_in_cache(windows, bias))
         return self.chunks
 
-    def at_once(self, x: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        """The same by plain operations: what :func:`swin.sequential.attend` is held against."""
+    def reference_attention(self, x: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """The same by plain operations: what :func:`swin.chunked_attention.attend` is held against."""
         q, k, v = self.split(x)
         with no_autocast(x.device.type):
             if mask is not None:
@@ -83,7 +92,7 @@ class WindowAttention(nn.Module):
             weights = logits.softmax(dim=-1).flatten(0, 1)
             return rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
 
-    def logits(self, x: Tensor, windows: Windows) -> Tensor:
+    def logits(self, x: Tensor, windows: WindowLayout) -> Tensor:
         """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
         tokens, mask = _cut_out(x, windows)
         q, k, _ = self.split(tokens)
@@ -91,7 +100,7 @@ class WindowAttention(nn.Module):
             q, k = self.scale(q, k, self.factor())
             return masked_logits(q, k, self.position_bias(windows.window), mask, slice(0, len(tokens)))
 
-    def largest_logit(self, x: Tensor, windows: Windows) -> Tensor:
+    def largest_logit(self, x: Tensor, windows: WindowLayout) -> Tensor:
         """The maximum of :meth:`logits`, of as many at once as chunks hold."""
         tokens, mask = _cut_out(x, windows)
         q, k, _ = self.split(tokens)
@@ -103,7 +112,7 @@ class WindowAttention(nn.Module):
                 largest.append(masked_logits(left, right, bias[heads], mask, some).max())
         return torch.stack(largest).max()
 
-    def attention(self, x: Tensor, windows: Windows) -> Tensor:
+    def attention(self, x: Tensor, windows: WindowLayout) -> Tensor:
         """What every token of a window attends to: ``(b n, m, t, t)``, rows that sum to one; to be looked at."""
         return self.logits(x, windows).softmax(dim=-1)
 
@@ -181,9 +190,9 @@ class CosineAttention(WindowAttention):
 ATTENTIONS: dict[str, type[DotAttention] | type[CosineAttention]] = {"cosine": CosineAttention, "dot": DotAttention}
 
 
-def _cut_out(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor | None]:
+def _cut_out(x: Tensor, windows: WindowLayout) -> tuple[Tensor, Tensor | None]:
     """``(b, h, w, c)`` -> the tokens of each window ``(b n, t, c)``, and which of them may attend to which."""
-    return partition(x, windows), attention_mask(tuple(x.shape[1:-1]), windows, x.device)
+    return window_partition(x, windows), attention_mask(tuple(x.shape[1:-1]), windows, x.device)
 
 
 @contextmanager

@@ -41,9 +41,9 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+def add(x: Tensor, branch: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """``x + branch``, times what :meth:`DropPath.draw` said."""
-    return x + branch if keep is None else x + branch * keep
+    return x + branch if drop_path_scale is None else x + branch * drop_path_scale
 
 
 class Mlp(nn.Module):
@@ -108,7 +108,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
-        return self.norm(self.reduction(gather_cells(x)))
+        return self.norm(self.reduction(merge_2x2(x)))
 
 
 class PreNormPatchMerging(nn.Module):
@@ -121,10 +121,10 @@ class PreNormPatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
-        return self.reduction(self.norm(gather_cells(x)))
+        return self.reduction(self.norm(merge_2x2(x)))
 
 
-def gather_cells(x: Tensor) -> Tensor:
+def merge_2x2(x: Tensor) -> Tensor:
     """The four tokens of every 2 x 2 cell side by side: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 4c)``.
 
     Frames of a video, ``(b, f, h, w, c)``, stay as many as they are (Video Swin, arXiv 2106.13230).
@@ -169,14 +169,14 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
-        keep = self.drop_path.draw(x), self.drop_path.draw(x)
+        drop_path_scale = self.drop_path.draw(x), self.drop_path.draw(x)
         # What is hooked to the attention wants to see numbers, and a compiled block has them nowhere.
         if self.compiled and self.training and not self.attn._forward_pre_hooks:
-            out: Tensor = compiled_branches()(self, x, *keep)
+            out: Tensor = compiled_branches()(self, x, *drop_path_scale)
             return out
-        return self.branches(x, *keep)
+        return self.branches(x, *drop_path_scale)
 
-    def branches(self, x: Tensor, *keep: Tensor | None) -> Tensor:
+    def branches(self, x: Tensor, *drop_path_scale: Tensor | None) -> Tensor:
         """Both residual branches; ``keep`` is what each is multiplied by."""
         raise NotImplementedError
 
@@ -196,10 +196,12 @@ def compiled_branches() -> Callable[..., Tensor]:
     # Two of each stage, for every size of images and every batch size.
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 1024))
-    return torch.compile(lambda block, x, *keep: block.branches(x, *keep), fullgraph=True, dynamic=False)
+    return torch.compile(
+        lambda block, x, *drop_path_scale: block.branches(x, *drop_path_scale), fullgraph=True, dynamic=False
+    )
 
 
-class ClosedNorm(nn.LayerNorm):
+class ZeroInitNorm(nn.LayerNorm):
     """A norm that starts at weight 0."""
 
     def reset_parameters(self) -> None:
@@ -214,18 +216,18 @@ class ResPostNormBlock(SwinBlock):
     from nothing (official initialisation).
     """
 
-    branch_norm = ClosedNorm
+    branch_norm = ZeroInitNorm
 
-    def branches(self, x: Tensor, *keep: Tensor | None) -> Tensor:
-        x = add(x, self.norm1(self.attend(x)), keep[0])
-        x = add(x, self.norm2(self.mlp(x)), keep[1])
+    def branches(self, x: Tensor, *drop_path_scale: Tensor | None) -> Tensor:
+        x = add(x, self.norm1(self.attend(x)), drop_path_scale[0])
+        x = add(x, self.norm2(self.mlp(x)), drop_path_scale[1])
         return self.norm3(x)
 
 
 class PreNormBlock(SwinBlock):
     """``x + attention(LN(x))``, then ``x + mlp(LN(x))`` (Swin V1, equation 3)."""
 
-    def branches(self, x: Tensor, *keep: Tensor | None) -> Tensor:
-        x = add(x, self.attend(self.norm1(x)), keep[0])
-        x = add(x, self.mlp(self.norm2(x)), keep[1])
+    def branches(self, x: Tensor, *drop_path_scale: Tensor | None) -> Tensor:
+        x = add(x, self.attend(self.norm1(x)), drop_path_scale[0])
+        x = add(x, self.mlp(self.norm2(x)), drop_path_scale[1])
         return self.norm3(x)

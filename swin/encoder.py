@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from swin.activation_checkpointing import CHECKPOINTINGS, Checkpointing, run_saving
 from swin.attention import ATTENTIONS
 from swin.blocks import (
     PatchEmbed,
@@ -21,10 +22,9 @@ from swin.blocks import (
     ResPostNormBlock,
     SwinBlock,
 )
-from swin.checkpointing import CHECKPOINTINGS, Checkpointing, run_saving
 from swin.config import SwinConfig, make_config
-from swin.kernel import available
 from swin.position_bias import make_position_bias
+from swin.triton_attention import available
 
 # The block and the merging of each `norm`.
 _PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging | PreNormPatchMerging]]] = {
@@ -33,7 +33,7 @@ _PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging
 }
 
 
-class Stage(nn.Module):
+class SwinStage(nn.Module):
     """Blocks at one resolution, every other one shifted, then the merging that leads to the next."""
 
     checkpointing: Checkpointing = "none"
@@ -77,9 +77,9 @@ class SwinEncoder(nn.Module):
         """Train the same in less memory and more time.
 
         Args:
-            checkpointing: what blocks compute again for the gradient, see :func:`swin.checkpointing.run_saving`.
+            checkpointing: what blocks compute again for the gradient, see :func:`swin.activation_checkpointing.run_saving`.
             attention_chunks: in how many chunks attention is computed, for all stages or each of them; see
-                :mod:`swin.sequential`. Swin V2 does so in the first two stages (section 3.5).
+                :mod:`swin.chunked_attention`. Swin V2 does so in the first two stages (section 3.5).
 
         Raises:
             ValueError: unknown checkpointing, or not one positive number for each stage.
@@ -91,7 +91,7 @@ class SwinEncoder(nn.Module):
             raise ValueError(
                 f"attention_chunks {chunks}: expected a positive number for each of {len(self.layers)} stages"
             )
-        for stage, number in zip(cast(Iterable[Stage], self.layers), chunks, strict=True):
+        for stage, number in zip(cast(Iterable[SwinStage], self.layers), chunks, strict=True):
             stage.checkpointing = checkpointing
             for block in cast(Iterable[SwinBlock], stage.blocks):
                 block.attn.chunks = number
@@ -102,7 +102,7 @@ class SwinEncoder(nn.Module):
         return available(device)
 
     def use_kernel(self, on: bool = True, *, device: torch.device | str | None = None) -> SwinEncoder:
-        """Attend by one kernel, see :mod:`swin.kernel`: the same numbers but for rounding; ``False`` goes back.
+        """Attend by one kernel, see :mod:`swin.triton_attention`: the same numbers but for rounding; ``False`` goes back.
 
         Models that are compiled or exported attend as without it.
 
@@ -118,7 +118,7 @@ class SwinEncoder(nn.Module):
                 f"the attention kernel cannot run on {place.type}: it needs Triton and a GPU (or, to be tried, "
                 "TRITON_INTERPRET=1 on a processor); leave it off there"
             )
-        for stage in cast(Iterable[Stage], self.layers):
+        for stage in cast(Iterable[SwinStage], self.layers):
             for block in cast(Iterable[SwinBlock], stage.blocks):
                 block.attn.fused = on
         return self
@@ -130,7 +130,7 @@ class SwinEncoder(nn.Module):
         a pass whose gradient is wanted with checkpointing, which would go both ways). Other hooks inside of blocks
         are passed over, attention is never cut into chunks, and an error of the compiler is raised.
         """
-        for stage in cast(Iterable[Stage], self.layers):
+        for stage in cast(Iterable[SwinStage], self.layers):
             for block in cast(Iterable[SwinBlock], stage.blocks):
                 block.compiled = on
         return self
@@ -141,7 +141,7 @@ class SwinEncoder(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens ``(b, h, w, c)`` -> normalised features of the last stage ``(b, h', w', num_features)``."""
-        for stage in cast(Iterable[Stage], self.layers):
+        for stage in cast(Iterable[SwinStage], self.layers):
             tokens = stage.downsample(stage(tokens))
         return self.norm(tokens)
 
@@ -156,7 +156,7 @@ class SwinEncoder(nn.Module):
         map followed by ``norm`` equals :meth:`forward`.
         """
         tokens, maps = self.embed(images), []
-        for stage in cast(Iterable[Stage], self.layers):
+        for stage in cast(Iterable[SwinStage], self.layers):
             tokens = stage(tokens)
             maps.append(rearrange(tokens, "b ... c -> b c ..."))
             tokens = stage.downsample(tokens)
@@ -170,7 +170,7 @@ class SwinEncoder(nn.Module):
         """
         depths = {f"patch_embed.{name}": 0 for name, _ in self.patch_embed.named_parameters()}
         block_number = 0
-        for index, stage in enumerate(cast(Iterable[Stage], self.layers)):
+        for index, stage in enumerate(cast(Iterable[SwinStage], self.layers)):
             for block_index, block in enumerate(stage.blocks):
                 block_number += 1
                 for name, _ in block.named_parameters():
@@ -218,11 +218,11 @@ def make_blocks(config: SwinConfig, index: int, drop_path: Sequence[float]) -> l
     ]
 
 
-def _make_stage(config: SwinConfig, index: int, drop_path: Sequence[float]) -> Stage:
+def _make_stage(config: SwinConfig, index: int, drop_path: Sequence[float]) -> SwinStage:
     _, make_merging = _PARTS[config.norm]
     is_last = index == len(config.depths) - 1
     downsample = nn.Identity() if is_last else make_merging(config.embed_dim * 2**index)
-    return Stage(make_blocks(config, index, drop_path), downsample)
+    return SwinStage(make_blocks(config, index, drop_path), downsample)
 
 
 def make_encoder(name: str, **settings: Any) -> SwinEncoder:

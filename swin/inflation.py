@@ -10,8 +10,8 @@ from einops import repeat
 
 from swin.config import SwinConfig
 from swin.encoder import SwinEncoder
-from swin.transfer import assemble
 from swin.video import VideoConfig, VideoEncoder
+from swin.weights.transfer import assemble
 
 
 def inflate(encoder: SwinEncoder, *, frames: int, temporal_patch: int = 2, temporal_window: int = 8) -> VideoEncoder:

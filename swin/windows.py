@@ -54,7 +54,7 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-class Windows(NamedTuple):
+class WindowLayout(NamedTuple):
     """How one block cuts a grid into windows."""
 
     window: Size
@@ -63,7 +63,7 @@ class Windows(NamedTuple):
     """Frames added after the last, rows at the bottom and columns at the right."""
 
 
-def fit_windows(grid: Size, window_size: Size, shifted: bool) -> Windows:
+def fit_windows(grid: Size, window_size: Size, shifted: bool) -> WindowLayout:
     """Window, shift and padding for a grid.
 
     On an axis where the window covers the whole grid attention is global and there is nothing to
@@ -72,10 +72,10 @@ def fit_windows(grid: Size, window_size: Size, shifted: bool) -> Windows:
     window = effective_window(grid, window_size)
     shift = tuple(w // 2 if shifted and w < g else 0 for w, g in zip(window, grid, strict=True))
     padding = tuple(-g % w for w, g in zip(window, grid, strict=True))
-    return Windows(window, shift, padding)
+    return WindowLayout(window, shift, padding)
 
 
-def partition(x: Tensor, windows: Windows) -> Tensor:
+def window_partition(x: Tensor, windows: WindowLayout) -> Tensor:
     """``(b, h, w, c)`` or ``(b, f, h, w, c)`` -> ``(b n, t, c)``: pad, roll by the shift, cut."""
     window, shift, padding = windows
     if any(padding):
@@ -85,7 +85,7 @@ def partition(x: Tensor, windows: Windows) -> Tensor:
     return _cut(x, window)
 
 
-def merge(x: Tensor, windows: Windows, grid: Size) -> Tensor:
+def window_reverse(x: Tensor, windows: WindowLayout, grid: Size) -> Tensor:
     """The inverse of :func:`partition`: ``(b n, t, c)`` -> ``(b, h, w, c)`` or ``(b, f, h, w, c)``."""
     window, shift, padding = windows
     counts = [(g + p) // w for g, p, w in zip(grid, padding, window, strict=True)]
@@ -110,12 +110,12 @@ def _axes(sizes: Size) -> list[int]:
 
 
 @kept
-def attention_mask(grid: Size, windows: Windows, device: torch.device) -> Tensor | None:
+def attention_mask(grid: Size, windows: WindowLayout, device: torch.device) -> Tensor | None:
     """Which pairs of tokens may attend: bool ``(n, t, t)``, or None when all may.
 
     Rolling brings the far side of the grid into the last windows. A token attends to the tokens of
     its window that come from the same side, and real tokens never attend to padding. Padding
-    attends to itself, which keeps its softmax finite; its output is cut off by :func:`merge`.
+    attends to itself, which keeps its softmax finite; its output is cut off by :func:`window_reverse`.
     """
     window, shift, padding = windows
     if not any(shift) and not any(padding):

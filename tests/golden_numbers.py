@@ -41,6 +41,6 @@ def image(size: int, channels: int = 3) -> Tensor:
     return (4 * (fraction(j * 0.7548776662466927) - 0.5) + torch.sin(0.003 * j)).view(2, channels, size, size)
 
 
-def cell_mask(cells: int = 6, masked: int = 22) -> Tensor:
+def patch_mask(cells: int = 6, masked: int = 22) -> Tensor:
     number = torch.arange(cells * cells).view(cells, cells)
     return torch.stack([(7 * number + 3 * n) % cells**2 < masked for n in range(2)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from simmim.lab.attention_speed import attention_speed
-from simmim.lab.data_speed import data_speed
-from simmim.lab.memory_costs import memory_costs
-from simmim.lab.step_speed import step_speed
+from simmim.benchmarks.attention import attention_speed
+from simmim.benchmarks.data import data_speed
+from simmim.benchmarks.memory import memory_costs
+from simmim.benchmarks.step import step_speed
 
 
 def as_size(text: str) -> tuple[int, int]:
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     step = what.add_parser("step", help="training steps beside timm, transformers and any module: time and bytes kept")
     add_settings(step, ["swinv2_tiny"], batch_size=4, precisions=["fp32"], rounds=7)
     step.add_argument(
-        "--rivals", nargs="*", default=["timm", "transformers"], metavar="NAME", help="also FILE.py:FUNCTION"
+        "--baselines", nargs="*", default=["timm", "transformers"], metavar="NAME", help="also FILE.py:FUNCTION"
     )
     step.add_argument("--compiled", action="store_true", help="all of them through torch.compile as well")
     step.add_argument("--out", type=new_file, metavar="FILE", help="the numbers as JSON")
@@ -77,7 +77,7 @@ if __name__ == "__main__":
             given.sizes,
             batch_size=given.batch_size,
             precisions=given.precisions,
-            rivals=given.rivals,
+            baselines=given.baselines,
             compiled=given.compiled,
             rounds=given.rounds,
             out=given.out,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from simmim.recipe import document
+from simmim.config.reference import document
 
 if __name__ == "__main__":
     Path(__file__).parents[1].joinpath("recipes/README.md").write_text(document(), encoding="utf-8")

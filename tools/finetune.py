@@ -2,7 +2,7 @@
 
 import sys
 
-from simmim.cli import main
+from simmim.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["finetune", *sys.argv[1:]]))

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     photos = photographs(arguments.photos)
     for place, (split, count) in enumerate((("train", arguments.videos), ("val", arguments.val_videos))):
         rng = np.random.default_rng([seed, place])
-        shapes = MovingShapes((seed + 1) * count, (size, size), held_out=split == "val")
+        shapes = MovingShapes((seed + 1) * count, (size, size), validation=split == "val")
         for number in range(seed * count, (seed + 1) * count):
             folder = arguments.out / split / shapes.classes[shapes.label(number)].replace(", ", "_")
             folder.mkdir(parents=True, exist_ok=True)

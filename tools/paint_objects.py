@@ -107,9 +107,9 @@ def paint(picture: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, 
 def outline(kind: int, radius: float, angle: float) -> np.ndarray:
     """Corners ``(n, 2)`` around the origin, none farther away than ``radius``."""
     if CLASSES[kind] == "cross":
-        arm = 1 / 3
-        corners = [(arm, 1), (arm, arm), (1, arm), (1, -arm), (arm, -arm), (arm, -1)]
-        shape = np.array([*corners, *((-x, -y) for x, y in corners)]) / math.hypot(1, arm)
+        variant = 1 / 3
+        corners = [(variant, 1), (variant, variant), (1, variant), (1, -variant), (variant, -variant), (variant, -1)]
+        shape = np.array([*corners, *((-x, -y) for x, y in corners)]) / math.hypot(1, variant)
     else:
         count = {"disc": 24, "square": 4, "triangle": 3}[CLASSES[kind]]
         turns = 2 * math.pi * np.arange(count) / count

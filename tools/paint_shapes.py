@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmim.counter_rng import derive_seed
-from simmim.data import Decoder, RandomCrop, Shapes, open_images, split_holdout
+from simmim.data import Decoder, RandomCrop, Shapes, open_images, split_validation
 from simmim.data.decode import to_image
 from simmim.data.shapes import TEXTURES
 from simmim.data.sources import Source
-from simmim.visualize import label_map
+from simmim.rng import derive_seed
+from simmim.visualization.drawing import label_map
 
 CLASSES = ("background", *TEXTURES)
 
@@ -34,11 +34,11 @@ def paint(out: Path, photos: str | None, counts: dict[str, int], size: int) -> N
     backgrounds: dict[str, Source | None] = dict.fromkeys(counts)
     if photos is not None:
         images = open_images(photos, Decoder())
-        backgrounds["training"], backgrounds["validation"] = split_holdout(images, len(images) // 5)
+        backgrounds["training"], backgrounds["validation"] = split_validation(images, len(images) // 5)
         if backgrounds["validation"] is None:
             raise ValueError(f"{photos} holds {len(images)} images: too few to keep some for validation")
     for part, count in counts.items():
-        shapes = Shapes(count, (size, size), held_out=part == "validation")
+        shapes = Shapes(count, (size, size), validation=part == "validation")
         folders = {kind: out / kind / part for kind in ("images", "annotations")}
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)

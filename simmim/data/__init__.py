@@ -14,7 +14,7 @@ from simmim.data.sources import (
     labelled_sources,
     open_files,
     open_images,
-    split_holdout,
+    split_validation,
     training_images,
 )
 from simmim.data.transforms import CenterCrop, RandAugmentedCrop, RandomCrop
@@ -42,7 +42,7 @@ __all__ = [
     "labelled_sources",
     "open_files",
     "open_images",
-    "split_holdout",
+    "split_validation",
     "training_batches",
     "training_images",
 ]

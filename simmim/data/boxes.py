@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simmim.data.coco import POLYGONS, RUNS, Problem, read_annotations, rings_of
 from simmim.data.decode import Box, Decoder, Picture
-from simmim.data.sources import Subset, split_holdout
+from simmim.data.sources import Subset, split_validation
 
 _NAMES = (("instances_{}2017.json", "{}2017"), ("{}.json", "{}"))
 """Of annotations and folder of a split: as COCO has them, and short."""
@@ -196,11 +196,11 @@ def has_split(path: str | Path, split: str) -> bool:
 
 
 def coco_sources(
-    path: str | Path, decoder: Decoder, holdout_images: int, *, masks: bool
+    path: str | Path, decoder: Decoder, validation_images: int, *, masks: bool
 ) -> tuple[CocoImages | Subset, CocoImages | Subset, list[Problem]]:
     """Images to train on, held-out ones, and what is wrong with their annotations.
 
-    ``val`` is held out where it is there, else images of ``train`` as :func:`simmim.data.split_holdout` draws them.
+    ``val`` is held out where it is there, else images of ``train`` as :func:`simmim.data.split_validation` draws them.
     Held-out images without objects stay.
 
     Raises:
@@ -212,14 +212,16 @@ def coco_sources(
     problems = list(dict.fromkeys(training.problems + every.problems))
     if split == "val":
         return training, every, problems
-    _, holdout = split_holdout(every, holdout_images)
-    if not isinstance(holdout, Subset):
+    _, validation = split_validation(every, validation_images)
+    if not isinstance(validation, Subset):
         raise ValueError(f"{path} has no val and {len(every)} images: too few to hold a tenth out, 10 are the least")
-    unseen = every.annotations.image_ids[holdout.numbers.numpy()]
+    unseen = every.annotations.image_ids[validation.numbers.numpy()]
     kept = np.flatnonzero(~np.isin(training.annotations.image_ids, unseen))
     if not len(kept):
-        raise ValueError(f"{path} has no val, and no image with an object beside the {len(holdout)} held out: add some")
-    return Subset(training, torch.from_numpy(kept)), holdout, problems
+        raise ValueError(
+            f"{path} has no val, and no image with an object beside the {len(validation)} held out: add some"
+        )
+    return Subset(training, torch.from_numpy(kept)), validation, problems
 
 
 def _places(path: str | Path, split: str) -> list[tuple[Path, Path]]:

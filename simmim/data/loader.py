@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmim.counter_rng import permutation, uniform
 from simmim.data.decode import Picture
 from simmim.data.reading import Reader
 from simmim.data.sources import Labelled, Source
 from simmim.data.tables import BLOCKS_TOGETHER
 from simmim.data.transforms import Example, Transform, untouched_generators
-from simmim.stopping import ignore_signals
+from simmim.rng import permutation, uniform
+from simmim.signals import ignore_signals
 
 Batch = dict[str, Any]
-MAX_BROKEN_IN_A_ROW = 20
+MAX_CORRUPT_IN_A_ROW = 20
 HEADERS_TOGETHER = 16
 """Headers are read so many at a time: between two large images the processor has forgotten how."""
 
 
-class Samples(Dataset):
+class SampleDataset(Dataset):
     """``(epoch, index)`` keys -> a batch: ``image`` uint8 ``(n, c, H, W)``, ``epoch`` and ``index``
     int64 ``(n,)``, ``broken`` a list of ``(name, reason)``; with ``labelled`` also ``label`` int64
     ``(n,)``, for which the source has to be one with labels. Without ``image`` when too many are broken.
@@ -64,52 +64,52 @@ class Samples(Dataset):
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws).tolist()
         numbers = index.tolist()
-        broken: list[tuple[str, str]] = []
+        corrupt: list[tuple[str, str]] = []
         examples, labels, kept = [], [], []
         contents = self._reader.many(numbers)
         for start in range(0, len(numbers), HEADERS_TOGETHER):
             few = numbers[start : start + HEADERS_TOGETHER]
-            opened = [self._open(number, content, broken) for number, content in zip(few, contents, strict=False)]
+            opened = [self._open(number, content, corrupt) for number, content in zip(few, contents, strict=False)]
             for place, (number, picture) in enumerate(zip(few, opened, strict=True), start=start):
-                found = self._crop(number, picture, draws[place], broken)
+                found = self._crop(number, picture, draws[place], corrupt)
                 if found is not None:
                     kept.append(place)
                     examples.append(found[1])
                     if self.labelled:
                         labels.append(cast(Labelled, self.source).label(found[0]))
                 elif self.replace:
-                    return {"broken": broken}
+                    return {"corrupt": corrupt}
         if not examples:
-            return {"broken": broken}
+            return {"corrupt": corrupt}
         batch: Batch = {**self.transform.collate(examples), "epoch": epoch[kept]}
-        batch |= {"index": index[kept], "broken": broken}
+        batch |= {"index": index[kept], "corrupt": corrupt}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
-    def _open(self, number: int, content: Callable[[], Any], broken: list[tuple[str, str]]) -> Picture | None:
+    def _open(self, number: int, content: Callable[[], Any], corrupt: list[tuple[str, str]]) -> Picture | None:
         try:
             return self.source.decode(content())
         except Exception as error:  # damaged bytes raise almost anything; each is named with its reason
-            broken.append((self.source.name(number), reason_of(error)))
+            corrupt.append((self.source.name(number), reason_of(error)))
             return None
 
     def _crop(
-        self, number: int, picture: Picture | None, draws: list[float], broken: list[tuple[str, str]]
+        self, number: int, picture: Picture | None, draws: list[float], corrupt: list[tuple[str, str]]
     ) -> tuple[int, Example] | None:
         """The number and pixels of the image, or of the next good one if it is to be replaced."""
-        for _ in range(MAX_BROKEN_IN_A_ROW):
+        for _ in range(MAX_CORRUPT_IN_A_ROW):
             if picture is not None:
                 try:
                     return number, self.transform(picture, draws)
                 except Exception as error:
-                    broken.append((self.source.name(number), reason_of(error)))
+                    corrupt.append((self.source.name(number), reason_of(error)))
             if not self.replace:
                 return None
             number = (number + 1) % len(self.source)
-            picture = self._open(number, partial(self._reader.one, number), broken)
+            picture = self._open(number, partial(self._reader.one, number), corrupt)
         return None  # an exception would reach the main process wrapped in the worker's traceback
 
 
-class StepKeys:
+class ResumableBatchSampler:
     """Keys of every micro-batch of one process, from ``start_step`` to ``end_step``."""
 
     def __init__(
@@ -175,13 +175,13 @@ def training_batches(
     timeout_s: float = 60.0,
     **steps: int,
 ) -> Batches:
-    """Micro-batches of one process; ``steps`` are the arguments of :class:`StepKeys`.
+    """Micro-batches of one process; ``steps`` are the arguments of :class:`ResumableBatchSampler`.
 
     Raises:
         ValueError: while iterating, when too many images in a row are broken.
     """
-    keys = StepKeys(len(source), seed=seed, blocks=source.blocks, **steps)
-    samples = Samples(source, transform, seed, labelled=labelled, timeout_s=timeout_s)
+    keys = ResumableBatchSampler(len(source), seed=seed, blocks=source.blocks, **steps)
+    samples = SampleDataset(source, transform, seed, labelled=labelled, timeout_s=timeout_s)
     return Batches(samples, keys, num_workers, pin_memory)
 
 
@@ -199,7 +199,7 @@ def evaluation_batches(
     """Every good image once, over all processes, as epoch 0 of seed 0: the same crops and masks every time."""
     keys = [(0, number) for number in range(rank, len(source), world_size)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    samples = Samples(source, transform, seed=0, labelled=labelled, replace=False, timeout_s=timeout_s)
+    samples = SampleDataset(source, transform, seed=0, labelled=labelled, replace=False, timeout_s=timeout_s)
     return Batches(samples, batches, num_workers)
 
 
@@ -209,9 +209,9 @@ class Batches:
     ``broken`` holds the images that were left out, names and reasons.
     """
 
-    def __init__(self, samples: Samples, keys: Any, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(self, samples: SampleDataset, keys: Any, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.replace = samples.replace
-        self.broken: dict[str, str] = {}
+        self.corrupt: dict[str, str] = {}
         self.loader = in_workers(
             samples,
             keys,
@@ -227,12 +227,12 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             if not self.replace:
-                self.broken.update(batch["broken"])
+                self.corrupt.update(batch["corrupt"])
                 if "image" not in batch:
                     continue
             if "image" not in batch:
-                names = "; ".join(f"{name}: {reason}" for name, reason in batch["broken"][-3:])
-                raise ValueError(f"{MAX_BROKEN_IN_A_ROW} images in a row could not be read, the last: {names}")
+                names = "; ".join(f"{name}: {reason}" for name, reason in batch["corrupt"][-3:])
+                raise ValueError(f"{MAX_CORRUPT_IN_A_ROW} images in a row could not be read, the last: {names}")
             yield batch
 
 

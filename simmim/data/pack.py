@@ -26,7 +26,7 @@ from simmim.data.loader import in_workers, reason_of
 from simmim.data.manifest import Manifest, make_table, save_manifest
 from simmim.data.reading import Reader
 from simmim.data.sources import INDEX, Files, open_files
-from simmim.data.survey import Look, Summary, look_at, write_broken
+from simmim.data.survey import Look, Summary, look_at, write_corrupt
 
 SUMMARY, SETTINGS = "dataset.json", ".packing.json"
 
@@ -246,13 +246,13 @@ def _finish(shards: _Shards, out: Path, settings: dict[str, Any]) -> dict[str, A
         for file in [*out.glob("shard-*.tar"), *out.glob(".shard-*"), out / SETTINGS]:
             file.unlink()  # nothing worth keeping: another try begins anew
         raise ValueError(
-            f"none of {settings['images']} images could be read, the last: {': '.join(summary.broken[-1])}"
+            f"none of {settings['images']} images could be read, the last: {': '.join(summary.corrupt[-1])}"
         )
     places = [Path(shards.file(shard).name) for shard in range(len(shards))]
     classes = shards.parts[0][1].classes
     save_manifest(out / INDEX, Manifest(make_table(entries), Path("."), places, classes=classes), [])
-    if summary.broken:
-        write_broken(out / "bad_images.csv", summary.broken)
+    if summary.corrupt:
+        write_corrupt(out / "bad_images.csv", summary.corrupt)
     after = sum(shards.file(shard).stat().st_size for shard in range(len(shards)))
     result = {**summary.as_dict(), "bytes_before": before, "bytes_after": after, "packed": settings}
     unfinished = out / f".{SUMMARY}"

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as adjust
 
 from simmim.data.decode import Box, Picture
-from simmim.data.segments import IGNORED, SegmentedPicture
+from simmim.data.segments import IGNORED, SegmentedImage
 from simmim.data.transforms import central_box
 
 _ATTEMPTS = 10
@@ -24,7 +24,7 @@ Size = tuple[int, int]
 
 
 def view(
-    picture: SegmentedPicture, box: Box, size: Size, interpolation: str = "bilinear", *, flip: bool = False
+    picture: SegmentedImage, box: Box, size: Size, interpolation: str = "bilinear", *, flip: bool = False
 ) -> dict[str, Tensor]:
     """A crop of both at another size; of the labels the nearest."""
     top, left, height, width = box
@@ -52,7 +52,7 @@ class RandomSegmentCrop:
     """The training of the Swin papers on ADE20K (Swin V2, arXiv 2111.09883, appendix A1.2), as others do it too:
     scaled at random, cropped, flipped, colours distorted, filled up to the wanted size.
 
-    Up to ten crops are drawn until no class has more than ``max_share`` of the pixels that have a label. What is
+    Up to ten crops are drawn until no class has more than ``max_fraction`` of the pixels that have a label. What is
     smaller than ``size`` is filled up on the right and at the bottom with the mean colour and ``IGNORED``.
 
     Args:
@@ -74,18 +74,18 @@ class RandomSegmentCrop:
         mean: Sequence[float],
         short_px: int | None = None,
         scale: tuple[float, float] = (0.5, 2.0),
-        max_share: float = 0.75,
+        max_fraction: float = 0.75,
         flip: float = 0.5,
         distort: bool = True,
         interpolation: str = "bilinear",
     ) -> None:
         if distort and len(mean) != 3:
             raise ValueError(f"colours of {len(mean)} channels cannot be distorted: set distort to false")
-        self.size, self.short_px, self.scale, self.max_share = size, short_px or min(size), scale, max_share
+        self.size, self.short_px, self.scale, self.max_fraction = size, short_px or min(size), scale, max_fraction
         self.flip, self.distort, self.interpolation = flip, distort, interpolation
         self.fill = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8).clamp(0, 255)
 
-    def __call__(self, picture: SegmentedPicture, draws: Sequence[float]) -> dict[str, Tensor]:
+    def __call__(self, picture: SegmentedImage, draws: Sequence[float]) -> dict[str, Tensor]:
         u_scale, u_flip, *rest = draws
         low, high = self.scale
         zoom = self.short_px * (low + u_scale * (high - low)) / min(picture.size)
@@ -106,7 +106,7 @@ class RandomSegmentCrop:
             left = int(u_left * (segments.shape[1] - width + 1))
             labels = segments[top : top + height, left : left + width].numpy()
             counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
-            if 0 < counts.max() <= self.max_share * counts.sum():
+            if 0 < counts.max() <= self.max_fraction * counts.sum():
                 break
         return top, left, height, width
 
@@ -129,7 +129,7 @@ class CenterSegmentCrop:
     def __init__(self, size: Size, interpolation: str = "bilinear") -> None:
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, picture: SegmentedPicture, draws: Sequence[float]) -> dict[str, Tensor]:
+    def __call__(self, picture: SegmentedImage, draws: Sequence[float]) -> dict[str, Tensor]:
         return view(picture, central_box(*picture.size, self.size[1] / self.size[0]), self.size, self.interpolation)
 
 
@@ -145,7 +145,7 @@ class WholeSegments:
     def __init__(self, short_px: int, interpolation: str = "bilinear") -> None:
         self.short_px, self.interpolation = short_px, interpolation
 
-    def __call__(self, picture: SegmentedPicture, draws: Sequence[float]) -> dict[str, Tensor]:
+    def __call__(self, picture: SegmentedImage, draws: Sequence[float]) -> dict[str, Tensor]:
         return {"image": self.image(picture), "segments": picture.segments}
 
     def image(self, picture: Picture) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simmim.data.decode import Box, Decoder, Picture, open_image
 from simmim.data.listing import TRAINING, VALIDATION
-from simmim.data.sources import Files, Images, Source, Subset, open_files, split_holdout
+from simmim.data.sources import Files, Images, Source, Subset, open_files, split_validation
 
 IGNORED = 255
 """The label of pixels that are neither trained on nor judged."""
@@ -28,7 +28,7 @@ Problem = tuple[str, str]
 """The name of a file, and why it is left out."""
 
 
-class SegmentedPicture:
+class SegmentedImage:
     """A picture, and what each of its pixels is.
 
     Args:
@@ -108,7 +108,7 @@ class SegmentedImages:
         image, annotation = self.numbers[number].tolist()
         return self.images.fetch(image), cast(bytes, self.annotations.fetch(annotation))
 
-    def decode(self, content: tuple[bytes | np.ndarray, bytes]) -> SegmentedPicture:
+    def decode(self, content: tuple[bytes | np.ndarray, bytes]) -> SegmentedImage:
         """The picture with its map.
 
         Raises:
@@ -117,7 +117,7 @@ class SegmentedImages:
         picture, labels = self.images.decode(content[0]), read_label_map(content[1])
         if labels.shape != tuple(picture.size):
             raise ValueError(f"is {_by(picture.size)} px, but its annotation {_by(labels.shape)}")
-        return SegmentedPicture(picture, torch.from_numpy(self._numbered(labels)))
+        return SegmentedImage(picture, torch.from_numpy(self._numbered(labels)))
 
     def _numbered(self, labels: np.ndarray) -> np.ndarray:
         """Labels of a file -> uint8 numbers of classes."""
@@ -178,7 +178,7 @@ class SegmentedSources(NamedTuple):
     """What a stage is trained on and judged by."""
 
     training: Source
-    holdout: Source
+    validation: Source
     classes: list[str]
     problems: list[Problem]
     """Files that are left out, with the reason."""
@@ -187,7 +187,7 @@ class SegmentedSources(NamedTuple):
 def segmented_sources(
     path: str | Path,
     decoder: Decoder,
-    holdout_images: int,
+    validation_images: int,
     *,
     annotations: str | Path | None = None,
     val_path: str | Path | None = None,
@@ -198,7 +198,7 @@ def segmented_sources(
     """Images with label maps, and held-out ones.
 
     - ``path`` alone: a folder with ``images`` and ``annotations``, each with ``training`` and ``validation`` (or
-      ``train``, ``val``, ``test``) as ADE20K has them, or without, then with the split of :func:`split_holdout`: those
+      ``train``, ``val``, ``test``) as ADE20K has them, or without, then with the split of :func:`split_validation`: those
       images that are kept from pretraining as well.
     - ``path`` and ``annotations``: two folders (or archives); held-out ones are ``val_path`` and
       ``val_annotations``, or those of the split.
@@ -227,12 +227,12 @@ def segmented_sources(
         images, annotations = Path(images) / training_part, Path(annotations) / training_part
     training = _open_pair(images, annotations, decoder, classes, ignore_zero)
     if val_path is not None and val_annotations is not None:
-        holdout = _open_pair(val_path, val_annotations, decoder, training.classes, ignore_zero)
-        return SegmentedSources(training, holdout, training.classes, training.problems + holdout.problems)
-    kept, held_out = (_pairs_of(training, part) for part in split_holdout(training.images, holdout_images))
-    if not len(held_out):
+        validation = _open_pair(val_path, val_annotations, decoder, training.classes, ignore_zero)
+        return SegmentedSources(training, validation, training.classes, training.problems + validation.problems)
+    kept, held = (_pairs_of(training, part) for part in split_validation(training.images, validation_images))
+    if not len(held):
         raise ValueError(f"{path} holds {len(training)} images: too few to hold a tenth out, 10 are the least")
-    return SegmentedSources(kept, held_out, training.classes, training.problems)
+    return SegmentedSources(kept, held, training.classes, training.problems)
 
 
 def validation_segments(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim.counter_rng import random_bits, uniform
 from simmim.data.clips import Frames
 from simmim.data.decode import Pixels
+from simmim.rng import random_bits, uniform
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "rings")
@@ -28,7 +28,7 @@ KEPT_BYTES = 256 << 20  # of drawn pictures: drawing takes longer than a small e
 _NUM_LEAVES = 3
 _LEAF_DRAWS = 5  # and a colour
 _OBJECT_DRAWS = 8  # and two colours
-_HELD_OUT_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
+_VALIDATION_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
 
 
 class Shapes:
@@ -41,10 +41,10 @@ class Shapes:
     blocks = None
 
     def __init__(
-        self, num_images: int, size: tuple[int, int] = (64, 64), channels: int = 3, *, held_out: bool = False
+        self, num_images: int, size: tuple[int, int] = (64, 64), channels: int = 3, *, validation: bool = False
     ) -> None:
         self.num_images, self.size, self.channels = num_images, size, channels
-        self.start = _HELD_OUT_START if held_out else 0
+        self.start = _VALIDATION_START if validation else 0
         self._drawn: dict[int, Tensor] = {}
 
     def __len__(self) -> int:

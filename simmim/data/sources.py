@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from simmim.counter_rng import derive_seed, permutation
 from simmim.data.clips import VideoDecoder
 from simmim.data.decode import MODES, Decoder, Picture, whole
 from simmim.data.listing import ARCHIVES, EXTENSIONS, LISTS, is_video, scan
 from simmim.data.manifest import cached_manifest, keep_folder, load_manifest, open_manifest
 from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
+from simmim.rng import derive_seed, permutation
 
 INDEX = "index.arrow"
 """The manifest of a packed data set, beside its shards."""
@@ -294,23 +294,23 @@ def is_name(path: str | Path) -> bool:
     return str(path).startswith((PREFIX, STREAM, "builtin:"))
 
 
-def split_holdout(source: Source, holdout_images: int) -> tuple[Source, Source | None]:
+def split_validation(source: Source, validation_images: int) -> tuple[Source, Source | None]:
     """Take a fixed random set of images out of training: ``(training, holdout)``.
 
     The same images for every seed and recipe, so that held-out losses compare. Never more than a
     tenth of the source; None when that leaves nothing. Of a stream it is the first images, so that
     they lie together.
     """
-    count = min(holdout_images, len(source) // 10)
+    count = min(validation_images, len(source) // 10)
     if count == 0:
         return source, None
-    generator = torch.Generator().manual_seed(derive_seed("holdout", 0))
+    generator = torch.Generator().manual_seed(derive_seed("validation", 0))
     in_blocks = source.blocks is not None
     order = torch.arange(len(source)) if in_blocks else torch.randperm(len(source), generator=generator)
     return Subset(source, order[count:].sort().values), Subset(source, order[:count])
 
 
-def training_images(path: str | Path, decoder: Decoder, holdout_images: int) -> tuple[Source, Source | None]:
+def training_images(path: str | Path, decoder: Decoder, validation_images: int) -> tuple[Source, Source | None]:
     """Images for training without labels, and held-out ones (None where too few are left to hold any out).
 
     Where there is a train and a val part only the first is used: no stage may see the other.
@@ -322,16 +322,16 @@ def training_images(path: str | Path, decoder: Decoder, holdout_images: int) -> 
     train, val = files.part("train"), files.part("val")
     if train is not None and val is not None:
         files = train
-    return split_holdout(Images(files, decoder), holdout_images)
+    return split_validation(Images(files, decoder), validation_images)
 
 
 def labelled_sources(
-    path: str | Path, decoder: Decoder, holdout_images: int, val_path: str | Path | None = None
+    path: str | Path, decoder: Decoder, validation_images: int, val_path: str | Path | None = None
 ) -> tuple[Labelled, Labelled]:
     """Training and held-out images with labels.
 
     ``path`` (its ``train`` where it has one) and ``val_path``; or ``path/train`` and ``path/val`` (or
-    ``validation``, ``test``) where both are there; else the split of :func:`split_holdout`.
+    ``validation``, ``test``) where both are there; else the split of :func:`split_validation`.
 
     Raises:
         ValueError: as :class:`LabelledImages`; too few images to hold any out.
@@ -344,19 +344,19 @@ def labelled_sources(
     if train is not None and val is not None:
         training = LabelledImages(train, decoder)
         return training, LabelledImages(val, decoder, training.classes)
-    kept, holdout = split_holdout(LabelledImages(files, decoder), holdout_images)
-    if holdout is None:
+    kept, validation = split_validation(LabelledImages(files, decoder), validation_images)
+    if validation is None:
         raise ValueError(f"{path} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
-    return cast(Labelled, kept), cast(Labelled, holdout)
+    return cast(Labelled, kept), cast(Labelled, validation)
 
 
-def few_labels(source: Labelled, shots: int, seed: int) -> Labelled:
-    """``shots`` images of every class, drawn by ``seed``.
+def few_labels(source: Labelled, labels_per_class: int, seed: int) -> Labelled:
+    """``labels_per_class`` images of every class, drawn by ``seed``.
 
     Raises:
         ValueError: a class has fewer.
     """
-    wanted = {label: shots for label in range(len(source.classes))}
+    wanted = {label: labels_per_class for label in range(len(source.classes))}
     chosen = []
     for number in permutation(seed, 0, len(source)).tolist():
         label = source.label(number)
@@ -368,7 +368,9 @@ def few_labels(source: Labelled, shots: int, seed: int) -> Labelled:
         if not wanted:
             return cast(Labelled, Subset(source, chosen))
     label, missing = next(iter(wanted.items()))
-    raise ValueError(f"class {source.classes[label]} has {shots - missing} images, but shots is {shots}: lower it")
+    raise ValueError(
+        f"class {source.classes[label]} has {labels_per_class - missing} images, but labels_per_class is {labels_per_class}: lower it"
+    )
 
 
 def _place(files: Files) -> str:

@@ -28,7 +28,7 @@ class Look(NamedTuple):
     """What was found in one image: a reason why it is broken, or its size and the moments of its pixels."""
 
     name: str
-    broken: str = ""
+    corrupt: str = ""
     kind: str = ""
     size: tuple[int, int] = (0, 0)
     mean: tuple[float, ...] = ()
@@ -39,7 +39,7 @@ class Look(NamedTuple):
 class Summary:
     """Of all looks; every image weighs the same in the statistics, whatever its size."""
 
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    corrupt: list[tuple[str, str]] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     heights: list[int] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
@@ -48,8 +48,8 @@ class Summary:
 
     def add(self, look: Look) -> None:
         """Count one image."""
-        if look.broken:
-            self.broken.append((look.name, look.broken))
+        if look.corrupt:
+            self.corrupt.append((look.name, look.corrupt))
             return
         self.kinds[look.kind] += 1
         self.heights.append(look.size[0])
@@ -60,7 +60,11 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: pixels in [0, 1] per channel, sizes in px."""
         count = len(self.heights)
-        result: dict[str, Any] = {"images": count, "broken": len(self.broken), "kinds": dict(self.kinds.most_common())}
+        result: dict[str, Any] = {
+            "images": count,
+            "corrupt": len(self.corrupt),
+            "kinds": dict(self.kinds.most_common()),
+        }
         if count:
             mean = self._sums / count
             std = np.sqrt(np.maximum(self._squares / count - mean**2, 0))
@@ -100,15 +104,15 @@ def check(images: Images, report: Path, *, num_workers: int = 0, timeout_s: floa
     summary = Summary()
     for look in survey(images, num_workers=num_workers, timeout_s=timeout_s):
         summary.add(look)
-    if summary.broken:
-        write_broken(report, summary.broken)
+    if summary.corrupt:
+        write_corrupt(report, summary.corrupt)
     return summary
 
 
-def write_broken(file: Path, broken: list[tuple[str, str]]) -> None:
+def write_corrupt(file: Path, corrupt: list[tuple[str, str]]) -> None:
     """One line for each: name and reason."""
     with file.open("w", newline="", encoding="utf-8") as opened:
-        csv.writer(opened).writerows(broken)
+        csv.writer(opened).writerows(corrupt)
 
 
 def look_at(name: str, picture: Picture, pixels: Tensor) -> Look:
@@ -122,8 +126,8 @@ def look_at(name: str, picture: Picture, pixels: Tensor) -> Look:
 def format_summary(summary: Summary) -> str:
     """For the console."""
     numbers = summary.as_dict()
-    count, broken = numbers["images"], numbers["broken"]
-    lines = [f"{count:,} good images, {broken:,} broken ({100 * broken / max(1, count + broken):.2g} %)"]
+    count, corrupt = numbers["images"], numbers["corrupt"]
+    lines = [f"{count:,} good images, {corrupt:,} broken ({100 * corrupt / max(1, count + corrupt):.2g} %)"]
     if count:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in numbers["kinds"].items())
         lines.append(f"kinds    {kinds}")
@@ -131,7 +135,7 @@ def format_summary(summary: Summary) -> str:
             low, middle, high = numbers[name].values()
             lines.append(f"{name:<8} {low} to {high} px, median {middle:g}")
         lines.append(f"data.mean={_row(numbers['mean'])} data.std={_row(numbers['std'])}")
-    reasons = Counter(reason for _, reason in summary.broken)
+    reasons = Counter(reason for _, reason in summary.corrupt)
     lines += [f"{number:>8,} x {reason}" for reason, number in reasons.most_common(10)]
     return "\n".join(lines)
 

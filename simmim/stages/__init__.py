@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simmim.schema import Recipe
-from simmim.stages.finetuning import finetune
-from simmim.stages.pretraining import pretrain
-from simmim.stages.rooms import room_of
-from simmim.stages.sources import check_stages
-from simmim.stages.training import carry_out
+from simmim.config import Recipe
+from simmim.stages.datasets import check_stages
+from simmim.stages.finetune import finetune
+from simmim.stages.pretrain import pretrain
+from simmim.stages.runner import carry_out
+from simmim.stages.stage_type import room_of
 
 __all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
 
@@ -29,7 +29,9 @@ def run_stage(
     if name not in recipe.stages:
         raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
     room = room_of(recipe.stages[name])
-    return carry_out(recipe, out, name, room.make_job, room.judge, precision=precision, allow_changes=allow_changes)
+    return carry_out(
+        recipe, out, name, room.make_job, room.evaluate_trained, precision=precision, allow_changes=allow_changes
+    )
 
 
 def run(recipe: Recipe, out: Path, *, precision: str | None = None, allow_changes: bool = False) -> Path:

@@ -14,17 +14,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from simmim.blackbox import FOLDER
-from simmim.checkpoint import load_weights, verify
-from simmim.counter_rng import derive_seed
-from simmim.data.loader import Batch, Samples
-from simmim.engine import to_device
-from simmim.recipe import load_recipe
-from simmim.stages.assembly import make_accelerator
-from simmim.stages.rooms import room_of
-from simmim.stages.sharding import give_memory
-from simmim.stages.speed import attend_as_before
-from simmim.stages.training import Job
+from simmim.config.loading import load_recipe
+from simmim.data.loader import Batch, SampleDataset
+from simmim.rng import derive_seed
+from simmim.stages.runner import Job
+from simmim.stages.stage_type import room_of
+from simmim.training.attention_backend import attend_as_before
+from simmim.training.checkpoint import load_weights, verify
+from simmim.training.distributed import give_memory, make_accelerator
+from simmim.training.engine import to_device
+from simmim.training.nonfinite_dump import FOLDER
 
 SHOWN = 5
 
@@ -64,16 +63,16 @@ def replay(report: Path) -> Replay:
     recipe = load_recipe(str(stage_folder / "recipe.yaml"))
     name = stage_folder.name
     job = room_of(recipe.stages[name]).make_job(recipe, stage_folder.parents[1], name, accelerator.mixed_precision)
-    give_memory(job.objective, torch.device("cpu"))
-    load_weights(weights, job.objective)
-    job.objective.to(accelerator.device).train()
-    attend_as_before(job.objective.encoder, recipe.stages[name], stage_folder, accelerator.device)
+    give_memory(job.task, torch.device("cpu"))
+    load_weights(weights, job.task)
+    job.task.to(accelerator.device).train()
+    attend_as_before(job.task.encoder, recipe.stages[name], stage_folder, accelerator.device)
     return _again(about, job, recipe.data.read_timeout_s, accelerator)
 
 
 def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accelerator) -> Replay:
-    samples = Samples(job.training, job.transform, about["seed"], labelled=job.labelled, timeout_s=timeout_s)
-    objective, processes = job.objective, about["processes"]
+    samples = SampleDataset(job.training, job.transform, about["seed"], labelled=job.labelled, timeout_s=timeout_s)
+    task, processes = job.task, about["processes"]
     accumulation, losses = len(processes[0]), []
     modules: list[str] = []
     batches: list[Batch] = []
@@ -82,11 +81,11 @@ def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accel
         for keys in micro_batches:
             batch = samples.__getitems__(list(zip(keys["epoch"], keys["index"], strict=True)))
             batches.append(batch)
-            with accelerator.autocast(), _watch(objective, modules):
-                loss = objective(to_device(batch, accelerator.device))
+            with accelerator.autocast(), _watch(task, modules):
+                loss = task(to_device(batch, accelerator.device))
             accelerator.backward(loss / (accumulation * len(processes)))
             losses.append(loss.item())
-    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values()).item()
     images = [name for batch in batches for name in _images_alone(batch, samples, job, accelerator)]
     loss_value = sum(losses) / len(losses)
@@ -104,16 +103,16 @@ def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accel
 
 
 @torch.no_grad()
-def _images_alone(batch: Batch, samples: Samples, job: Job, accelerator: Accelerator) -> list[str]:
+def _images_alone(batch: Batch, samples: SampleDataset, job: Job, accelerator: Accelerator) -> list[str]:
     """The images of a batch that are not finite by themselves."""
-    job.objective.eval()
+    job.task.eval()
     names = []
     with accelerator.autocast():
         for place, number in enumerate(batch["index"].tolist()):
             one = samples.__getitems__([(int(batch["epoch"][place]), number)])
-            if not math.isfinite(float(job.objective.measure(to_device(one, accelerator.device))["loss"])):
+            if not math.isfinite(float(job.task.eval_step(to_device(one, accelerator.device))["loss"])):
                 names.append(job.training.name(number))
-    job.objective.train()
+    job.task.train()
     return names
 
 

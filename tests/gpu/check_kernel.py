@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmim.lab.attention_speed import attention_speed, exact, make_case, make_way, results, ways
-from simmim.lab.memory_costs import make_objective
-from simmim.lab.step_speed import awake, make_step, step_speed
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.benchmarks.attention import attention_speed, exact, make_case, make_way, results, ways
+from simmim.benchmarks.memory import make_task
+from simmim.benchmarks.step import awake, make_step, step_speed
+from simmim.tasks.simmim import SimMIM
 from swin import SwinConfig
 from swin.config import make_config
 
@@ -57,14 +57,14 @@ def distances(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[floa
     return [float((x.double() - y).norm() / y.norm()) for x, y in zip(actual, expected, strict=True)]
 
 
-def losses(objective: Reconstruct, batch_size: int, precision: str) -> dict[str, list[float]]:
+def losses(task: SimMIM, batch_size: int, precision: str) -> dict[str, list[float]]:
     """Of some steps of AdamW, from the same weights, on the same images: without the kernel, with it, compiled."""
-    device, config = objective.mean.device, objective.encoder.config
+    device, config = task.mean.device, task.encoder.config
     images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
-    cells = objective.masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
+    cells = task.masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
     found = {}
     for name in ("without", "kernel", "compiled"):
-        own = copy.deepcopy(objective)
+        own = copy.deepcopy(task)
         own.encoder.use_kernel(name == "kernel").use_compiler(name == "compiled")
         optimizer = torch.optim.AdamW(own.parameters())
         step = make_step(own.loss, optimizer, images, cells, precision)
@@ -97,8 +97,8 @@ def largest_batches(encoder: str, batch_size: int, measure: Callable[[str, int, 
     return largest
 
 
-def _beside(rivals: list[str], compiled: bool) -> str:
-    return " and ".join(["ours", *rivals]) + (", compiled too" if compiled else "")
+def _beside(baselines: list[str], compiled: bool) -> str:
+    return " and ".join(["ours", *baselines]) + (", compiled too" if compiled else "")
 
 
 def check_agreement(out: Path, device: torch.device, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> int:
@@ -121,11 +121,11 @@ def check_agreement(out: Path, device: torch.device, names: Sequence[str], sizes
     return wrong
 
 
-def check_losses(out: Path, device: torch.device, objective: Reconstruct, batch_size: int) -> int:
+def check_losses(out: Path, device: torch.device, task: SimMIM, batch_size: int) -> int:
     """A table and ``losses.json`` -> how many precisions disagree."""
     found, wrong = {}, 0
     for precision, furthest in FURTHEST_LOSS.items():
-        found[precision] = losses(objective.to(device), batch_size, precision)
+        found[precision] = losses(task.to(device), batch_size, precision)
         off = apart(found[precision])
         wrong += not off <= furthest
         for name, values in found[precision].items():
@@ -138,13 +138,13 @@ def check_losses(out: Path, device: torch.device, objective: Reconstruct, batch_
 def check_speed(out: Path) -> None:
     """Tables and ``step_NAME_BATCH.json``, ``largest.json``, ``attention.json``."""
 
-    def measure(encoder: str, batch_size: int, rivals: list[str], compiled: bool) -> None:
+    def measure(encoder: str, batch_size: int, baselines: list[str], compiled: bool) -> None:
         step_speed(
             [encoder],
             [(192, 12)],
             batch_size=batch_size,
             precisions=["bf16"],
-            rivals=rivals,
+            baselines=baselines,
             compiled=compiled,
             rounds=7,
             out=out / f"step_{encoder}_{batch_size}.json",
@@ -177,6 +177,6 @@ if __name__ == "__main__":
     print(machine)
     disagree = check_agreement(folder, gpu, ["swinv2_tiny", "swinv2_base"], SIZES)
     torch.manual_seed(0)
-    disagree += check_losses(folder, gpu, awake(make_objective("swinv2_tiny", 192, 12, 0.0)), 32)
+    disagree += check_losses(folder, gpu, awake(make_task("swinv2_tiny", 192, 12, 0.0)), 32)
     check_speed(folder)
     sys.exit(1 if disagree else 0)

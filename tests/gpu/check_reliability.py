@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from simmim.checkpoint import Checkpoints, newest_checkpoint, training_state
 from simmim.data import CenterCrop, Shapes, evaluation_batches
-from simmim.engine import to_device
 from simmim.masking import MaskGenerator
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.tasks.simmim import SimMIM
+from simmim.training.checkpoint import Checkpoints, newest_checkpoint, training_state
+from simmim.training.engine import to_device
 from swin import make_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ RECIPE = [
     "name=gpu",
     "data.path=builtin:shapes",
     "data.num_images=768",
-    "data.holdout_images=10",
+    "data.validation_images=10",
     "stages.pretrain.batch_size=64",
     "stages.pretrain.micro_batch_size=32",
     "stages.pretrain.drop_path=0.2",
@@ -86,7 +86,7 @@ def cost_of_saving() -> dict[str, float]:
     """Swin V2-B at 192 px, bf16: what a save takes from the loop, and until it is whole."""
     torch.manual_seed(0)
     encoder = make_encoder("swinv2_base", image_size=192, window_size=12)
-    model = Reconstruct(encoder, MaskGenerator((192, 192), 32, 0.6), mean=[0.5] * 3, std=[0.3] * 3).cuda()
+    model = SimMIM(encoder, MaskGenerator((192, 192), 32, 0.6), mean=[0.5] * 3, std=[0.3] * 3).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch = next(iter(evaluation_batches(Shapes(64, (192, 192)), CenterCrop((192, 192)), batch_size=64)))
     batch = to_device(batch, torch.device("cuda"))

@@ -17,23 +17,23 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import swin
-from simmim import engine
-from simmim.cli import main
+from simmim.cli.main import main
 from simmim.data import Decoder, Shapes, labelled_sources
-from simmim.stages import assembly, training
+from simmim.stages import initialization, runner
+from simmim.training import engine
 from tests.simmim.test_training import saved_state
 
 ROOT = Path(__file__).parents[2]
-LABELS = {"shots": 4, "val_images": 10}
+LABELS = {"labels_per_class": 4, "val_images": 10}
 SMALL = {
     "batch_size": 8,
     "micro_batch_size": 4,
     "labels": LABELS,
     "schedule": {"epochs": 2, "warmup_epochs": 0.5, "base_lr": 0.05},
-    "log": {"metrics_every_steps": 1, "checkpoint_every_steps": 1, "pictures_every_steps": 3},
+    "log": {"metrics_every_steps": 1, "checkpoint_every_steps": 1, "evaluate_every_steps": 3},
 }
 CHAIN = {
-    "data": {"path": "builtin:shapes", "num_images": 60, "holdout_images": 4, "num_workers": 0},
+    "data": {"path": "builtin:shapes", "num_images": 60, "validation_images": 4, "num_workers": 0},
     "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]},
     "stages": {
         "pretrain": {
@@ -80,10 +80,15 @@ def test_what_a_chain_leaves(straight):
     for stage in ("supervised", "finetune_32", "transfer_48"):
         folder = straight / "chain" / stage
         summary = json.loads((folder / "summary.json").read_text())
-        assert set(summary) == {"holdout_loss", "holdout_top1", "holdout_top5", "holdout_certain_of_another"}
+        assert set(summary) == {
+            "validation_loss",
+            "validation_top1",
+            "validation_top5",
+            "validation_certain_of_another",
+        }
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
-        assert any("holdout_top1" in line for line in steps)
+        assert any("validation_top1" in line for line in steps)
         with Image.open(folder / "predictions" / "step_00000004.png") as picture:
             assert picture.width > 100
         description = swin.load_description(folder / "export")
@@ -98,14 +103,14 @@ def test_what_a_chain_leaves(straight):
 
 
 def test_what_is_done_is_not_done_again(straight, monkeypatch, capsys):
-    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert command("run", straight / "chain.yaml", "--out", straight) == 0
     assert capsys.readouterr().out.count("done before") == 4
 
 
-@pytest.mark.parametrize("broken", ["pretrain", "supervised", "finetune_32", "transfer_48"])
-def test_a_chain_broken_in_any_stage_ends_the_same(broken, recipe, straight, tmp_path, monkeypatch):
-    original = assembly.make_lr
+@pytest.mark.parametrize("corrupt", ["pretrain", "supervised", "finetune_32", "transfer_48"])
+def test_a_chain_broken_in_any_stage_ends_the_same(corrupt, recipe, straight, tmp_path, monkeypatch):
+    original = initialization.make_lr
     stages = list(CHAIN["stages"])
     started = []
 
@@ -114,16 +119,16 @@ def test_a_chain_broken_in_any_stage_ends_the_same(broken, recipe, straight, tmp
         started.append(1)
 
         def lr(step):
-            if len(started) == stages.index(broken) + 1 and step == 2:
+            if len(started) == stages.index(corrupt) + 1 and step == 2:
                 raise KeyboardInterrupt
             return lr_at(step)
 
         return lr
 
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "make_lr", interrupting)
+        patch.setattr(initialization, "make_lr", interrupting)
         assert command("run", recipe, "--out", tmp_path) == 130
-    assert not (tmp_path / "chain" / broken / "export").exists()
+    assert not (tmp_path / "chain" / corrupt / "export").exists()
     assert command("run", recipe, "--out", tmp_path) == 0
     for stage in stages:
         for name, tensor in exported(straight, stage).items():
@@ -133,7 +138,7 @@ def test_a_chain_broken_in_any_stage_ends_the_same(broken, recipe, straight, tmp
 
 
 def test_a_run_killed_between_checkpoint_and_export(recipe, straight, tmp_path, monkeypatch):
-    publish = training.publish
+    publish = runner.publish
 
     def killed(unfinished, folder):
         if folder.parent.name == "finetune_32":
@@ -141,22 +146,22 @@ def test_a_run_killed_between_checkpoint_and_export(recipe, straight, tmp_path, 
         publish(unfinished, folder)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(training, "publish", killed)
+        patch.setattr(runner, "publish", killed)
         command("run", recipe, "--out", tmp_path)
     assert command("run", recipe, "--out", tmp_path) == 0
     assert torch.equal(exported(tmp_path, "transfer_48")["bias"], exported(straight, "transfer_48")["bias"])
 
 
 def test_one_loop_trains_every_stage(recipe, tmp_path, monkeypatch):
-    objectives = []
+    tasks = []
 
     def spy(accelerator, model, *arguments, **settings):
-        objectives.append(type(accelerator.unwrap_model(model)).__name__)
+        tasks.append(type(accelerator.unwrap_model(model)).__name__)
         engine.fit(accelerator, model, *arguments, **settings)
 
-    monkeypatch.setattr(training, "fit", spy)
+    monkeypatch.setattr(runner, "fit", spy)
     assert command("run", recipe, "--out", tmp_path) == 0
-    assert objectives == ["Reconstruct", "Classify", "Classify", "Classify"]
+    assert tasks == ["Reconstruct", "Classification", "Classification", "Classification"]
     assert "kind" not in Path(engine.__file__).read_text()
 
 
@@ -222,7 +227,11 @@ def test_stages_from_scratch_and_from_the_named_one(recipe, straight, tmp_path, 
             "no classifier",
         ),
         (
-            ["--stage=finetune_32", "stages.finetune_32.init_from={export}", "stages.finetune_32.labels.shots=50"],
+            [
+                "--stage=finetune_32",
+                "stages.finetune_32.init_from={export}",
+                "stages.finetune_32.labels.labels_per_class=50",
+            ],
             "lower it",
         ),
     ],
@@ -353,18 +362,20 @@ def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path
 
     def spy(job, recipe, name, *rest):
         seen[name] = {job.training.name(number) for number in range(len(job.training))}
-        held_out.setdefault(name, set()).update(job.holdout.name(number) for number in range(len(job.holdout)))
+        validation.setdefault(name, set()).update(job.validation.name(number) for number in range(len(job.validation)))
         return train(job, recipe, name, *rest)
 
-    held_out: dict[str, set[str]] = {}
-    train = training.train
-    monkeypatch.setattr(training, "train", spy)
+    validation: dict[str, set[str]] = {}
+    train = runner.train
+    monkeypatch.setattr(runner, "train", spy)
     (tmp_path / "folder.yaml").write_text(yaml.safe_dump(CHAIN, sort_keys=False))
     overrides = [f"data.path={tmp_path / 'all'}", "stages.finetune_32.labels.val_images=3"]
-    overrides += [f"stages.{name}.labels.shots=null" for name in ("supervised", "finetune_32", "transfer_48")]
+    overrides += [
+        f"stages.{name}.labels.labels_per_class=null" for name in ("supervised", "finetune_32", "transfer_48")
+    ]
     assert command("run", tmp_path / "folder.yaml", "--out", tmp_path, *overrides) == 0
-    judged = set.union(*(held_out[name] for name in ("supervised", "finetune_32", "transfer_48")))
-    assert len(judged) == 7 and len(held_out["finetune_32"]) == 3 and len(held_out["pretrain"]) == 4
+    judged = set.union(*(validation[name] for name in ("supervised", "finetune_32", "transfer_48")))
+    assert len(judged) == 7 and len(validation["finetune_32"]) == 3 and len(validation["pretrain"]) == 4
     for names in seen.values():
         assert len(names) == 70 and not names & judged
 
@@ -373,12 +384,12 @@ def test_a_broken_image_counts_for_nothing(straight, tmp_path, capsys):
     export = straight / "chain/finetune_32/export"
     write_images(tmp_path / "val", ["plain", "stripes", "checks", "rings"], 3)
     assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "whole.json", "--num-workers", 0) == 0
-    broken = sorted((tmp_path / "val").glob("*/*.png"))[0]
-    good = broken.read_bytes()
-    broken.write_bytes(good[:60])
+    corrupt = sorted((tmp_path / "val").glob("*/*.png"))[0]
+    good = corrupt.read_bytes()
+    corrupt.write_bytes(good[:60])
     assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "less.json", "--num-workers", 0) == 0
-    assert broken.name in capsys.readouterr().err
-    broken.unlink()
+    assert corrupt.name in capsys.readouterr().err
+    corrupt.unlink()
     assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "gone.json", "--num-workers", 0) == 0
     whole, less, gone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "less", "gone"))
     assert (whole["images"], less["images"], gone["images"]) == (12, 11, 11)
@@ -432,6 +443,6 @@ def test_a_validation_folder_elsewhere(straight, tmp_path):
     write_images(tmp_path / "data/train", ["a", "b"], 6)
     write_images(tmp_path / "data/val", ["a", "b"], 3)
     write_images(tmp_path / "elsewhere", ["a", "b"], 5)
-    training_images, held_out = labelled_sources(tmp_path / "data", Decoder(3), 10, tmp_path / "elsewhere")
+    training_images, validation = labelled_sources(tmp_path / "data", Decoder(3), 10, tmp_path / "elsewhere")
     assert list(training_images.classes) == ["a", "b"]
-    assert (len(training_images), len(held_out)) == (12, 10)
+    assert (len(training_images), len(validation)) == (12, 10)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from simmim import stages
-from simmim.checkpoint import (
+from simmim.training.checkpoint import (
     Checkpoints,
     list_checkpoints,
     load_checkpoint,
@@ -144,7 +144,7 @@ def test_whatever_goes_wrong_while_writing_reaches_the_loop(tmp_path, monkeypatc
     def fail(path):
         raise MemoryError("none left")
 
-    monkeypatch.setattr("simmim.checkpoint.checksum", fail)
+    monkeypatch.setattr("simmim.training.checkpoint.checksum", fail)
     with pytest.raises(MemoryError, match="none left"):
         write(tmp_path, 1)
     assert not list(tmp_path.iterdir())
@@ -220,7 +220,7 @@ def test_a_pickle_named_like_a_checkpoint_is_refused(tmp_path, monkeypatch):
     (tmp_path / "step_00000001/.metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="does not match its checksum"):
         newest_checkpoint(tmp_path)
-    monkeypatch.setattr("simmim.checkpoint.verify", lambda checkpoint: {"step": 1})
+    monkeypatch.setattr("simmim.training.checkpoint.verify", lambda checkpoint: {"step": 1})
     model, optimizer = trained(0)
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(newest_checkpoint(tmp_path)[0], model, optimizer)

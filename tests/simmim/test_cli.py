@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from simmim.cli import main
+from simmim.cli.main import main
 from tests.simmim.test_data import write_images
 from tests.simmim.test_training import ROOT, TINY
 
@@ -26,8 +26,8 @@ def error_of(capsys) -> str:
 
 def test_pretraining_on_a_folder_with_a_broken_jpeg(tmp_path, capsys):
     write_images(tmp_path / "photos" / "nested", 20, suffix=".jpg")
-    broken = tmp_path / "photos" / "nested" / "007.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
+    corrupt = tmp_path / "photos" / "nested" / "007.jpg"
+    corrupt.write_bytes(corrupt.read_bytes()[:200])
     assert pretrain(f"data.path={tmp_path / 'photos'}", "--out", str(tmp_path / "out")) == 0
     printed = capsys.readouterr().out
     assert printed.count("skipped a broken image") == 1 and "007.jpg" in printed

@@ -178,9 +178,9 @@ def test_the_folders_of_kinetics(tmp_path):
         for label in ("zumba", "abseiling"):
             for number in range(3 if part == "train" else 1):
                 write_video(tmp_path / part / label / f"{label[0]}{number}.mp4", count=4)
-    training, holdout = labelled_sources(tmp_path, VideoDecoder(), holdout_images=0)
-    assert list(training.classes) == ["abseiling", "zumba"] and (len(training), len(holdout)) == (6, 2)
-    unlabelled, _ = training_images(tmp_path, VideoDecoder(1), holdout_images=0)
+    training, validation = labelled_sources(tmp_path, VideoDecoder(), validation_images=0)
+    assert list(training.classes) == ["abseiling", "zumba"] and (len(training), len(validation)) == (6, 2)
+    unlabelled, _ = training_images(tmp_path, VideoDecoder(1), validation_images=0)
     transform = RandomClip(RandomCrop((8, 8)), num_frames=2)
     batches = training_batches(
         training, transform, seed=0, labelled=True, num_workers=1, batch_size=3, micro_batch_size=3, end_step=2
@@ -190,7 +190,7 @@ def test_the_folders_of_kinetics(tmp_path):
         names = [training.name(number) for number in batch["index"].tolist()]
         assert all(training.classes[k] in name for k, name in zip(batch["label"].tolist(), names, strict=True))
     assert len(unlabelled) == 6
-    (batch,) = evaluation_batches(holdout, Views((8, 8), 2, temporal=2, spatial=3), batch_size=2, labelled=True)
+    (batch,) = evaluation_batches(validation, Views((8, 8), 2, temporal=2, spatial=3), batch_size=2, labelled=True)
     assert batch["image"].shape == (2, 6, 3, 2, 8, 8)
 
 
@@ -211,7 +211,7 @@ def test_lists_of_paths_and_of_kinetics(tmp_path):
     assert numbers_in(whole(kinetics.decode(kinetics.fetch(0)), [0, 1])) == [0, 1]
     batches = evaluation_batches(kinetics, MiddleClip(CenterCrop((8, 8)), 2), batch_size=2, labelled=True)
     assert [batch["index"].tolist() for batch in batches] == [[0]]
-    assert batches.broken == {str(tmp_path / "gone_000005_000015.mp4"): "No such file or directory"}
+    assert batches.corrupt == {str(tmp_path / "gone_000005_000015.mp4"): "No such file or directory"}
     with pytest.raises(ValueError, match=r"none of the 1 videos of .*none.csv are in .* expected files called"):
         open_files(tmp_path / "none.csv")
 
@@ -241,13 +241,13 @@ def test_what_is_broken_is_named_and_replaced(tmp_path, monkeypatch):
     (batch,) = batches
     good = [number for number in range(len(source)) if "good" in source.name(number)]
     assert batch["index"].tolist() == good
-    reasons = {name.removeprefix(f"{tmp_path}/"): reason for name, reason in batches.broken.items()}
+    reasons = {name.removeprefix(f"{tmp_path}/"): reason for name, reason in batches.corrupt.items()}
     assert set(reasons) == {"cut.mp4", "empty.mp4", "text.mp4", "list.mp4", "sound.mkv", "frameless.avi"}
     assert reasons["empty.mp4"] == "the file is empty"
     assert reasons["sound.mkv"] == "a file without a video in it"
     trained = training_batches(source, transform, seed=0, batch_size=9, micro_batch_size=9, end_step=1)
     (batch,) = trained
-    assert batch["image"].shape == (9, 3, 4, 8, 8) and {name for name, _ in batch["broken"]} >= set(batches.broken)
+    assert batch["image"].shape == (9, 3, 4, 8, 8) and {name for name, _ in batch["corrupt"]} >= set(batches.corrupt)
 
 
 def test_of_a_video_that_is_cut_short_there_is_what_is_left(tmp_path):
@@ -340,8 +340,8 @@ def test_painted_clips(tmp_path):
         paint_clips.main([str(tmp_path / out), "--videos", "40", "--val-videos", "9"])
     contents = [[file.read_bytes() for file in sorted((tmp_path / out).rglob("*.avi"))] for out in ("a", "b")]
     assert contents[0] == contents[1] and len(set(contents[0])) == 49
-    training, holdout = labelled_sources(tmp_path / "a", VideoDecoder(), 1)
-    assert (len(training), len(holdout), len(training.classes)) == (40, 9, 8)
+    training, validation = labelled_sources(tmp_path / "a", VideoDecoder(), 1)
+    assert (len(training), len(validation), len(training.classes)) == (40, 9, 8)
     shapes = MovingShapes(40, (24, 24))
     for number in range(40):
         painted = int(Path(training.name(number)).stem)

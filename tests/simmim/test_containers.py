@@ -26,7 +26,7 @@ from simmim.data import (
     labelled_sources,
     open_files,
     open_images,
-    split_holdout,
+    split_validation,
     training_batches,
     training_images,
 )
@@ -142,7 +142,7 @@ def digest(source, **arguments):
     arguments = {"seed": 3, "batch_size": 16, "micro_batch_size": 16, "end_step": 3} | arguments
     hashed = hashlib.sha256()
     for batch in training_batches(source, RandomCrop((16, 16)), **arguments):
-        assert not batch["broken"]
+        assert not batch["corrupt"]
         for index, epoch, image in zip(batch["index"], batch["epoch"], batch["image"], strict=True):
             hashed.update(f"{index} {epoch}".encode() + image.numpy().tobytes())
     return hashed.hexdigest()
@@ -224,9 +224,9 @@ def test_train_and_val_inside_an_archive(tmp_path):
     write_parquet(tmp_path / "parquet" / "train-0.parquet", names=sorted(NAMES[:14]))
     write_parquet(tmp_path / "parquet" / "test-0.parquet", names=sorted(NAMES[14:]))
     for place in ("folder", "a.zip", "shards", "parquet"):
-        training, holdout = labelled_sources(tmp_path / place, Decoder(), 5)
-        assert (len(training), len(holdout), list(holdout.classes)) == (14, 8, list(CLASSES)), place
-        assert [holdout.label(n) for n in range(8)] == [CLASSES.index(n[:3]) for n in sorted(NAMES[14:])]
+        training, validation = labelled_sources(tmp_path / place, Decoder(), 5)
+        assert (len(training), len(validation), list(validation.classes)) == (14, 8, list(CLASSES)), place
+        assert [validation.label(n) for n in range(8)] == [CLASSES.index(n[:3]) for n in sorted(NAMES[14:])]
         unlabelled, own = training_images(tmp_path / place, Decoder(), 5)
         assert len(unlabelled) + len(own) == 14, place
 
@@ -275,8 +275,8 @@ def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
         assert max(spans) < 2 * BLOCKS_TOGETHER
     assert not torch.equal(epoch_order(3, 0, 22, stream.blocks), epoch_order(3, 1, 22, stream.blocks))
     assert LabelledImages(stream.files).classes == list(CLASSES)
-    training, holdout = split_holdout(stream, 2)
-    assert holdout.numbers.tolist() == [0, 1] and len(training.blocks) == 20
+    training, validation = split_validation(stream, 2)
+    assert validation.numbers.tolist() == [0, 1] and len(training.blocks) == 20
     with pytest.raises(ValueError, match="only these can be streamed"):
         open_files(f"stream:{tmp_path}/folder/*/*.png")
 

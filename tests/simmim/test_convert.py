@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import simmim.convert
-from simmim.cli import main
-from simmim.convert import LARGEST_DIFFERENCE, WRITERS, convert
+import simmim.export.convert
+from simmim.cli.main import main
+from simmim.export.convert import LARGEST_DIFFERENCE, WRITERS, convert
 from swin import SwinEncoder, import_encoder, load_encoder, make_config, save_encoder
 
 V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
@@ -141,7 +141,7 @@ COLD = """
 import sys
 from pathlib import Path
 import torch
-from simmim.convert import convert
+from simmim.export.convert import convert
 from swin import load_encoder
 source, out = map(Path, sys.argv[1:])
 convert(source, out, "torch-export")
@@ -179,7 +179,7 @@ def test_another_geometry_and_more_channels_on_the_way(to, tmp_path):
 @LAYOUTS
 def test_a_difference_is_an_error_and_leaves_nothing(to, tmp_path, monkeypatch, capsys):
     export(tmp_path / "export")
-    monkeypatch.setattr(simmim.convert, "LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(simmim.export.convert, "LARGEST_DIFFERENCE", -1.0)
     before = sorted(tmp_path.rglob("*"))
     assert main(["convert", str(tmp_path / "export"), str(out_of(tmp_path, to)), "--to", to]) == 2
     assert "features differ" in capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_a_difference_is_an_error_and_leaves_nothing(to, tmp_path, monkeypatch, 
 
 def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
     export(tmp_path / "export")
-    truth = simmim.convert.from_native
+    truth = simmim.export.convert.from_native
 
     def wrong(state, layout):
         return {
@@ -196,7 +196,7 @@ def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
             for name, tensor in truth(state, layout).items()
         }
 
-    monkeypatch.setattr(simmim.convert, "from_native", wrong)
+    monkeypatch.setattr(simmim.export.convert, "from_native", wrong)
     for to in ("timm", "transformers", "official"):
         with pytest.raises(ValueError, match="features differ"):
             convert(tmp_path / "export", out_of(tmp_path, to), to, say=quiet)
@@ -204,12 +204,12 @@ def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "official"])
 @pytest.mark.parametrize(
-    "arm",
+    "variant",
     [V2 | {"position_bias": "linear_cpb"}, V1 | {"attention": "cosine"}, V2 | {"extra_norm_interval": 2}],
     ids=str,
 )
-def test_what_no_other_library_knows_is_refused(arm, to, tmp_path):
-    export(tmp_path / "export", **arm)
+def test_what_no_other_library_knows_is_refused(variant, to, tmp_path):
+    export(tmp_path / "export", **variant)
     with pytest.raises(ValueError, match="use --to native"):
         convert(tmp_path / "export", out_of(tmp_path, to), to, say=quiet)
     convert(tmp_path / "export", tmp_path / "out.pt2", "torch-export", say=quiet)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.counter_rng import uniform
 from simmim.data import (
     CenterCrop,
     Decoder,
@@ -21,11 +20,12 @@ from simmim.data import (
     Shapes,
     evaluation_batches,
     open_images,
-    split_holdout,
+    split_validation,
     training_batches,
 )
-from simmim.data.loader import StepKeys
+from simmim.data.loader import ResumableBatchSampler
 from simmim.data.shapes import TEXTURES
+from simmim.rng import uniform
 
 
 def write_images(folder, count=5, size=(40, 30), suffix=".png", start=0):
@@ -93,7 +93,7 @@ def test_broken_images_are_replaced_and_named(tmp_path):
     steps = {"batch_size": 6, "micro_batch_size": 6, "end_step": 1}
     (batch,) = training_batches(open_images(tmp_path), RandomCrop((16, 16)), seed=0, **steps)
     assert batch["image"].shape == (6, 3, 16, 16)
-    assert sorted(name[-7:] for name, _ in batch["broken"]) == ["002.png", "004.png"]
+    assert sorted(name[-7:] for name, _ in batch["corrupt"]) == ["002.png", "004.png"]
     for number in range(6):
         (tmp_path / f"{number:03d}.png").write_text("not an image")
     for num_workers in (0, 1):
@@ -119,7 +119,11 @@ def test_batches_do_not_depend_on_workers_or_micro_batches(tmp_path):
 
 
 def test_the_order_shows_every_image_once_per_epoch_across_batches():
-    keys = [key for batch in StepKeys(10, seed=1, batch_size=4, micro_batch_size=4, end_step=5) for key in batch]
+    keys = [
+        key
+        for batch in ResumableBatchSampler(10, seed=1, batch_size=4, micro_batch_size=4, end_step=5)
+        for key in batch
+    ]
     assert sorted(index for epoch, index in keys if epoch == 0) == list(range(10))
     assert sorted(index for epoch, index in keys if epoch == 1) == list(range(10))
     first, second = ([index for epoch, index in keys if epoch == e] for e in (0, 1))
@@ -128,7 +132,9 @@ def test_the_order_shows_every_image_once_per_epoch_across_batches():
 
 def test_processes_share_the_batch_of_one():
     def keys(**arguments):
-        return list(StepKeys(50, seed=1, batch_size=12, micro_batch_size=3, start_step=1, end_step=3, **arguments))
+        return list(
+            ResumableBatchSampler(50, seed=1, batch_size=12, micro_batch_size=3, start_step=1, end_step=3, **arguments)
+        )
 
     alone, shared = keys(), [keys(rank=rank, world_size=2) for rank in range(2)]
     together = [a + b for a, b in zip(*shared, strict=True)]
@@ -165,12 +171,12 @@ def test_crops_resize_and_flip():
 
 def test_the_holdout_is_disjoint_and_never_more_than_a_tenth(tmp_path):
     write_images(tmp_path, 30)
-    training, holdout = split_holdout(open_images(tmp_path), 64)
-    assert len(training) == 27 and len(holdout) == 3
-    assert not set(training.numbers.tolist()) & set(holdout.numbers.tolist())
+    training, validation = split_validation(open_images(tmp_path), 64)
+    assert len(training) == 27 and len(validation) == 3
+    assert not set(training.numbers.tolist()) & set(validation.numbers.tolist())
     write_images(tmp_path / "few", 9)
-    training, holdout = split_holdout(open_images(tmp_path / "few"), 64)
-    assert len(training) == 9 and holdout is None
+    training, validation = split_validation(open_images(tmp_path / "few"), 64)
+    assert len(training) == 9 and validation is None
 
 
 def test_evaluation_shows_every_image_once_and_can_be_repeated(tmp_path):
@@ -181,9 +187,9 @@ def test_evaluation_shows_every_image_once_and_can_be_repeated(tmp_path):
 
 
 def test_shapes_are_the_same_for_ever_and_the_splits_differ():
-    shapes, held_out = Shapes(100), Shapes(100, held_out=True)
+    shapes, validation = Shapes(100), Shapes(100, validation=True)
     assert torch.equal(shapes.read(7), Shapes(8).read(7))
-    assert not torch.equal(shapes.read(7), held_out.read(7))
+    assert not torch.equal(shapes.read(7), validation.read(7))
     assert not torch.equal(shapes.read(7), shapes.read(8))
     assert shapes.read(0).dtype == torch.uint8
 

@@ -14,21 +14,22 @@ from accelerate.state import AcceleratorState
 
 import swin
 from simmim import stages
-from simmim.cli import main
+from simmim.cli.main import main
+from simmim.config.loading import load_recipe
 from simmim.data import Decoder, Subset, evaluation_batches
 from simmim.data.boxes import coco_sources
-from simmim.footprint import flops, footprint
-from simmim.memory import TrackedMemory
-from simmim.objectives.detect import Detect
-from simmim.recipe import load_recipe
-from simmim.report import write_report
-from simmim.stages import evaluate_objects, pretraining
-from simmim.stages.detecting import make_job
-from simmim.stages.evaluate_objects import average_precision, load_detector, predict_objects
-from tests.simmim.test_boxes import annotation, write_coco
+from simmim.evaluation import detection
+from simmim.evaluation.detection import average_precision, load_detector, predict_objects
+from simmim.stages import pretrain
+from simmim.stages.detect import make_job
+from simmim.tasks.detection import Detection
+from simmim.training.footprint import flops, footprint
+from simmim.training.memory import TrackedMemory
+from simmim.visualization.report import write_report
+from tests.simmim.test_detection_data import annotation, write_coco
 from tests.simmim.test_training import comparable_metrics, interrupted, saved_state
 
-LOG = {"metrics_every_steps": 1, "pictures_every_steps": 8, "checkpoint_every_steps": 3}
+LOG = {"metrics_every_steps": 1, "evaluate_every_steps": 8, "checkpoint_every_steps": 3}
 DETECT = {
     "image_size": 64,
     "window_size": 8,
@@ -59,7 +60,7 @@ def make_recipe(folder, overrides=(), root=None, **some):
     """Of a tiny detector of the pictures in ``root``, by itself or after other stages."""
     some = some or {"detect": DETECT | {"init_from": "scratch"}}
     content = {
-        "data": {"path": str(root or folder / "coco"), "num_workers": 0, "holdout_images": 2},
+        "data": {"path": str(root or folder / "coco"), "num_workers": 0, "validation_images": 2},
         "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
         "stages": some,
     }
@@ -87,12 +88,12 @@ def test_what_a_stage_leaves(chain):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert len(losses) == 8 and np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
-    assert [row["step"] for row in metrics if "holdout_loss_mask" in row] == [8]
+    assert [row["step"] for row in metrics if "validation_loss_mask" in row] == [8]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["holdout_images"] == 5 and {"holdout_box_ap", "holdout_mask_ap50"} <= set(summary)
+    assert summary["validation_images"] == 5 and {"validation_box_ap", "validation_mask_ap50"} <= set(summary)
     assert [file.name for file in (folder / "predictions").iterdir()] == ["step_00000008.png"]
     page = write_report([folder]).read_text()
-    assert "holdout_mask_ap50" in page and "Predictions of held-out images" in page
+    assert "validation_mask_ap50" in page and "Predictions of held-out images" in page
 
 
 def test_bad_data_is_counted_and_named(chain):
@@ -115,15 +116,15 @@ def test_an_encoder_of_another_size_needs_no_flag(chain):
 def test_an_export_is_judged_as_the_stage_was(chain, tmp_path):
     root, export = chain.parent / "coco", chain / "detect" / "export"
     summary = json.loads((chain / "detect" / "summary.json").read_text())
-    found = evaluate_objects.evaluate_objects(export, str(root), batch_size=2, num_workers=0, precision="fp32")
-    assert {f"holdout_{name}": value for name, value in found.items()} == summary
-    objective, view = load_detector(export)
+    found = detection.evaluate_detector(export, str(root), batch_size=2, num_workers=0, precision="fp32")
+    assert {f"validation_{name}": value for name, value in found.items()} == summary
+    task, view = load_detector(export)
     trained = saved_state(chain / "detect" / "checkpoints" / "step_00000008")
-    assert all(torch.equal(value, trained[f"model/{name}"]) for name, value in objective.state_dict().items())
-    assert (view.short_px, view.long_px, objective.classes) == (40, 60, ["green", "red"])
-    assert not objective.training
-    other, view = load_detector(export, short_px=80, long_px=90, zooms=[1, 1.5], soft_nms="linear", window_size=4)
-    assert (view.short_px, other.zooms, other.soft_nms) == (80, (1, 1.5), "linear")
+    assert all(torch.equal(value, trained[f"model/{name}"]) for name, value in task.state_dict().items())
+    assert (view.short_px, view.long_px, task.classes) == (40, 60, ["green", "red"])
+    assert not task.training
+    other, view = load_detector(export, short_px=80, long_px=90, scales=[1, 1.5], soft_nms="linear", window_size=4)
+    assert (view.short_px, other.scales, other.soft_nms) == (80, (1, 1.5), "linear")
     assert other.encoder.config.window_size == (4, 4)
     with pytest.raises(ValueError, match="short: unknown key, did you mean 'short_px'"):
         load_detector(export, short=3)
@@ -161,7 +162,7 @@ def test_several_processes_see_each_image_once(tmp_path, monkeypatch):
     write_coco(tmp_path, count=30)
     _, held, _ = coco_sources(tmp_path, Decoder(), 3, masks=True)
     assert isinstance(held, Subset)
-    model, view, accelerator = Knowing(held.source), evaluate_objects.EvaluationSize(40, 60), Accelerator(cpu=True)
+    model, view, accelerator = Knowing(held.source), detection.EvaluationSize(40, 60), Accelerator(cpu=True)
 
     def share(rank, world_size):
         views = evaluation_batches(held, view, batch_size=2, rank=rank, world_size=world_size)
@@ -170,15 +171,15 @@ def test_several_processes_see_each_image_once(tmp_path, monkeypatch):
     whole = share(0, 1)
     assert whole["images"] == 3 and 0.5 < whole["box_ap"] < 1 and whole["mask_ap"] == pytest.approx(whole["box_ap"])
     given = []
-    monkeypatch.setattr(evaluate_objects, "gather_object", lambda own: given.append(own) or own)
+    monkeypatch.setattr(detection, "gather_object", lambda own: given.append(own) or own)
     share(1, 2)
     others = iter(given)
-    monkeypatch.setattr(evaluate_objects, "gather_object", lambda own: own + next(others))
+    monkeypatch.setattr(detection, "gather_object", lambda own: own + next(others))
     assert share(0, 2) == pytest.approx(whole)
 
 
 def test_what_is_found_is_drawn_and_told(chain):
-    objective, view = load_detector(chain / "detect" / "export")
+    task, view = load_detector(chain / "detect" / "export")
     masks = torch.zeros(2, 80, 120, dtype=torch.bool)
     masks[0, 10:20, 30:50] = True
     seen = []
@@ -188,17 +189,17 @@ def test_what_is_found_is_drawn_and_told(chain):
         boxes = torch.tensor([[30.0, 10, 50, 20], [0, 0, 5, 5]])
         return [{"boxes": boxes, "scores": torch.tensor([0.9, 0.3]), "labels": torch.tensor([2, 1]), "masks": masks}]
 
-    objective.predict = predict
+    task.predict = predict
     image = torch.full((3, 80, 120), 100, dtype=torch.uint8)
-    ((name, overlay, facts),) = predict_objects(objective, [("a", image)], view=view)
+    ((name, overlay, facts),) = predict_objects(task, [("a", image)], view=view)
     assert seen[0]["image_size"].tolist() == [[40, 60]] and seen[0]["original_size"].tolist() == [[80, 120]]
     (fact,) = json.loads(json.dumps(facts))
     assert (name, overlay.size, fact["class"], fact["bbox"]) == ("a", (480, 320), "red", [30, 10, 20, 10])
     assert fact["score"] == pytest.approx(0.9) and fact["segmentation"]["size"] == [80, 120]
     pixels = np.array(overlay)[2::4, 2::4]  # small pictures are enlarged
     assert (pixels[12:18, 34:46] != 100).any(axis=-1).all() and (pixels[40:, 60:] == 100).all()
-    del objective.predict
-    assert len(list(predict_objects(objective, [("a", image)], view=view, least_score=0.0))) == 1
+    del task.predict
+    assert len(list(predict_objects(task, [("a", image)], view=view, least_score=0.0))) == 1
 
 
 def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
@@ -221,7 +222,7 @@ def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
 def test_how_it_is_tested_may_change_and_how_it_is_trained_may_not(tmp_path):
     write_coco(tmp_path, count=12)
     first = make_job(make_recipe(tmp_path, root=tmp_path), tmp_path, "detect", "no").settings
-    tested = make_recipe(tmp_path, ["stages.detect.test.flips=true", "stages.detect.labels.path=" + str(tmp_path)])
+    tested = make_recipe(tmp_path, ["stages.detect.test.flip=true", "stages.detect.labels.path=" + str(tmp_path)])
     assert make_job(tested, tmp_path, "detect", "no").settings == first
     for change in ("jitter.flip=0", "micro_batch_size=4", "regions_per_image=9", "masks=false"):
         changed = make_recipe(tmp_path, [f"stages.detect.{change}"], root=tmp_path)
@@ -235,21 +236,23 @@ def test_how_it_is_tested_may_change_and_how_it_is_trained_may_not(tmp_path):
 def test_held_out_images_are_not_trained_on_by_any_stage(tmp_path):
     """Without a val some of train are held out, and stages before see neither these nor those of a val."""
     write_coco(tmp_path, count=40, annotations=[annotation(n, 61 + n, 3, (1, 1, 20, 20)) for n in range(1, 40)])
-    training, holdout, problems = coco_sources(tmp_path, Decoder(), 3, masks=False)
-    names = [{source.name(number) for number in range(len(source))} for source in (training, holdout)]
+    training, validation, problems = coco_sources(tmp_path, Decoder(), 3, masks=False)
+    names = [{source.name(number) for number in range(len(source))} for source in (training, validation)]
     assert len(names[1]) == 3 and len(names[0] | names[1]) in (39, 40) and not names[0] & names[1] and not problems
     again, _, _ = coco_sources(tmp_path, Decoder(), 3, masks=True)
     assert names[0] == {again.name(number) for number in range(len(again))}
     for path in (tmp_path, tmp_path / "train"):
         labels = {"path": str(tmp_path), "val_images": 3}
         recipe = make_recipe(tmp_path, root=path, pretrain=PRETRAIN, detect=DETECT | {"labels": labels})
-        job = pretraining.make_job(recipe, tmp_path, "pretrain", "no")
+        job = pretrain.make_job(recipe, tmp_path, "pretrain", "no")
         seen = {job.training.name(number) for number in range(len(job.training))}
         assert len(seen) >= 34 and not seen & names[1]
     write_coco(tmp_path, "val2017", count=2)
     (tmp_path / "annotations" / "val2017.json").rename(tmp_path / "annotations" / "instances_val2017.json")
-    _, holdout, _ = coco_sources(tmp_path, Decoder(), 3, masks=False)
-    assert {holdout.name(number) for number in range(2)} == {str(tmp_path / "val2017" / f"{n}.png") for n in range(2)}
+    _, validation, _ = coco_sources(tmp_path, Decoder(), 3, masks=False)
+    assert {validation.name(number) for number in range(2)} == {
+        str(tmp_path / "val2017" / f"{n}.png") for n in range(2)
+    }
     write_coco(tmp_path / "few", count=9)
     with pytest.raises(ValueError, match="no val and 9 images: too few to hold a tenth out"):
         coco_sources(tmp_path / "few", Decoder(), 3, masks=False)
@@ -270,7 +273,7 @@ def test_planned_bytes_and_flops_are_those_of_a_step():
         "swinv2_tiny", embed_dim=8, depths=(1, 1), num_heads=(1, 2), image_size=96, window_size=8
     )
     head = {"width": 16, "hidden": 32, "anchor_px": [8, 16, 32], "regions_per_image": 64}
-    model = Detect(encoder, ["a", "b"], mean=[0.5] * 3, std=[0.3] * 3, **head).train()
+    model = Detection(encoder, ["a", "b"], mean=[0.5] * 3, std=[0.3] * 3, **head).train()
     planned = footprint(model, "none", 1, precision="fp32", device="cpu")
     planned_flops = flops(model, "none").training
     corners = torch.rand(2, 30, 2) * 70
@@ -299,7 +302,7 @@ def test_planned_bytes_and_flops_are_those_of_a_step():
         ("jitter.short_px=[]", "at least 1 item"),
         ("jitter.long_px=30", "long_px 30 is below the short side of 40 px: raise it"),
         ("test.long_px=30", "long_px 30 is below short_px 40: raise it"),
-        ("test.zooms=[]", "at least 1 item"),
+        ("test.scales=[]", "at least 1 item"),
         ("test.soft=linear", r"test.soft: unknown key, did you mean 'soft_nms'"),
         ("image_size=null", "starts from scratch: give its image_size and window_size"),
     ],

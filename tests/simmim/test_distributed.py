@@ -16,13 +16,13 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.torch import load_file
 
-from simmim.checkpoint import list_checkpoints, verify
-from simmim.footprint import Sizes, states_bytes
+from simmim.training.checkpoint import list_checkpoints, verify
+from simmim.training.footprint import Sizes, states_bytes
 from tests.simmim.test_training import TINY, comparable_metrics
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "worker.py"
-SAME = ["stages.pretrain.drop_path=0", "data.holdout_images=3"]  # three images: the shares are not equal
+SAME = ["stages.pretrain.drop_path=0", "data.validation_images=3"]  # three images: the shares are not equal
 LABELS = json.dumps(
     {
         "finetune": {
@@ -36,7 +36,7 @@ LABELS = json.dumps(
             "labels": {"val_images": 5},
             "augment": {"rand_augment": None},
             "schedule": {"epochs": 2, "warmup_epochs": 0.4, "base_lr": 0.05},
-            "log": {"metrics_every_steps": 1, "pictures_every_steps": 4, "checkpoint_every_steps": 1},
+            "log": {"metrics_every_steps": 1, "evaluate_every_steps": 4, "checkpoint_every_steps": 1},
         }
     }
 )
@@ -160,7 +160,7 @@ def test_fine_tuning_with_an_average_continues_bit_for_bit(kind, tmp_path):
     one, two = (exported(tmp_path / out, "finetune") for out in ("straight", "stopped"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     rows = [comparable_metrics(tmp_path / out / "tiny/finetune") for out in ("straight", "stopped")]
-    assert rows[0] == rows[1] and "holdout_top1" in rows[0][-1]
+    assert rows[0] == rows[1] and "validation_top1" in rows[0][-1]
     checkpoints = [tmp_path / out / "tiny/finetune/checkpoints/step_00000010" for out in ("straight", "stopped")]
     for file in checkpoints[0].glob("*.safetensors"):
         a, b = load_file(file), load_file(checkpoints[1] / file.name)
@@ -221,8 +221,8 @@ TWIN = [  # of 3b in small: its extra norms, deep in one stage
     *(
         "encoder.patch_size=4",
         "encoder.mlp_ratio=2",
-        "data.holdout_images=3",
-        "stages.pretrain.log.pictures_every_steps=10",
+        "data.validation_images=3",
+        "stages.pretrain.log.evaluate_every_steps=10",
     ),
 ]
 

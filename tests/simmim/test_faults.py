@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from simmim.checkpoint import list_checkpoints
-from simmim.cli import main
+from simmim.cli.main import main
+from simmim.training.checkpoint import list_checkpoints
 from tests.simmim.test_checkpoint import DAMAGES
 from tests.simmim.test_training import TINY, comparable_metrics
 
@@ -35,11 +35,11 @@ COMMAND = [
     f"stages.pretrain.schedule.epochs={STEPS // 10}",
     "stages.pretrain.schedule.warmup_epochs=1",
     "stages.pretrain.log.metrics_every_steps=1",
-    "stages.pretrain.log.pictures_every_steps=10",
+    "stages.pretrain.log.evaluate_every_steps=10",
     "stages.pretrain.log.checkpoint_every_steps=2",
 ]
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["simmim.cli", "simmim.stages", "tests.simmim.test_faults"])
+PROCESSES.set_forkserver_preload(["simmim.cli.main", "simmim.stages", "tests.simmim.test_faults"])
 
 
 def work(command: list[str], output: Path) -> None:

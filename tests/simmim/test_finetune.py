@@ -12,21 +12,27 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
 import swin
-from simmim.classifier import Classifier, load_classifier, save_classifier, take_over, take_over_rows
 from simmim.data import RandAugmentedCrop, Shapes, few_labels
 from simmim.data.transforms import untouched_generators
-from simmim.objectives.classify import Classify
-from simmim.optim import make_lr, make_optimizer
+from simmim.export.classifier import (
+    Classifier,
+    load_classifier,
+    load_classifier_head,
+    map_classifier_head,
+    save_classifier,
+)
+from simmim.tasks.classification import Classification
+from simmim.training.optim import make_lr, make_optimizer
 
 STATISTICS = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
-def make_classifier(classes=4, **settings) -> Classify:
+def make_classifier(classes=4, **settings) -> Classification:
     torch.manual_seed(0)
     encoder = swin.make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4
     )
-    return Classify(encoder, [f"class {number}" for number in range(classes)], **STATISTICS, **settings)
+    return Classification(encoder, [f"class {number}" for number in range(classes)], **STATISTICS, **settings)
 
 
 def official_layer(name: str, depths: tuple[int, ...]) -> int:
@@ -43,7 +49,7 @@ def official_layer(name: str, depths: tuple[int, ...]) -> int:
 @pytest.mark.parametrize(("size", "decay"), [("swin_base", 0.9), ("swinv2_base", 0.75)])
 def test_every_layer_learns_at_the_official_rate(size, decay):
     with torch.device("meta"):
-        model = Classify(swin.make_encoder(size), ["a", "b"], **STATISTICS)
+        model = Classification(swin.make_encoder(size), ["a", "b"], **STATISTICS)
         optimizer = make_optimizer(
             model,
             model.no_decay_parameters(),
@@ -128,7 +134,7 @@ def test_measures():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor([9.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]))
     batch = {"image": torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([0, 4, 5, 6])}
-    numbers = {name: float(value) for name, value in model.measure(batch).items()}
+    numbers = {name: float(value) for name, value in model.eval_step(batch).items()}
     assert (numbers["top1"], numbers["top5"]) == (0.25, 0.5)
     assert numbers["certain_of_another"] == 0.75
 
@@ -161,7 +167,7 @@ def test_few_labels():
     assert len(names) == 20
     again, other = few_labels(source, 5, seed=1), few_labels(source, 5, seed=2)
     assert names == {again.name(number) for number in range(20)} != {other.name(number) for number in range(20)}
-    with pytest.raises(ValueError, match=r"has \d+ images, but shots is 300: lower it"):
+    with pytest.raises(ValueError, match=r"has \d+ images, but labels_per_class is 300: lower it"):
         few_labels(source, 300, seed=0)
 
 
@@ -171,19 +177,19 @@ def wide(classes: int) -> Classifier:
 
 def test_the_classifier_is_taken_over(tmp_path):
     model, old = make_classifier(), wide(4)
-    take_over(model.head, old, model.classes, "there")
+    load_classifier_head(model.head, old, model.classes, "there")
     assert torch.equal(model.head.weight, old.weight) and torch.equal(model.head.bias, old.bias)
     with pytest.raises(ValueError, match="classifier of there tells 9 classes, but the labels have 4: set head"):
-        take_over(model.head, wide(9), model.classes, "there")
+        load_classifier_head(model.head, wide(9), model.classes, "there")
     with pytest.raises(ValueError, match="calls a class 'class 1' that the labels call 'bee'"):
-        take_over(model.head, old, ["class 0", "bee", "class 2", "class 3"], "there")
+        load_classifier_head(model.head, old, ["class 0", "bee", "class 2", "class 3"], "there")
 
 
 def test_rows_of_a_wider_classifier(tmp_path):
     model, old = make_classifier(), wide(9)
     mapping = tmp_path / "map.txt"
     mapping.write_text("7\n0\n7\n3\n")
-    take_over_rows(model.head, old, mapping)
+    map_classifier_head(model.head, old, mapping)
     assert torch.equal(model.head.weight, old.weight[[7, 0, 7, 3]])
     assert torch.equal(model.head.bias, old.bias[[7, 0, 7, 3]])
     for text, message in (
@@ -193,9 +199,9 @@ def test_rows_of_a_wider_classifier(tmp_path):
     ):
         mapping.write_text(text)
         with pytest.raises(ValueError, match=message):
-            take_over_rows(model.head, old, mapping)
+            map_classifier_head(model.head, old, mapping)
     with pytest.raises(ValueError, match="expected fresh, keep or a file"):
-        take_over_rows(model.head, old, tmp_path / "nothing.txt")
+        map_classifier_head(model.head, old, tmp_path / "nothing.txt")
 
 
 @pytest.mark.parametrize("name", ["head", "head.fc", "classifier"])

@@ -7,7 +7,7 @@ import torch
 
 import swin
 from simmim.masking import MaskGenerator
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.tasks.simmim import SimMIM
 from swin import SwinConfig, SwinEncoder
 from tests import golden_numbers as golden
 
@@ -40,7 +40,7 @@ def test_simmim(name):
     encoder = encoder_for(entry)
     masks = MaskGenerator((192, 192), 32, 0.6)
     assert masks.num_masked == entry["masked_cells"] == 22
-    model = Reconstruct(
+    model = SimMIM(
         encoder, masks, mean=[0.0] * 3, std=[1.0] * 3, norm_target_window=entry["norm_target"] or None
     ).double()
     official = golden.weights({name: tuple(shape) for name, shape, _ in entry["parameters"]})
@@ -50,16 +50,16 @@ def test_simmim(name):
         for key, parameter in ours.items():
             parameter.copy_(official[key].view(parameter.shape))
 
-    images, cell_mask = golden.image(192), golden.cell_mask()
-    loss = model.loss(images, cell_mask)
+    images, patch_mask = golden.image(192), golden.patch_mask()
+    loss = model.loss(images, patch_mask)
     loss.backward()
     assert loss.item() == pytest.approx(entry["loss"], rel=RELATIVE)
     for key, _, norm in entry["parameters"]:
         assert ours[key].grad.norm().item() == pytest.approx(norm, rel=RELATIVE), key
 
     with torch.no_grad():
-        same(model.encode(images, cell_mask).permute(0, 3, 1, 2), entry["features"])
-        same(model.reconstruct(images, cell_mask).prediction, entry["prediction"])
+        same(model.encode(images, patch_mask).permute(0, 3, 1, 2), entry["features"])
+        same(model.reconstruct(images, patch_mask).prediction, entry["prediction"])
 
 
 @pytest.mark.parametrize("name", LOGITS)

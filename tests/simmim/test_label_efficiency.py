@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import swin
-from simmim.cli import main
+from simmim.cli.main import main
+from simmim.config.loading import load_recipe
 from simmim.data import Shapes
-from simmim.lab import label_efficiency as lab
-from simmim.recipe import load_recipe
-from simmim.stages import training
+from simmim.experiments import label_efficiency as experiment
+from simmim.stages import runner
 
 FINETUNE = {
     "kind": "finetune",
@@ -27,13 +27,13 @@ FINETUNE = {
     "window_size": 4,
     "batch_size": 8,
     "micro_batch_size": 4,
-    "labels": {"shots": 4, "val_images": 20},
+    "labels": {"labels_per_class": 4, "val_images": 20},
     "augment": {"rand_augment": None},
     "schedule": {"epochs": 2, "warmup_epochs": 0.5, "base_lr": 0.05},
-    "log": {"metrics_every_steps": 3, "checkpoint_every_steps": 2, "pictures_every_steps": 2},
+    "log": {"metrics_every_steps": 3, "checkpoint_every_steps": 2, "evaluate_every_steps": 2},
 }
 RECIPE = {
-    "data": {"path": "builtin:shapes", "num_images": 60, "holdout_images": 4, "num_workers": 0},
+    "data": {"path": "builtin:shapes", "num_images": 60, "validation_images": 4, "num_workers": 0},
     "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]},
     "stages": {
         "pretrain": {
@@ -43,7 +43,7 @@ RECIPE = {
             "micro_batch_size": 8,
             "mask": {"patch_size": 8},
             "schedule": {"epochs": 0.6, "warmup_epochs": 0.1, "base_lr": 0.05},
-            "log": {"metrics_every_steps": 1, "pictures_every_steps": 2},
+            "log": {"metrics_every_steps": 1, "evaluate_every_steps": 2},
         },
         "finetune_32": FINETUNE,
         "scratch_32": {**FINETUNE, "init_from": "scratch", "layer_decay": 1.0},
@@ -61,7 +61,7 @@ def recipe(tmp_path_factory) -> Path:
 
 def command(*arguments: object) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return main(["lab", "label-efficiency", *map(str, arguments)])
+    return main(["experiment", "label-efficiency", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,10 @@ def test_what_is_found_is_what_the_stages_found(done):
     assert content["pairs"] == [{"pretrained": "finetune_32", "scratch": "scratch_32"}]
     for name in ("finetune_32", "scratch_32", "transfer_48"):
         summaries = [json.loads((done / f"seeds/seed_{seed}/{name}/summary.json").read_text()) for seed in (0, 3)]
-        assert content["accuracy"][name] == [summary["holdout_top1"] for summary in summaries]
+        assert content["accuracy"][name] == [summary["validation_top1"] for summary in summaries]
     ways = content["transfers"]["transfer_48"]
-    assert list(ways) == [lab.CONTINUOUS, lab.BICUBIC, lab.TUNED]
-    assert ways[lab.TUNED] == content["accuracy"]["transfer_48"]
+    assert list(ways) == [experiment.CONTINUOUS, experiment.BICUBIC, experiment.TUNED]
+    assert ways[experiment.TUNED] == content["accuracy"]["transfer_48"]
 
 
 def test_both_arms_of_a_seed_see_the_same_labels(done):
@@ -100,19 +100,19 @@ def test_the_untrained_transfer_is_that_of_the_enlarged_classifier(done):
     content = json.loads((done / "label_efficiency.json").read_text())["transfers"]["transfer_48"]
     export = done / "seeds/seed_0/finetune_32/export"
     head = load_file(export / "classifier.safetensors")
-    held_out = Shapes(20, (48, 48), held_out=True)
-    labels = torch.tensor([held_out.label(number) for number in range(20)])
+    validation = Shapes(20, (48, 48), validation=True)
+    labels = torch.tensor([validation.label(number) for number in range(20)])
     pixels = swin.load_description(export)["pixels"]
     mean_, std = (torch.tensor(pixels[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    images = (torch.stack([held_out.read(number) for number in range(20)]) / 255 - mean_) / std
+    images = (torch.stack([validation.read(number) for number in range(20)]) / 255 - mean_) / std
     logits = {}
-    for way, bias in ((lab.CONTINUOUS, "log_cpb"), (lab.BICUBIC, "table")):
+    for way, bias in ((experiment.CONTINUOUS, "log_cpb"), (experiment.BICUBIC, "table")):
         encoder = swin.load_encoder(export, image_size=48, window_size=6, position_bias=bias).eval()
         with torch.no_grad():
             logits[way] = encoder(images).mean((1, 2)) @ head["weight"].T + head["bias"]
         top1 = (logits[way].argmax(1) == labels).float().mean().item()
         assert content[way][0] == pytest.approx(top1, abs=1e-6)
-    assert not torch.equal(logits[lab.CONTINUOUS], logits[lab.BICUBIC])
+    assert not torch.equal(logits[experiment.CONTINUOUS], logits[experiment.BICUBIC])
 
 
 def test_the_table_and_the_page(done):
@@ -121,8 +121,8 @@ def test_the_table_and_the_page(done):
     assert "held-out top-1, %, mean ± s.d. of seeds 0, 3" in text
     assert f"{100 * mean(content['accuracy']['finetune_32']):.1f} ± " in text
     gains = [a - b for a, b in zip(content["accuracy"]["finetune_32"], content["accuracy"]["scratch_32"], strict=True)]
-    assert lab.percent(gains) in text
-    for way in (lab.CONTINUOUS, lab.BICUBIC, lab.TUNED):
+    assert experiment.percent(gains) in text
+    for way in (experiment.CONTINUOUS, experiment.BICUBIC, experiment.TUNED):
         assert way in text
     with Image.open(done / "page.png") as page:
         assert page.width > 1000 and len(page.convert("L").getcolors(256)) > 100
@@ -130,17 +130,19 @@ def test_the_table_and_the_page(done):
 
 def test_what_is_done_is_not_done_again(recipe, done, monkeypatch, capsys):
     before = (done / "label_efficiency.json").read_text()
-    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert command(recipe, "--out", done.parent, "--seeds", 0, 3) == 0
     assert (done / "label_efficiency.json").read_text() == before
 
 
 def test_percent():
-    assert lab.percent([0.5]) == "50.0"
-    assert lab.percent([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
+    assert experiment.percent([0.5]) == "50.0"
+    assert experiment.percent([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
 
 
-@pytest.mark.parametrize("change", [{"schedule": {"epochs": 30}}, {"labels": {"shots": 5}}, {"batch_size": 4}])
+@pytest.mark.parametrize(
+    "change", [{"schedule": {"epochs": 30}}, {"labels": {"labels_per_class": 5}}, {"batch_size": 4}]
+)
 def test_only_equal_budgets_are_compared(change, recipe, tmp_path, capsys):
     content = yaml.safe_load(recipe.read_text())
     content["stages"]["scratch_32"].update(change)
@@ -152,7 +154,7 @@ def test_only_equal_budgets_are_compared(change, recipe, tmp_path, capsys):
 
 def test_several_pairs_find_their_own_controls():
     recipe = load_recipe("cifar_swinv2_nano")
-    assert [tuple(pair) for pair in lab.find_pairs(recipe)] == [
+    assert [tuple(pair) for pair in experiment.find_pairs(recipe)] == [
         (f"finetune_{share}", f"scratch_{share}") for share in (1, 10, 100)
     ]
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from simmim.counter_rng import permutation, random_bits, uniform
 from simmim.masking import MaskGenerator, expand_mask
+from simmim.rng import permutation, random_bits, uniform
 
 
 def keys(n: int, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

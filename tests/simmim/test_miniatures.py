@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import swin
-from simmim.cli import main
-from simmim.recipe import load_recipe
+from simmim.cli.main import main
+from simmim.config.loading import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 PAINT = {
@@ -42,7 +42,7 @@ def test_a_miniature_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
         for key in {"segment": ["images=16"], "detect": []}.get(its.kind, ["val_images=8", "shots=null"])
     ]
     compared = any(its.kind != "pretrain" and its.init_from == "scratch" for its in recipe.stages.values())
-    command = ["lab", "label-efficiency"] if compared else ["run"]
+    command = ["experiment", "label-efficiency"] if compared else ["run"]
     seeds = ["--seeds", "0"] if compared else []
     assert main([*command, name, *overrides, "--out", "runs", *seeds]) == 0
     for stage in recipe.stages:

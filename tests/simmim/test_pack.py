@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.cli import main
+from simmim.cli.main import main
 from simmim.data import Decoder, LabelledImages, RandomCrop, labelled_sources, open_files, open_images
 from simmim.data import pack as packing_module
 from simmim.data.pack import Packing, pack
-from simmim.data.probe import format_probe, probe
+from simmim.data.worker_probe import format_probe, probe
 from tests.simmim.test_containers import CLASSES, SORTED, digest, write_folder, write_parquet
 
 
@@ -30,7 +30,7 @@ def smooth(number, height=90, width=120):
 def test_without_loss_training_sees_the_very_same(tmp_path):
     folder = write_folder(tmp_path / "folder")
     result = pack(str(folder), tmp_path / "packed", Packing(short_side=0, quality=0, shard_images=5), num_workers=2)
-    assert (result["images"], result["broken"], result["channels"]) == (22, 0, 3)
+    assert (result["images"], result["corrupt"], result["channels"]) == (22, 0, 3)
     assert len(list((tmp_path / "packed").glob("*.tar"))) == 5
     images = open_images(tmp_path / "packed")
     assert digest(images, num_workers=1) == digest(open_images(folder))
@@ -122,7 +122,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     for name in (SORTED[3], SORTED[11]):
         (folder / name).write_bytes(b"broken")
     result = pack(str(folder), tmp_path / "packed", Packing(short_side=0, quality=0))
-    assert (result["images"], result["broken"]) == (20, 2)
+    assert (result["images"], result["corrupt"]) == (20, 2)
     with (tmp_path / "packed/bad_images.csv").open(newline="") as file:
         assert [Path(row[0]) for row in csv.reader(file)] == [folder / SORTED[3], folder / SORTED[11]]
     kept = write_folder(tmp_path / "kept", [name for name in SORTED if name not in (SORTED[3], SORTED[11])])
@@ -139,9 +139,9 @@ def test_a_table_with_two_parts_keeps_them_and_its_labels(tmp_path):
     write_parquet(tmp_path / "data" / "train-0.parquet", names=SORTED[:14])
     write_parquet(tmp_path / "data" / "validation-0.parquet", names=SORTED[14:])
     pack(str(tmp_path / "data"), tmp_path / "packed", Packing(short_side=0, quality=0))
-    training, holdout = labelled_sources(tmp_path / "packed", Decoder(), 5)
-    assert (len(training), len(holdout), training.classes) == (14, 8, list(CLASSES))
-    assert [holdout.label(n) for n in range(8)] == [CLASSES.index(name[:3]) for name in SORTED[14:]]
+    training, validation = labelled_sources(tmp_path / "packed", Decoder(), 5)
+    assert (len(training), len(validation), training.classes) == (14, 8, list(CLASSES))
+    assert [validation.label(n) for n in range(8)] == [CLASSES.index(name[:3]) for name in SORTED[14:]]
 
 
 @pytest.mark.parametrize(("channels", "suffix"), [(1, "jpg"), (4, "png"), (13, "npy")])

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from simmim import memory
-from simmim.cli import main
-from simmim.footprint import Footprint, Sizes, flops, footprint, sizes, states_bytes
-from simmim.lab import memory_costs
-from simmim.plan import config_of, grids_of, make_planned, official_flops
-from simmim.plan_commands import duration, parse_bytes, readable
-from simmim.recipe import load_recipe
-from simmim.stages import training
-from simmim.stages.pretraining import make_objective
+from simmim.benchmarks import memory as memory_benchmark
+from simmim.cli.main import main
+from simmim.cli.plan import duration, parse_bytes, readable
+from simmim.config.loading import load_recipe
+from simmim.planning.plan import config_of, grids_of, make_planned, official_flops
+from simmim.stages import runner
+from simmim.stages.pretrain import make_task
+from simmim.training import memory
+from simmim.training.footprint import Footprint, Sizes, flops, footprint, sizes, states_bytes
 from swin import SwinEncoder, make_config, make_encoder, save_encoder, transfer
 
 # Backbone, and with mask token and linear head: exact.
@@ -76,9 +76,9 @@ def test_planned_bytes_are_those_of_a_step(size, window, batch_size, checkpointi
         "simmim_swinv2_b", ["encoder.name=swinv2_tiny", *(f"stages.pretrain.{change}" for change in changes)]
     )
     planned = footprint(make_planned(recipe, "pretrain", 1), checkpointing, chunks, precision=precision, device="cpu")
-    objective = make_objective(recipe, recipe.stages["pretrain"], SwinEncoder(config_of(recipe, "pretrain")))
-    objective.encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
-    found = memory_costs.measured_bytes(objective.train(), batch_size, precision)
+    task = make_task(recipe, recipe.stages["pretrain"], SwinEncoder(config_of(recipe, "pretrain")))
+    task.encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
+    found = memory_benchmark.measured_bytes(task.train(), batch_size, precision)
     assert planned.of(batch_size) == pytest.approx(found, rel=0.1)
 
 
@@ -188,7 +188,7 @@ BAD = [
     ("encoder.in_chans=4", "encoder.in_chans is 4"),
     ("encoder.name=swinv2_enormous", "swinv2_base"),
     ("encoder.embed_dim=0", "greater than 0"),
-    ("data.share=0", "greater than 0"),
+    ("data.fraction=0", "greater than 0"),
     ("data.std=[0.1,0.1,0]", "greater than 0"),
 ]
 
@@ -226,7 +226,7 @@ def test_a_batch_that_cannot_be_shared_gets_no_micro_batch(capsys):
 
 
 def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(training, "device_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(runner, "device_bytes", lambda _: 1_000_000)
     assert main(["pretrain", "demo", "--out", str(tmp_path)]) == 2
     assert "weights, gradients and moments take 2.8 MB on each of 1 process(es)" in capsys.readouterr().err
     assert not list(tmp_path.rglob("checkpoints"))
@@ -235,8 +235,8 @@ def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):
 def test_chunks_of_a_stage_follow_recipe_and_memory(monkeypatch):
     recipe = load_recipe("simmim_swinv2_b", ["stages.pretrain.memory.attention_chunks=[8,4,1,1]"])
     config = config_of(recipe, "pretrain")
-    assert training.chunks_of(recipe.stages["pretrain"], config, 10**12) == [8, 4, 1, 1]
-    assert training.chunks_of(load_recipe("simmim_swinv2_b").stages["pretrain"], config, 10**12) == [1, 1, 1, 1]
+    assert runner.chunks_of(recipe.stages["pretrain"], config, 10**12) == [8, 4, 1, 1]
+    assert runner.chunks_of(load_recipe("simmim_swinv2_b").stages["pretrain"], config, 10**12) == [1, 1, 1, 1]
     assert memory.choose_chunks(replace(config, image_size=(768, 768)), 1, 10**9)[0] > 1
 
 
@@ -248,10 +248,10 @@ def test_numbers_for_people():
 
 def test_the_benchmark_measures_every_saver():
     lines: list[str] = []
-    costs = memory_costs.memory_costs(
+    costs = memory_benchmark.memory_costs(
         ["swinv2_tiny"], [(64, 8)], batch_size=1, precisions=["fp32"], rounds=1, say=lines.append
     )
-    assert [(cost.checkpointing, cost.chunks) for cost in costs] == list(memory_costs.SAVERS)
+    assert [(cost.checkpointing, cost.chunks) for cost in costs] == list(memory_benchmark.MEMORY_OPTIONS)
     assert len(lines) == 1 + len(costs) and costs[0].time == 1
     assert all(cost.planned == pytest.approx(cost.measured, rel=0.1) for cost in costs)
     assert costs[-1].measured < costs[0].measured

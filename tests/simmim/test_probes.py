@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from simmim.probes import effective_rank, few_shot, knn, linear, ridge
+from simmim.metrics.probes import effective_rank, few_shot, knn, linear, ridge
 
 
 @pytest.fixture(params=[(60, 40), (300, 12)], ids=["few images", "few features"])
@@ -70,8 +70,8 @@ def test_few_shot_takes_that_many_of_every_class(task, monkeypatch):
         seen.append((train_labels.bincount(minlength=4).tolist(), train))
         return 0.5
 
-    monkeypatch.setattr("simmim.probes.ridge", spy)
-    results = few_shot(x, labels, new, new_labels, shots=(1, 5, 1000), seeds=3)
+    monkeypatch.setattr("simmim.metrics.probes.ridge", spy)
+    results = few_shot(x, labels, new, new_labels, labels_per_class=(1, 5, 1000), seeds=3)
     assert {count: len(accuracies) for count, accuracies in results.items()} == {1: 3, 5: 3}
     assert [counts for counts, _ in seen] == [[1] * 4] * 3 + [[5] * 4] * 3
     assert not torch.equal(seen[3][1], seen[4][1])  # another seed, other images

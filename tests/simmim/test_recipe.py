@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 
-from simmim.recipe import dump_recipe, load_recipe, shipped_recipes
-from simmim.schema import encoder_config
-from simmim.stages.assembly import derive_accumulation
+from simmim.config import encoder_config
+from simmim.config.loading import dump_recipe, load_recipe, shipped_recipes
+from simmim.stages.initialization import derive_accumulation
 from swin import SwinEncoder
 from swin.config import check_window
 
@@ -247,9 +247,9 @@ stages:
     stages = load_recipe(write(text)).stages
     assert (stages["finetune_a"].layer_decay, stages["finetune_b"].layer_decay) == (0.5, 1)
     assert stages["finetune_b"].drop_path == 0.3
-    shared = text.replace("drop_path: 0.3", "labels: {shots: 5}")
-    stages = load_recipe(write(shared), ["stages.finetune_b.labels.shots=9"]).stages
-    assert (stages["finetune_a"].labels.shots, stages["finetune_b"].labels.shots) == (5, 9)
+    shared = text.replace("drop_path: 0.3", "labels: {labels.labels_per_class 5}")
+    stages = load_recipe(write(shared), ["stages.finetune_b.labels.labels_per_class=9"]).stages
+    assert (stages["finetune_a"].labels.labels_per_class, stages["finetune_b"].labels.labels_per_class) == (5, 9)
     with pytest.raises(ValueError, match="drop_path"):
         load_recipe(write(text + "    drop_path: 0\n    drop_path: 1\n"))
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simmim import runlog, stages
-from simmim.cli import main
-from simmim.runlog import RunLog, locked, read_lines
+from simmim import stages
+from simmim.cli.main import main
+from simmim.training import run_log
+from simmim.training.run_log import RunLog, locked, read_lines
 from tests.simmim.test_training import TINY, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -33,13 +34,13 @@ def test_the_environment_says_what_and_where(tmp_path):
 
 
 def test_no_commit_is_made_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "simmim/runlog.py"))
-    assert runlog._commit() is None
+    monkeypatch.setattr(run_log, "__file__", str(tmp_path / "simmim/runlog.py"))
+    assert run_log._commit() is None
     (tmp_path / ".git").mkdir()  # not a repository after all
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert runlog._commit() is None
+    assert run_log._commit() is None
     monkeypatch.setenv("PATH", "")
-    assert runlog._commit() is None
+    assert run_log._commit() is None
 
 
 def test_trackers_are_told_the_metrics(tmp_path):
@@ -51,7 +52,7 @@ def test_trackers_are_told_the_metrics(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (row["step"], pytest.approx(row["loss"])) for row in rows
     ]
-    assert len(rows) == 10 and "holdout_loss" in events.Tags()["scalars"]
+    assert len(rows) == 10 and "validation_loss" in events.Tags()["scalars"]
 
 
 def test_no_tracker_unless_asked_for(tmp_path):
@@ -163,8 +164,8 @@ def test_broken_images_are_events_of_their_step(tmp_path):
     log = RunLog(tmp_path, is_main=True)
     log.start(4, 10)
     log.count(8)
-    log.broken([("a.jpg", "truncated")])
-    log.broken([("a.jpg", "truncated")])
+    log.corrupt([("a.jpg", "truncated")])
+    log.corrupt([("a.jpg", "truncated")])
     (event,) = read_lines(log.events_file)
     assert (event["step"], event["event"], event["text"]) == (6, "skipped", "a.jpg (truncated)")
 
@@ -190,7 +191,7 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("simmim.stages.folder.write_environment", full)
+    monkeypatch.setattr("simmim.stages.run_folder.write_environment", full)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 2
     said = "error: the disk is full (No space left on device): make room, and the same command continues"
     assert said in capsys.readouterr().err

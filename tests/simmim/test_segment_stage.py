@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 
 import swin
 from simmim import stages
-from simmim.cli import main
+from simmim.cli.main import main
+from simmim.config.loading import load_recipe
 from simmim.data import Decoder, Shapes
 from simmim.data.segments import read_label_map, segmented_sources, validation_segments
-from simmim.optim import make_lr
-from simmim.recipe import load_recipe
-from simmim.report import write_report
-from simmim.stages.evaluate_segments import evaluate_segments, load_segmenter, predict_segments
-from simmim.stages.sources import make_sources
+from simmim.evaluation.segmentation import evaluate_segmenter, load_segmenter, predict_segments
+from simmim.stages.datasets import make_sources
+from simmim.training.optim import make_lr
+from simmim.visualization.report import write_report
 from tests.simmim.test_training import comparable_metrics, interrupted
 from tools import paint_shapes
 
@@ -44,7 +44,7 @@ STAGE = {
     "head": {"channels": 16, "auxiliary_channels": 8},
     "test": {"short_px": 32, "window": True},
     "schedule": {"epochs": 5, "warmup_epochs": 0.5, "base_lr": 1.28},
-    "log": {"metrics_every_steps": 1, "pictures_every_steps": 12, "checkpoint_every_steps": 7},
+    "log": {"metrics_every_steps": 1, "evaluate_every_steps": 12, "checkpoint_every_steps": 7},
 }
 
 
@@ -88,7 +88,7 @@ def make_recipe(data: Path, *overrides: str, pretrained: bool = False, **changes
     segment = {**STAGE, "labels": {**STAGE["labels"], "path": str(data)}, **changes}
     values = {
         "name": "tiny",
-        "data": {"path": str(data / "images"), "num_workers": 0, "holdout_images": 0, **STATISTICS},
+        "data": {"path": str(data / "images"), "num_workers": 0, "validation_images": 0, **STATISTICS},
         "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
         "stages": {"pretrain": pretrain, "segment": segment}
         if pretrained
@@ -118,22 +118,22 @@ def test_a_stage_learns_and_says_how_well(done):
     lines = comparable_metrics(done)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 25 and sum(losses[-5:]) < 0.65 * sum(losses[:5])
-    assert {"holdout_loss", "holdout_pixel_accuracy"} <= lines[-1].keys() | lines[-2].keys()
+    assert {"validation_loss", "validation_pixel_accuracy"} <= lines[-1].keys() | lines[-2].keys()
     summary = json.loads((done / "summary.json").read_text())
-    assert summary["holdout_images"] == 7 and summary["holdout_mean_iou"] > 0.4
-    assert summary["holdout_iou"].keys() == {"wall", "square", "disc"}
-    assert np.mean(list(summary["holdout_iou"].values())) == pytest.approx(summary["holdout_mean_iou"])
+    assert summary["validation_images"] == 7 and summary["validation_mean_iou"] > 0.4
+    assert summary["validation_iou"].keys() == {"wall", "square", "disc"}
+    assert np.mean(list(summary["validation_iou"].values())) == pytest.approx(summary["validation_mean_iou"])
     assert (done / "predictions/step_00000025.png").exists()
 
 
 def test_the_number_is_that_of_every_whole_image_once(done, data):
     """Predicted image by image and counted with numpy, at the size of the label maps."""
-    objective = load_segmenter(done / "export")
-    assert (objective.short_px, objective.window, objective.stride) == (32, (32, 32), (21, 21))
+    task = load_segmenter(done / "export")
+    assert (task.short_px, task.window, task.stride) == (32, (32, 32), (21, 21))
     both, either = np.zeros(3), np.zeros(3)
     files = sorted((data / "images/validation").iterdir())
     named = [(str(file), torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)) for file in files]
-    for shown in predict_segments(objective, named):
+    for shown in predict_segments(task, named):
         file = Path(shown.name)
         truth = read_label_map((data / "annotations/validation" / file.name).read_bytes())
         buffer = done / "map.png"
@@ -146,18 +146,18 @@ def test_the_number_is_that_of_every_whole_image_once(done, data):
         assert sum(shown.facts["classes"].values()) == pytest.approx(1) and shown.overlay.width > 100
         json.dumps(shown.facts)
     summary = json.loads((done / "summary.json").read_text())
-    assert (both / either).mean() == pytest.approx(summary["holdout_mean_iou"], rel=1e-6)
+    assert (both / either).mean() == pytest.approx(summary["validation_mean_iou"], rel=1e-6)
 
 
 def test_an_export_is_judged_as_the_stage_was(done, data):
     summary = json.loads((done / "summary.json").read_text())
     AcceleratorState._reset_state(reset_partial_state=True)
-    numbers = evaluate_segments(done / "export", str(data), num_workers=0)
-    assert numbers == {key: pytest.approx(summary[f"holdout_{key}"]) for key in numbers} and numbers["images"] == 7
+    numbers = evaluate_segmenter(done / "export", str(data), num_workers=0)
+    assert numbers == {key: pytest.approx(summary[f"validation_{key}"]) for key in numbers} and numbers["images"] == 7
     halves = {"annotations": str(data / "annotations/validation"), "num_workers": 0}
-    again = evaluate_segments(done / "export", str(data / "images/validation"), **halves)
+    again = evaluate_segmenter(done / "export", str(data / "images/validation"), **halves)
     assert again == pytest.approx(numbers)
-    other = evaluate_segments(done / "export", str(data), num_workers=0, window=None, scales=[1, 1.5], flip=True)
+    other = evaluate_segmenter(done / "export", str(data), num_workers=0, window=None, scales=[1, 1.5], flip=True)
     assert other["images"] == 7 and other["mean_iou"] != numbers["mean_iou"]
     larger = load_segmenter(done / "export", image_size=64, window_size=8)
     assert larger.encoder.config.window_size == (8, 8)
@@ -168,8 +168,8 @@ def test_processes_count_every_image_once(done, data, tmp_path):
     script = tmp_path / "judge.py"
     script.write_text(
         "import json, os, sys\nfrom pathlib import Path\n"
-        "from simmim.stages.evaluate_segments import evaluate_segments\n"
-        "numbers = evaluate_segments(Path(sys.argv[1]), sys.argv[2], num_workers=0)\n"
+        "from simmim.evaluation.segmentation import evaluate_segmenter\n"
+        "numbers = evaluate_segmenter(Path(sys.argv[1]), sys.argv[2], num_workers=0)\n"
         "Path(f'numbers_{os.environ[\"RANK\"]}.json').write_text(json.dumps(numbers))\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
@@ -180,7 +180,7 @@ def test_processes_count_every_image_once(done, data, tmp_path):
     summary = json.loads((done / "summary.json").read_text())
     for rank in range(2):
         numbers = json.loads((tmp_path / f"numbers_{rank}.json").read_text())
-        assert numbers == {key: pytest.approx(summary[f"holdout_{key}"]) for key in numbers}
+        assert numbers == {key: pytest.approx(summary[f"validation_{key}"]) for key in numbers}
 
 
 def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(done, data, tmp_path):
@@ -203,12 +203,12 @@ def test_an_encoder_of_pretraining_grows_without_a_flag(data, tmp_path):
     config = swin.load_encoder(export).config
     assert (config.image_size, config.window_size) == ((64, 64), (8, 8))
     assert config.reference_windows == ((4, 4), (4, 4))
-    objective = load_segmenter(export)
-    assert objective.window is None and objective.short_px == 64
+    task = load_segmenter(export)
+    assert task.window is None and task.short_px == 64
     pretrained, trained = (load_file(p / "encoder.safetensors") for p in (tmp_path / "tiny/pretrain/export", export))
     assert pretrained.keys() == trained.keys()
     around = load_file(export / "head.safetensors")
-    state = {key: value for key, value in objective.state_dict().items() if not key.startswith("encoder.")}
+    state = {key: value for key, value in task.state_dict().items() if not key.startswith("encoder.")}
     assert around.keys() == state.keys() and all(torch.equal(around[key], state[key]) for key in state)
 
 
@@ -239,9 +239,9 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events].count("left out") == 1
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["holdout_images"] == 2
-    broken = [line.split(",")[0][-18:] for line in (folder / "bad_images.csv").read_text().splitlines()]
-    assert sorted(broken) == ["s/training/003.png", "validation/002.png"]
+    assert summary["validation_images"] == 2
+    corrupt = [line.split(",")[0][-18:] for line in (folder / "bad_images.csv").read_text().splitlines()]
+    assert sorted(corrupt) == ["s/training/003.png", "validation/002.png"]
     for file in annotations.glob("validation/*"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of 3 images, .* could be read with its label map"):
@@ -253,13 +253,13 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
     write_data(tmp_path / "one", "", 60, seed=5)
     for number in range(0, 60, 3):
         (tmp_path / f"one/annotations/{number:03d}.png").unlink()
-    recipe = make_recipe(tmp_path / "one", "data.holdout_images=2", pretrained=True)
+    recipe = make_recipe(tmp_path / "one", "data.validation_images=2", pretrained=True)
     (training, own, *_), sources = make_sources(recipe, "pretrain"), make_sources(recipe, "segment")
-    held_out = {sources.holdout.name(n) for n in range(len(sources.holdout))}
-    assert len(training) == 60 - len(held_out | {own.name(n) for n in range(len(own))}) and held_out
-    assert len(sources.training) + len(held_out) <= 40
-    assert not held_out & {training.name(n) for n in range(len(training))}
-    assert not held_out & {sources.training.name(n) for n in range(len(sources.training))}
+    validation = {sources.validation.name(n) for n in range(len(sources.validation))}
+    assert len(training) == 60 - len(validation | {own.name(n) for n in range(len(own))}) and validation
+    assert len(sources.training) + len(validation) <= 40
+    assert not validation & {training.name(n) for n in range(len(training))}
+    assert not validation & {sources.training.name(n) for n in range(len(sources.training))}
 
 
 def test_parts_are_found_below_images(data):
@@ -275,7 +275,7 @@ def test_some_of_the_labels(data):
         recipe = make_recipe(data, "stages.segment.labels.images=6", f"seed={seed}")
         sources = make_sources(recipe, "segment")
         names.append({sources.training.name(n) for n in range(len(sources.training))})
-        assert len(sources.holdout) == 7
+        assert len(sources.validation) == 7
     assert len(names[0]) == 6 and names[0] == names[1] != names[2]
     recipe = make_recipe(data, "stages.segment.labels.images=21")
     with pytest.raises(ValueError, match=r"has 20 training images, but labels.images is 21: lower it"):
@@ -322,12 +322,12 @@ def test_other_classes_are_refused(done, tmp_path):
     write_data(tmp_path, "validation", 2, seed=6)
     (tmp_path / "classes.txt").write_text("wall\ndisc\nsquare\n")
     with pytest.raises(ValueError, match="judge it by images with its own classes"):
-        evaluate_segments(done / "export", str(tmp_path), num_workers=0)
+        evaluate_segmenter(done / "export", str(tmp_path), num_workers=0)
     (tmp_path / "classes.txt").unlink()
     for file in (tmp_path / "annotations/validation").iterdir():
         Image.fromarray(np.zeros_like(np.array(Image.open(file)))).save(file)
     with pytest.raises(ValueError, match="no pixel of 2 images has a label"):
-        evaluate_segments(done / "export", str(tmp_path), num_workers=0)
+        evaluate_segmenter(done / "export", str(tmp_path), num_workers=0)
 
 
 def test_what_is_not_installed_is_said_before_the_training(data, tmp_path, monkeypatch):
@@ -340,8 +340,8 @@ def test_what_is_not_installed_is_said_before_the_training(data, tmp_path, monke
 def test_the_page_and_the_plan(done, capsys):
     page = write_report([done]).read_text()
     for part in (
-        "holdout_mean_iou",
-        "holdout_iou square",
+        "validation_mean_iou",
+        "validation_iou square",
         "held-out share of pixels",
         "Predictions of held-out images",
     ):
@@ -353,7 +353,7 @@ def test_the_page_and_the_plan(done, capsys):
 
 def test_the_data_of_the_recipe_is_that_of_the_sources(data):
     sources = segmented_sources(data, Decoder(), 5000, ignore_zero=True)
-    assert sources.classes == ["wall", "square", "disc"] and len(sources.holdout) == 7
+    assert sources.classes == ["wall", "square", "disc"] and len(sources.validation) == 7
 
 
 @pytest.mark.parametrize("in_front_of", ["leaves", "photos"])
@@ -366,7 +366,7 @@ def test_painted_shapes_have_known_maps(in_front_of, tmp_path):
     assert paint_shapes.main([str(out), "--training", "6", "--validation", "3", "--size", "24", *photos]) == 0
     sources = segmented_sources(out, Decoder(), 1)
     assert sources.classes == ["background", "plain", "stripes", "checks", "rings"] and not sources.problems
-    assert (len(sources.training), len(sources.holdout)) == (6, 3)
+    assert (len(sources.training), len(sources.validation)) == (6, 3)
     for number in range(6):
         picture = sources.training.decode(sources.training.fetch(number))
         label = 1 + Shapes(6).label(number)

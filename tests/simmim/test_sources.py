@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from simmim import stages
+from simmim.config import Recipe
 from simmim.data.sources import open_images
-from simmim.schema import Recipe
-from simmim.stages import pretraining
-from simmim.stages.judging import evaluate_export
-from simmim.stages.sources import make_sources
-from tests.simmim.test_boxes import write_coco
+from simmim.evaluation.dispatch import evaluate_export
+from simmim.stages import pretrain
+from simmim.stages.datasets import make_sources
+from tests.simmim.test_detection_data import write_coco
 
 STAGE = {"init_from": "scratch", "image_size": 16, "window_size": 2}
 
@@ -58,16 +58,16 @@ def test_one_folder_has_many_spellings(photos, spelled, monkeypatch):
     monkeypatch.chdir(photos)
     (photos / "link").symlink_to(photos / "classes")
     recipe = make_recipe(spelled.format("classes", photos), **finetune("classes"))
-    judged_by = names(make_sources(recipe, "finetune").holdout)
+    judged_by = names(make_sources(recipe, "finetune").validation)
     seen = names(make_sources(recipe, "pretrain").training)
     assert len(judged_by) == 4 and seen and not seen & judged_by
 
 
 def test_label_maps_are_no_images(photos):
     recipe = make_recipe(photos / "scenes", **segment(photos / "scenes"))
-    images, judged_by = names(make_sources(recipe, "pretrain").training), make_sources(recipe, "segment").holdout
-    holdout = make_sources(recipe, "pretrain").holdout
-    assert images and all("/images/" in name for name in images | names(holdout)) and not images & names(judged_by)
+    images, judged_by = names(make_sources(recipe, "pretrain").training), make_sources(recipe, "segment").validation
+    validation = make_sources(recipe, "pretrain").validation
+    assert images and all("/images/" in name for name in images | names(validation)) and not images & names(judged_by)
 
 
 @pytest.mark.parametrize("part", ["training", "validation", "test"])
@@ -98,7 +98,7 @@ def test_only_the_part_for_validation_tests_a_classifier(photos):
 
 
 def test_what_cannot_work_later_is_said_before_anything_is_trained(photos, tmp_path):
-    few = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "shots": 100}}}
+    few = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "labels_per_class": 100}}}
     start = {"finetune": {**finetune(photos / "classes")["finetune"], "init_from": "nowhere"}}
     builtin = {"segment": {**STAGE, "labels": {"path": ""}}}
     for path, later, message in (
@@ -116,7 +116,7 @@ def test_stages_with_labels_keep_from_each_other(photos):
         "supervised": {**STAGE, "labels": {"path": str(photos / "classes/../classes"), "val_images": 2}}
     }
     recipe = make_recipe(photos / "classes", **later)
-    two, four = (names(make_sources(recipe, name).holdout) for name in ("supervised", "finetune"))
+    two, four = (names(make_sources(recipe, name).validation) for name in ("supervised", "finetune"))
     assert len(two) == 2 and two < four and not names(make_sources(recipe, "supervised").training) & four
 
 
@@ -137,7 +137,7 @@ def test_missing_labels_are_missed_before_anything_is_trained(photos, later, tmp
     with pytest.raises(ValueError, match=r"stages.(finetune|segment|detect): .*gone"):
         stages.run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    job = pretraining.make_job(recipe, tmp_path / "out", "pretrain", "no")
+    job = pretrain.make_job(recipe, tmp_path / "out", "pretrain", "no")
     ((which, why),) = job.problems
     assert which.startswith("stages.") and "gone" in why and why.endswith("may be trained on here")
 
@@ -150,8 +150,8 @@ def test_images_to_be_judged_by_may_lie_among_the_others(photos):
     labels = {"path": str(photos / "classes"), "val_path": str(photos / "some.csv")}
     recipe = make_recipe(photos / "classes", finetune={**STAGE, "labels": labels})
     sources = make_sources(recipe, "finetune")
-    assert names(sources.holdout) == {str(photos / file) for file in some}
-    assert len(names(sources.training)) == 37 and not names(sources.training) & names(sources.holdout)
+    assert names(sources.validation) == {str(photos / file) for file in some}
+    assert len(names(sources.training)) == 37 and not names(sources.training) & names(sources.validation)
 
 
 def test_objects_too(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_objects_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = {"detect": {**STAGE, "labels": {"path": "coco/", "val_images": 3}}}
     recipe = make_recipe(tmp_path, **labels)
-    judged_by = names(make_sources(recipe, "detect").holdout)
+    judged_by = names(make_sources(recipe, "detect").validation)
     assert len(judged_by) == 3 and not names(make_sources(recipe, "pretrain").training) & judged_by
 
 

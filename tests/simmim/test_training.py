@@ -17,27 +17,28 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import swin
-from simmim import engine, stages
-from simmim.checkpoint import Checkpoints
+from simmim import stages
+from simmim.config import FinetuneStage, PretrainStage, encoder_config
+from simmim.config.image_stages import Augment
+from simmim.config.loading import load_recipe
 from simmim.data import RandomCrop, Shapes, evaluation_batches, training_batches
 from simmim.data.transforms import CenterCrop
 from simmim.masking import MaskGenerator
-from simmim.objectives.reconstruct import Reconstruct
-from simmim.optim import make_lr, make_optimizer
-from simmim.recipe import load_recipe
-from simmim.runlog import RunLog
-from simmim.schema import Finetune, Pretrain, encoder_config
-from simmim.schema.images import Augment
-from simmim.stages import assembly
-from simmim.stages.pretraining import make_objective
-from simmim.stopping import StopRequest
+from simmim.signals import StopRequest
+from simmim.stages import initialization
+from simmim.stages.pretrain import make_task
+from simmim.tasks.simmim import SimMIM
+from simmim.training import engine
+from simmim.training.checkpoint import Checkpoints
+from simmim.training.optim import make_lr, make_optimizer
+from simmim.training.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
 
 TINY = [
     "data.path=builtin:shapes",
     "data.num_images=40",
-    "data.holdout_images=4",
+    "data.validation_images=4",
     "data.num_workers=0",
     "encoder.embed_dim=8",
     "encoder.depths=[2, 2]",
@@ -52,7 +53,7 @@ TINY = [
     "stages.pretrain.schedule.warmup_epochs=0.4",
     "stages.pretrain.schedule.base_lr=0.05",
     "stages.pretrain.log.metrics_every_steps=1",
-    "stages.pretrain.log.pictures_every_steps=4",
+    "stages.pretrain.log.evaluate_every_steps=4",
     "stages.pretrain.log.checkpoint_every_steps=3",
 ]
 
@@ -61,12 +62,12 @@ def tiny_recipe(*overrides: str):
     return load_recipe("demo", ["name=tiny", *TINY, *overrides])
 
 
-def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> Reconstruct:
+def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> SimMIM:
     torch.manual_seed(0)
     encoder = swin.make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4
     )
-    model = Reconstruct(encoder, MaskGenerator((32, 32), 8, 0.6), mean=[0.5] * 3, std=[0.3] * 3).double()
+    model = SimMIM(encoder, MaskGenerator((32, 32), 8, 0.6), mean=[0.5] * 3, std=[0.3] * 3).double()
     optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -89,9 +90,9 @@ def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> Reco
         checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
         stop=StopRequest(),
         metrics_every_steps=1,
-        pictures_every_steps=100,
+        evaluate_every_steps=100,
         checkpoint_every_steps=100,
-        holdout=[],
+        validation=[],
         preview=next(iter(evaluation_batches(source, CenterCrop((32, 32)), batch_size=2))),
         **arguments,
     )
@@ -114,15 +115,15 @@ def test_one_batch_of_eight_is_two_of_four_is_four_of_two(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
-    original = Reconstruct.loss
+    original = SimMIM.loss
     calls = []
 
-    def loss(self, images, cell_mask):
+    def loss(self, images, patch_mask):
         calls.append(1)
-        return original(self, images, cell_mask) * (float("nan") if len(calls) == 2 else 1)
+        return original(self, images, patch_mask) * (float("nan") if len(calls) == 2 else 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reconstruct, "loss", loss)
+        patch.setattr(SimMIM, "loss", loss)
         with pytest.raises(engine.NonFiniteLoss, match=r"step 2: loss nan.*the step was not taken"):
             train_in_float64(tmp_path, 8)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
@@ -131,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
 @contextmanager
 def interrupted(at_step: int) -> Iterator[None]:
     """Ctrl-C before a step."""
-    original = assembly.make_lr
+    original = initialization.make_lr
 
     def interrupting(**arguments):
         lr_at = original(**arguments)
@@ -144,7 +145,7 @@ def interrupted(at_step: int) -> Iterator[None]:
         return lr
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(assembly, "make_lr", interrupting)
+        patch.setattr(initialization, "make_lr", interrupting)
         yield
 
 
@@ -183,7 +184,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert [line["step"] for line in training] == list(range(1, 11))
     assert set(training[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s"}
     assert training[-1]["epoch"] == 2
-    assert [line["step"] for line in metrics if "holdout_loss" in line] == [4, 8, 10]
+    assert [line["step"] for line in metrics if "validation_loss" in line] == [4, 8, 10]
     assert load_recipe(str(folder / "recipe.yaml")) == tiny_recipe()
     assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
     pictures = sorted((folder / "reconstructions").iterdir())
@@ -196,11 +197,11 @@ def test_what_a_run_leaves(tmp_path, capsys):
     description = swin.load_description(export)
     assert description["pixels"]["mean"] == [0.49, 0.49, 0.49] and description["trained"]["steps"] == 10
 
-    summary = json.loads((folder / "summary.json").read_text())["holdout_masked_l1"]
+    summary = json.loads((folder / "summary.json").read_text())["validation_masked_l1"]
     assert set(summary) == {"predict zero", "mean of the visible pixels", "copy the nearest visible pixel", "model"}
     printed = capsys.readouterr().out
     assert "held-out masked L1" in printed and f"{summary['model']:.4f}  model" in printed
-    assert summary["model"] == pytest.approx(metrics[-1]["holdout_loss"], rel=1e-5)
+    assert summary["model"] == pytest.approx(metrics[-1]["validation_loss"], rel=1e-5)
 
 
 def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
@@ -228,13 +229,13 @@ def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
     export = stages.pretrain(recipe, tmp_path, precision="bf16")
     assert swin.load_encoder(export).config.in_chans == 5
     summary = json.loads((export.parent / "summary.json").read_text())
-    assert set(summary["holdout_masked_l1"]) == {"predict zero", "model"}
+    assert set(summary["validation_masked_l1"]) == {"predict zero", "model"}
 
 
 def accumulation(batch_size: int, micro_batch_size: int, processes: int, **settings) -> int:
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, **settings}
-    kind = Finetune if settings else Pretrain
-    return assembly.derive_accumulation(kind.model_construct(**sizes), processes)
+    kind = FinetuneStage if settings else PretrainStage
+    return initialization.derive_accumulation(kind.model_construct(**sizes), processes)
 
 
 def test_accumulation_must_divide():
@@ -272,7 +273,7 @@ def test_learning_rates():
 def test_every_parameter_is_in_exactly_one_group():
     recipe = tiny_recipe()
     encoder = swin.SwinEncoder(encoder_config(recipe.encoder, recipe.stages["pretrain"]))
-    model = make_objective(recipe, recipe.stages["pretrain"], encoder)
+    model = make_task(recipe, recipe.stages["pretrain"], encoder)
     optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
@@ -286,7 +287,7 @@ def test_every_parameter_is_in_exactly_one_group():
 def test_copies_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, but each of them believes to be alone"):
-        assembly.make_accelerator(None)
+        initialization.make_accelerator(None)
 
 
 @pytest.mark.parametrize(
@@ -299,19 +300,19 @@ def test_copies_that_do_not_know_of_each_other_are_refused(monkeypatch):
 def test_what_accelerate_is_configured_for_is_checked(attribute, value, message, monkeypatch):
     monkeypatch.setattr(Accelerator, attribute, value)
     with pytest.raises(ValueError, match=message):
-        assembly.make_accelerator(None)
+        initialization.make_accelerator(None)
 
 
 def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True}, raising=False)
-    assert assembly.usual_precision() is None  # a launcher has spoken
+    assert initialization.usual_precision() is None  # a launcher has spoken
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert assembly.usual_precision() == "bf16"
+    assert initialization.usual_precision() == "bf16"
     stages.pretrain(tiny_recipe(), tmp_path)
     assert " in bf16; seed " in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
-    assert assembly.usual_precision() is None
+    assert initialization.usual_precision() is None
     stages.pretrain(tiny_recipe(), tmp_path)  # as it was begun, on another processor
     assert "done before" in capsys.readouterr().out
 
@@ -327,10 +328,10 @@ def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_pa
 def test_settings_of_sharding_that_would_change_numbers_are_refused(setting, message):
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **setting})
     with pytest.raises(ValueError, match=message):
-        assembly._configure_sharding(plugin)
+        initialization._configure_sharding(plugin)
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(assembly.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(initialization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"log.trackers names wandb, which is not installed: pip install wandb"):
-        assembly.make_accelerator(None, ["wandb"])
+        initialization.make_accelerator(None, ["wandb"])

@@ -16,23 +16,24 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 import swin
-from simmim import reconstructions
-from simmim.cli import main
-from simmim.convert import convert
+from simmim.benchmarks.memory import measured_bytes
+from simmim.cli.main import main
+from simmim.config.loading import load_recipe
+from simmim.config.reference import document
 from simmim.data import CenterCrop, MiddleClip, MovingShapes, Video
-from simmim.footprint import footprint, sizes
-from simmim.lab.memory_costs import measured_bytes
+from simmim.evaluation.classification import evaluate_classifier, format_probe, probe
+from simmim.export.convert import convert
 from simmim.masking import expand_mask
-from simmim.memory import choose_chunks
-from simmim.objectives.trivial import nearest_visible
-from simmim.plan import config_of, make_planned
-from simmim.recipe import document, load_recipe
-from simmim.report import write_report
+from simmim.metrics.baselines import nearest_visible
+from simmim.planning.plan import config_of, make_planned
 from simmim.stages import run_stage
-from simmim.stages.assembly import make_start
-from simmim.stages.evaluate import evaluate_classifier, format_probe, probe
-from simmim.stages.pretraining import make_objective
-from simmim.stages.sharding import draw_weights, give_memory
+from simmim.stages.initialization import make_start
+from simmim.stages.pretrain import make_task
+from simmim.training.distributed import draw_weights, give_memory
+from simmim.training.footprint import footprint, sizes
+from simmim.training.memory import choose_chunks
+from simmim.visualization import reconstructions
+from simmim.visualization.report import write_report
 from swin import VideoConfig, VideoEncoder
 from tests.simmim.test_clips import write_video
 from tests.simmim.test_training import interrupted, saved_state
@@ -40,7 +41,7 @@ from tests.simmim.test_training import interrupted, saved_state
 pytest.importorskip("av")
 
 CLIP = {"frames": 4, "stride": 2, "temporal_patch": 2, "temporal_window": 2, "views": 2, "crops": 3}
-LOG = {"metrics_every_steps": 1, "pictures_every_steps": 10, "checkpoint_every_steps": 100}
+LOG = {"metrics_every_steps": 1, "evaluate_every_steps": 10, "checkpoint_every_steps": 100}
 PRETRAIN = {
     "image_size": 32,
     "window_size": 4,
@@ -64,7 +65,7 @@ FINETUNE = {
 }
 SHORT = {"schedule": {"epochs": 2, "warmup_epochs": 0.1, "base_lr": 0.05}}
 CHAIN = {
-    "data": {"path": "builtin:shapes", "num_images": 32, "holdout_images": 4, "num_workers": 0},
+    "data": {"path": "builtin:shapes", "num_images": 32, "validation_images": 4, "num_workers": 0},
     "encoder": {"name": "swinv2_tiny", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
     "stages": {
         "pretrain": PRETRAIN,
@@ -159,7 +160,7 @@ def test_what_a_chain_from_images_to_longer_and_larger_clips_leaves(chain):
         assert list((chain / name).glob("*/step_*.png"))
     assert about["classes"][:3] == ["plain, sinking", "plain, rising", "stripes, sinking"]
     assert is_learning(chain / "finetune_48")
-    assert json.loads((chain / "finetune_48" / "summary.json").read_text())["holdout_top1"] > 0.8
+    assert json.loads((chain / "finetune_48" / "summary.json").read_text())["validation_top1"] > 0.8
     page = write_report([chain]).read_text()
     assert page.count("data:image/png") > 8 and "clips/transfer_64" in page
 
@@ -169,12 +170,12 @@ def test_the_judge_and_evaluate_agree(chain, videos, capsys):
     summary = json.loads((chain / "transfer_64" / "summary.json").read_text())
     numbers = evaluate_classifier(export, str(videos), batch_size=5, num_workers=0)
     assert numbers.pop("images") == 6
-    assert {f"holdout_{key}": value for key, value in numbers.items()} == pytest.approx(summary, rel=1e-4)
-    last = [row for row in metrics(chain / "transfer_64") if "holdout_loss" in row][-1]
+    assert {f"validation_{key}": value for key, value in numbers.items()} == pytest.approx(summary, rel=1e-4)
+    last = [row for row in metrics(chain / "transfer_64") if "validation_loss" in row][-1]
     one = ("views=1", "crops=1", "--num-workers", 0, "--json", chain / "one.json")
     assert command("evaluate", export, videos, *one) == 0
     single = json.loads((chain / "one.json").read_text())
-    assert single["loss"] == pytest.approx(last["holdout_loss"], rel=1e-4)
+    assert single["loss"] == pytest.approx(last["validation_loss"], rel=1e-4)
     assert single["loss"] != pytest.approx(numbers["loss"], rel=1e-4)
     capsys.readouterr()
     assert command("evaluate", export, videos, "views=0") == 2
@@ -192,19 +193,19 @@ def test_probes_see_the_middle_clip(chain, videos, monkeypatch):
 
 
 def test_a_pretraining_of_clips_is_judged_beside_what_learns_nothing(chain):
-    objective = reconstructions.load_reconstruct_video(chain / "pretrain_clips" / "export")
-    source = MovingShapes(4, (32, 32), held_out=True)
+    task = reconstructions.load_video_simmim(chain / "pretrain_clips" / "export")
+    source = MovingShapes(4, (32, 32), validation=True)
     view = MiddleClip(CenterCrop((32, 32)), 4, 2)
     clips = torch.stack([view(source.decode(number), []) for number in range(4)])
     batch = {"image": clips, "epoch": torch.zeros(4, dtype=torch.int64), "index": torch.arange(4)}
     summary = json.loads((chain / "pretrain_clips" / "summary.json").read_text())
-    found = summary["holdout_masked_l1"]
+    found = summary["validation_masked_l1"]
     with torch.no_grad():
-        assert float(objective(batch)) == pytest.approx(summary["holdout_loss"], rel=1e-4)
-    assert found["model"] == pytest.approx(summary["holdout_loss"], rel=1e-4)
-    pixels, cell_mask = objective.inputs(batch)
+        assert float(task(batch)) == pytest.approx(summary["validation_loss"], rel=1e-4)
+    assert found["model"] == pytest.approx(summary["validation_loss"], rel=1e-4)
+    pixels, patch_mask = task.inputs(batch)
     sums = {"predict zero": 0.0, "mean of the visible pixels": 0.0, "copy the nearest visible pixel": 0.0}
-    for clip, mask in zip(pixels, expand_mask(cell_mask, 8), strict=True):
+    for clip, mask in zip(pixels, expand_mask(patch_mask, 8), strict=True):
         rows, columns = nearest_visible(mask)
         for frame in clip.unbind(dim=1):
             visible = frame[:, ~mask].mean(dim=1)[:, None, None].expand_as(frame)
@@ -295,8 +296,8 @@ def test_planned_bytes_are_those_of_a_step_on_clips(tmp_path):
     recipe = load_recipe(str(written(tmp_path)), ["stages.pretrain_clips.init_from=scratch"])
     stage = recipe.stages["pretrain_clips"]
     planned = footprint(make_planned(recipe, "pretrain_clips", 1), "none", 1, precision="fp32", device="cpu")
-    objective = make_objective(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
-    assert planned.of(3) == pytest.approx(measured_bytes(objective.train(), 3, "fp32"), rel=0.1)
+    task = make_task(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
+    assert planned.of(3) == pytest.approx(measured_bytes(task.train(), 3, "fp32"), rel=0.1)
 
 
 def test_attention_of_clips_is_cut_where_its_memory_asks_for_it():
@@ -332,7 +333,7 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
         place.write_bytes(file.read_bytes())
     reasons = damage(folder)
     path = written(tmp_path)
-    changes = [f"data.path={folder}", "data.holdout_images=1", "stages.pretrain_clips.init_from=scratch"]
+    changes = [f"data.path={folder}", "data.validation_images=1", "stages.pretrain_clips.init_from=scratch"]
     changes += ["stages.finetune_48.init_from=pretrain_clips", "stages.pretrain_clips.schedule.epochs=12"]
     for name in ("pretrain_clips", "finetune_48"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -392,9 +393,9 @@ def test_exports_of_clips_are_refused_where_images_are_meant(chain, videos, tmp_
     assert command("finetune", "--encoder", export, "--data", videos, "--out", tmp_path) == 2
     assert "encodes clips: write a recipe whose stage has a video block" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"was pretrained on clips: its pictures are in .*/reconstructions"):
-        reconstructions.load_reconstruct(chain / "pretrain_clips" / "export")
-    with pytest.raises(ValueError, match="was pretrained on images: load_reconstruct is for it"):
-        reconstructions.load_reconstruct_video(chain / "pretrain" / "export")
+        reconstructions.load_simmim(chain / "pretrain_clips" / "export")
+    with pytest.raises(ValueError, match="was pretrained on images: load_simmim is for it"):
+        reconstructions.load_video_simmim(chain / "pretrain" / "export")
     for layout, name in (("timm", "a"), ("official", "a.pth")):
         with pytest.raises(ValueError, match="has no Swin of clips: use --to native, onnx or torch-export"):
             convert(export, tmp_path / name, layout)
@@ -433,8 +434,8 @@ def test_shapes_that_move_do_what_their_label_says():
 def test_objectives_of_a_recipe_follow_the_encoder(tmp_path):
     recipe = load_recipe(str(written(tmp_path)))
     names = [type(make_planned(recipe, name, 4)).__name__ for name in recipe.stages]
-    assert names == ["Reconstruct", "ReconstructVideo", "Classify", "Classify", "Classify"]
+    assert names == ["Reconstruct", "VideoSimMIM", "Classification", "Classification", "Classification"]
     with torch.device("meta"):
         encoder = VideoEncoder(config_of(recipe, "pretrain_clips"))
-        objective = make_objective(recipe, recipe.stages["pretrain_clips"], encoder)
-    assert objective.description() == {"mask_patch_size": 8, "mask_ratio": 0.6, "mask_strategy": "random"}
+        task = make_task(recipe, recipe.stages["pretrain_clips"], encoder)
+    assert task.description() == {"mask_patch_size": 8, "mask_ratio": 0.6, "mask_strategy": "random"}

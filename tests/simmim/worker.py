@@ -21,11 +21,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simmim import cli
-from simmim.memory import TrackedMemory
-from simmim.objectives.classify import Classify
-from simmim.objectives.reconstruct import Reconstruct
-from simmim.stages import assembly, pretraining, training
+from simmim.cli.main import main
+from simmim.stages import initialization, pretrain, runner
+from simmim.tasks.classification import Classification
+from simmim.tasks.simmim import SimMIM
+from simmim.training.memory import TrackedMemory
 
 OPTIONS = ("sharded", "double", "stop", "fail", "kill")
 PLUGIN = {
@@ -52,13 +52,13 @@ def shard_on_the_cpu() -> None:
 
 
 def in_double_precision() -> None:
-    for objective in (Reconstruct, Classify):
+    for task in (SimMIM, Classification):
 
-        def init(self, *arguments, original=objective.__init__, **options):
+        def init(self, *arguments, original=task.__init__, **options):
             original(self, *arguments, **options)
             self.double()
 
-        objective.__init__ = init
+        task.__init__ = init
 
 
 class Building(TrackedMemory):
@@ -72,7 +72,7 @@ class Building(TrackedMemory):
 
 def note_what_is_held() -> None:
     """Bytes of weights and moments in this process, and the most of weights before its first step."""
-    original, make_start, distribute = training.fit, pretraining.make_start, training.distribute
+    original, make_start, distribute = runner.fit, pretrain.make_start, runner.distribute
     building = Building()
 
     def start(*arguments):
@@ -83,22 +83,22 @@ def note_what_is_held() -> None:
         with building:
             return distribute(*arguments)
 
-    pretraining.make_start, training.distribute = start, shared_out
+    pretrain.make_start, runner.distribute = start, shared_out
 
     def fit(accelerator, model, optimizer, *arguments, **options):
         with SentBytes() as sent:
             original(accelerator, model, optimizer, *arguments, **options)
-        moments = [value for state in optimizer.state.values() for value in state.values()]
+        optimizer_state = [value for state in optimizer.state.values() for value in state.values()]
         held = {
             "weights": size(model.parameters()),
-            "moments": size(moments),
+            "moments": size(optimizer_state),
             "kind": accelerator.distributed_type.value,
             "sent": sent.bytes,
             "building": building.peak,
         }
         Path(f"held_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(held))
 
-    training.fit = fit
+    runner.fit = fit
 
 
 class SentBytes(TorchDispatchMode):
@@ -123,7 +123,7 @@ def size(tensors) -> int:
 
 def act_in_step(number: int, act) -> None:
     """Call ``act`` while a step is computed."""
-    original = assembly.make_lr
+    original = initialization.make_lr
 
     def acting(**arguments):
         lr_at = original(**arguments)
@@ -135,7 +135,7 @@ def act_in_step(number: int, act) -> None:
 
         return lr
 
-    assembly.make_lr = acting
+    initialization.make_lr = acting
 
 
 def fail(step: int) -> None:
@@ -164,4 +164,4 @@ if __name__ == "__main__":
     if "kill" in options:
         act_in_step(int(options["kill"]), kill)
     note_what_is_held()
-    sys.exit(cli.main(command))
+    sys.exit(main.main(command))

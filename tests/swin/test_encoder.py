@@ -9,12 +9,12 @@ import swin
 from swin import attention
 from swin.attention import CosineAttention, DotAttention
 from swin.blocks import DropPath, PreNormBlock, ResPostNormBlock, SwinBlock, add
+from swin.chunked_attention import split_heads
 from swin.position_bias import make_position_bias
-from swin.sequential import split_heads
 from swin.windows import fit_windows
 
 V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
-ARMS = [
+VARIANTS = [
     {"attention": attention, "norm": norm, "position_bias": position_bias}
     for attention in ("cosine", "dot")
     for norm in ("res-post", "pre")
@@ -81,9 +81,9 @@ def test_every_block_is_the_identity_at_first():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (30, 41), (4, 4), (5, 60)])
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: " ".join(arm.values()))
-def test_any_image_size_gives_finite_maps_of_the_right_size(arm, size):
-    encoder = small_encoder(**arm)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: " ".join(variant.values()))
+def test_any_image_size_gives_finite_maps_of_the_right_size(variant, size):
+    encoder = small_encoder(**variant)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     h, w = -(-size[0] // 4), -(-size[1] // 4)
     features, maps = encoder(images), encoder.pyramid(images)
@@ -100,9 +100,9 @@ def test_pyramid_of_a_published_size_has_strides_4_8_16_32():
     assert [tuple(m.shape) for m in maps] == [(1, 96, 56, 40), (1, 192, 28, 20), (1, 384, 14, 10), (1, 768, 7, 5)]
 
 
-@pytest.mark.parametrize("arm", [{}, V1], ids=["v2", "v1"])
-def test_images_of_a_batch_do_not_see_each_other(arm):
-    encoder = small_encoder(**arm)
+@pytest.mark.parametrize("variant", [{}, V1], ids=["v2", "v1"])
+def test_images_of_a_batch_do_not_see_each_other(variant):
+    encoder = small_encoder(**variant)
     images = torch.randn(3, 3, 36, 28, dtype=torch.float64)
     order = [2, 0, 1]
     torch.testing.assert_close(encoder(images[order]), encoder(images)[order], rtol=1e-12, atol=1e-12)
@@ -196,9 +196,9 @@ def test_every_parameter_has_one_depth():
     assert depths["norm.weight"] == 13
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: " ".join(arm.values()))
-def test_what_is_not_decayed(arm):
-    encoder = small_encoder(**arm)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: " ".join(variant.values()))
+def test_what_is_not_decayed(variant):
+    encoder = small_encoder(**variant)
     no_decay = encoder.no_decay_parameters()
     for name, parameter in encoder.named_parameters():
         exempt = ("logit_scale", "cpb_mlp", "relative_position_bias")

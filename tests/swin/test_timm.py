@@ -11,8 +11,8 @@ import torch
 
 import swin
 from simmim.masking import MaskGenerator, expand_mask
-from simmim.objectives.reconstruct import Reconstruct
-from swin.layouts import detect_layout, from_native, to_native
+from simmim.tasks.simmim import SimMIM
+from swin.weights.state_dict_names import detect_layout, from_native, to_native
 
 V1 = timm.models.swin_transformer.SwinTransformer
 V2 = timm.models.swin_transformer_v2.SwinTransformerV2
@@ -78,13 +78,13 @@ def test_masked_features(kind):
     """SimMIM round either kind: tokens replaced between the patch embedding and the first stage."""
     theirs = make_theirs(kind, 96, 6)
     masks = MaskGenerator((96, 96), 32, 0.6)
-    model = Reconstruct(make_ours(kind, 96, 6, theirs), masks, mean=[0.0] * 3, std=[1.0] * 3).double()
-    images, cell_mask = torch.randn(2, 3, 96, 96, dtype=torch.float64), masks(torch.arange(2), torch.arange(2))
+    model = SimMIM(make_ours(kind, 96, 6, theirs), masks, mean=[0.0] * 3, std=[1.0] * 3).double()
+    images, patch_mask = torch.randn(2, 3, 96, 96, dtype=torch.float64), masks(torch.arange(2), torch.arange(2))
     tokens = theirs.patch_embed(images)
-    tokens = torch.where(expand_mask(cell_mask, 8)[..., None], model.mask_token, tokens)
+    tokens = torch.where(expand_mask(patch_mask, 8)[..., None], model.mask_token, tokens)
     for stage in theirs.layers:
         tokens = stage(tokens)
-    torch.testing.assert_close(model.encode(images, cell_mask), theirs.norm(tokens), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.encode(images, patch_mask), theirs.norm(tokens), rtol=1e-9, atol=1e-9)
 
 
 def test_reference_windows_are_their_pretrained_window_sizes():

@@ -9,7 +9,7 @@ import torch
 
 import swin
 from swin.position_bias import resample_table
-from swin.transfer import inflate_channels
+from swin.weights.transfer import inflate_channels
 
 SMALL = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2)}
 PUBLISHED = ((12, 12), (12, 12), (12, 12), (6, 6))

@@ -13,7 +13,7 @@ import transformers
 
 import swin
 from simmim.masking import MaskGenerator, expand_mask
-from simmim.objectives.reconstruct import Reconstruct
+from simmim.tasks.simmim import SimMIM
 
 transformers.utils.logging.disable_progress_bar()
 SMALL = {"embed_dim": 24, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "drop_path_rate": 0.0}
@@ -80,12 +80,12 @@ def test_masked_loss(kind, tmp_path):
         "the reconstruction head of masked pretraining",
     ]
     masks = MaskGenerator((96, 96), 32, 0.6)
-    ours = Reconstruct(encoder, masks, mean=[0.0] * 3, std=[1.0] * 3).double()
+    ours = SimMIM(encoder, masks, mean=[0.0] * 3, std=[1.0] * 3).double()
     root = theirs.swin if kind == "v1" else theirs.swinv2
     with torch.no_grad():
         ours.mask_token.copy_(root.embeddings.mask_token[None])
         ours.head.weight.copy_(theirs.decoder[0].weight[:, :, 0, 0])
         ours.head.bias.copy_(theirs.decoder[0].bias)
-        images, cell_mask = torch.randn(2, 3, 96, 96, dtype=torch.float64), masks(torch.arange(2), torch.arange(2))
-        expected = theirs(images, bool_masked_pos=expand_mask(cell_mask, 8).flatten(1)).loss
-        torch.testing.assert_close(ours.loss(images, cell_mask), expected, rtol=1e-8, atol=0)
+        images, patch_mask = torch.randn(2, 3, 96, 96, dtype=torch.float64), masks(torch.arange(2), torch.arange(2))
+        expected = theirs(images, bool_masked_pos=expand_mask(patch_mask, 8).flatten(1)).loss
+        torch.testing.assert_close(ours.loss(images, patch_mask), expected, rtol=1e-8, atol=0)

@@ -10,7 +10,7 @@ import torch
 
 import swin
 from swin.position_bias import make_position_bias
-from swin.windows import attention_mask, fit_windows, merge, partition, relative_index
+from swin.windows import attention_mask, fit_windows, relative_index, window_partition, window_reverse
 from tests.swin.test_encoder import V1, wake
 
 CPU = torch.device("cpu")
@@ -36,12 +36,12 @@ def still(images: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arm", [{}, V1], ids=["v2", "v1"])
+@pytest.mark.parametrize("variant", [{}, V1], ids=["v2", "v1"])
 @pytest.mark.parametrize(
     ("size", "frames"), [((32, 32), 8), ((32, 32), 1), ((36, 28), 12), ((30, 41), 7), ((16, 48), 20)]
 )
-def test_a_still_clip_has_the_features_of_its_image_in_every_frame(arm, kind, size, frames):
-    encoder = image_encoder(**(arm | {"position_bias": kind, "window_size": (4, 3)}))
+def test_a_still_clip_has_the_features_of_its_image_in_every_frame(variant, kind, size, frames):
+    encoder = image_encoder(**(variant | {"position_bias": kind, "window_size": (4, 3)}))
     video = swin.inflate(encoder, frames=12, temporal_patch=2, temporal_window=4)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     expected, found = encoder(images), video(still(images, frames))
@@ -53,9 +53,9 @@ def test_a_still_clip_has_the_features_of_its_image_in_every_frame(arm, kind, si
 
 
 @pytest.mark.parametrize("temporal_patch", [1, 3])
-@pytest.mark.parametrize("arm", [{}, V1], ids=["v2", "v1"])
-def test_windows_of_one_frame_are_the_image_encoder_frame_by_frame(arm, temporal_patch):
-    encoder = image_encoder(**arm)
+@pytest.mark.parametrize("variant", [{}, V1], ids=["v2", "v1"])
+def test_windows_of_one_frame_are_the_image_encoder_frame_by_frame(variant, temporal_patch):
+    encoder = image_encoder(**variant)
     video = swin.inflate(encoder, frames=6, temporal_patch=temporal_patch, temporal_window=1)
     frames = torch.randn(2, 3, 5, 36, 28, dtype=torch.float64)
     clips = frames.repeat_interleave(temporal_patch, dim=2)
@@ -139,8 +139,8 @@ def test_merging_windows_undoes_partitioning_and_windows_hold_neighbours(shifted
     grid = (5, 6, 7)
     x = torch.arange(2 * 5 * 6 * 7).view(2, *grid, 1).double()
     windows = fit_windows(grid, (2, 4, 3), shifted)
-    assert torch.equal(merge(partition(x, windows), windows, grid), x)
-    first = partition(x, windows)[0].view(2, 4, 3)
+    assert torch.equal(window_reverse(window_partition(x, windows), windows, grid), x)
+    first = window_partition(x, windows)[0].view(2, 4, 3)
     df, dy, dx = windows.shift
     assert torch.equal(first, x[0, df : df + 2, dy : dy + 4, dx : dx + 3, 0].contiguous()[:2, :4, :3])
 

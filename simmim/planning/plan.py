@@ -1,0 +1,237 @@
+"""What a recipe will need, stage by stage, before anything is trained."""
+
+from __future__ import annotations
+
+import time
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from simmim.config import Recipe, Stage, Supervised, encoder_config
+from simmim.masking import MaskGenerator
+from simmim.stages.initialization import check_start, chunks_of, derive_accumulation, micro_batch_sizes, moved_config
+from simmim.stages.stage_type import room_of
+from simmim.tasks.simmim import SimMIM
+from simmim.tasks.task import Task
+from simmim.tasks.video import VideoSimMIM
+from simmim.training.footprint import (
+    ZEROS,
+    Flops,
+    Footprint,
+    Sizes,
+    flops,
+    footprint,
+    free_bytes,
+    gigabytes,
+    sizes,
+    states_bytes,
+)
+from swin import SwinConfig, VideoConfig
+from swin.activation_checkpointing import CHECKPOINTINGS
+from swin.video import build
+from swin.weights.serialization import DESCRIPTION, load_config
+from swin.windows import fit_windows
+
+
+class Machine(NamedTuple):
+    """What a recipe is planned for."""
+
+    ranks: int
+    memory: float
+    """Bytes of each."""
+    precision: str
+    device: str
+    """``cuda`` or ``cpu``: they cast differently."""
+    flops: float
+    """Multiplications and additions a second of each."""
+    measured: bool
+
+
+class Grid(NamedTuple):
+    """One stage of the encoder."""
+
+    grid: tuple[int, ...]
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+    padding: tuple[int, ...]
+    reference: tuple[int, ...]
+
+    @property
+    def is_global(self) -> bool:
+        return self.window == self.grid
+
+
+class StagePlan(NamedTuple):
+    """Of one stage."""
+
+    name: str
+    config: SwinConfig
+    grids: list[Grid]
+    masks: MaskGenerator | None
+    sizes: Sizes
+    flops: Flops
+    official_flops: int | None
+    """None for clips, which no official code counts."""
+    chunks: list[int]
+    footprints: dict[str, Footprint]
+    """By checkpointing."""
+    ema: bool
+    """Whether an average of the weights is kept."""
+    problems: list[str]
+    """Why it cannot work, each with what to do."""
+
+    def states(self, zero: str, machine: Machine) -> float:
+        """Bytes of each rank that do not depend on the images."""
+        return states_bytes(self.sizes, zero, machine.ranks, self.ema)
+
+
+def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: int) -> StagePlan:
+    """Count, measure and judge a stage.
+
+    Raises:
+        ValueError: a stage that cannot be built.
+    """
+    stage, task = recipe.stages[name], make_planned(recipe, name, classes)
+    config = task.encoder.config
+    chunks = chunks_of(stage, config, int(machine.memory))
+    footprints: dict[str, Footprint] = {
+        kind: footprint(task, kind, chunks, precision=machine.precision, device=machine.device)
+        for kind in CHECKPOINTINGS
+    }
+    plan = StagePlan(
+        name,
+        config,
+        grids_of(config),
+        task.masks if isinstance(task, SimMIM | VideoSimMIM) else None,
+        sizes(task),
+        flops(task, stage.memory.checkpointing),
+        None if isinstance(config, VideoConfig) else official_flops(config),
+        chunks,
+        footprints,
+        isinstance(stage, Supervised) and stage.ema_decay is not None,
+        [],
+    )
+    try:
+        derive_accumulation(stage, machine.ranks)
+    except ValueError as error:
+        plan.problems.append(f"{name}: {error}")
+    plan.problems.extend(memory_problems(plan, task, stage, machine, zero))
+    return plan
+
+
+def memory_problems(plan: StagePlan, task: Task, stage: Stage, machine: Machine, zero: str) -> list[str]:
+    """Empty, or what does not fit and what would."""
+    states = plan.states(zero, machine)
+    free = free_bytes(machine.memory, states)
+    own = plan.footprints[stage.memory.checkpointing]
+    needed = own.of(stage.micro_batch_size)
+    if needed <= free:
+        return []
+    fixes = []
+    largest = fitting_batch(plan, task, stage, machine, free)
+    if choices := [size for size in micro_batch_sizes(stage, machine.ranks) if size <= largest]:
+        fixes.append(f"stages.{plan.name}.micro_batch_size={choices[-1]}")
+    saving = [kind for kind, other in plan.footprints.items() if other.of(stage.micro_batch_size) <= free]
+    if saving:
+        fixes.append(f"stages.{plan.name}.memory.checkpointing={saving[0]}")
+    sharing = [kind for kind in ZEROS[ZEROS.index(zero) + 1 :] if kind != "1"]  # no launch offers ZeRO-1
+    if enough := [kind for kind in sharing if needed <= free_bytes(machine.memory, plan.states(kind, machine))]:
+        fixes.append(f"ZeRO-{enough[0]}")
+    if not fixes:
+        fixes.append("more or larger GPUs, ZeRO-3 with full checkpointing, or a smaller encoder")
+    return [
+        f"{plan.name}: a rank needs {gigabytes(states)} for weights, gradients and moments and {gigabytes(needed)} for "
+        f"the activations of {stage.micro_batch_size} images, but {gigabytes(machine.memory)} less 5 % is all it has: "
+        f"take {', or '.join(fixes)}"
+    ]
+
+
+def fitting_batch(plan: StagePlan, task: Task, stage: Stage, machine: Machine, free: float) -> int:
+    """The largest micro-batch that fits. With fewer images attention may be computed at once, which keeps more."""
+    kind = stage.memory.checkpointing
+    largest, chunks = plan.footprints[kind].largest_batch(free), plan.chunks
+    while largest:
+        smaller = stage.model_copy(update={"micro_batch_size": largest})
+        if (fewer := chunks_of(smaller, plan.config, int(machine.memory))) == chunks:
+            break
+        chunks = fewer
+        needed = footprint(task, kind, chunks, precision=machine.precision, device=machine.device)
+        largest = min(largest, needed.largest_batch(free))
+    return largest
+
+
+def grids_of(config: SwinConfig) -> list[Grid]:
+    """Window, shift and padding of every stage at the image size of the configuration."""
+    found = []
+    for grid, reference in zip(config.grids(), config.reference_windows or (), strict=True):
+        windows = fit_windows(grid, config.window, shifted=True)
+        found.append(Grid(grid, windows.window, windows.shift, windows.padding, reference))
+    return found
+
+
+def official_flops(config: SwinConfig) -> int:
+    """Multiply-adds of one image as ``flops()`` of the official code counts them, without a classifier; position
+    biases are left out there."""
+    dim, scales = config.embed_dim, len(config.depths)
+    (height, width), total = config.grids()[0], 0
+    total += height * width * dim * (config.in_chans * config.patch_size**2 + 1)
+    for index, (grid, depth) in enumerate(zip(grids_of(config), config.depths, strict=True)):
+        tokens, dim = grid.grid[0] * grid.grid[1], config.embed_dim * 2**index
+        padded = (grid.grid[0] + grid.padding[0]) * (grid.grid[1] + grid.padding[1])
+        window = grid.window[0] * grid.window[1]
+        attention = padded * dim * (4 * dim + 2 * window)
+        total += depth * int(attention + 2 * tokens * dim * dim * config.mlp_ratio + 2 * tokens * dim)
+        if index < scales - 1:
+            merged = ceil(grid.grid[0] / 2) * ceil(grid.grid[1] / 2)
+            norm = merged * 2 * dim if config.norm == "res-post" else tokens * dim
+            total += merged * 8 * dim * dim + norm
+    return total + config.num_features * height * width // 2**scales
+
+
+def config_of(recipe: Recipe, name: str) -> SwinConfig:
+    """The encoder of a stage, through all transfers before it.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a stage of unknown size.
+    """
+    stage, start = recipe.stages[name], recipe.start_of(name)
+    if start == "scratch":
+        return encoder_config(recipe.encoder, stage)
+    path = Path(start).expanduser()
+    if start in recipe.stages:
+        old = config_of(recipe, start)
+    elif (path / DESCRIPTION).exists():
+        old = load_config(path)
+        check_start(recipe, name, path, old)
+    elif not path.exists():
+        raise ValueError(f"{name} starts from {start}, which is not there: set stages.{name}.init_from")
+    elif stage.image_size is not None and stage.window_size is not None:
+        return encoder_config(recipe.encoder, stage)
+    else:
+        raise ValueError(
+            f"{name} starts from {start}, which is no export and says nothing of its size: "
+            "give its image_size and window_size"
+        )
+    return moved_config(stage, old)
+
+
+def make_planned(recipe: Recipe, name: str, classes: int) -> Task:
+    """The objective of a stage on the meta device, where tensors have shapes only."""
+    stage, config = recipe.stages[name], config_of(recipe, name)
+    with torch.device("meta"):
+        return room_of(stage).make_fake_task(recipe, stage, build(config), classes)
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """Multiplications and additions a second of large matrix products, measured."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 8192 if device.type != "cpu" else 1024
+    left = torch.randn(side, side, device=device, dtype=kind)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        float((left @ left)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(times)
