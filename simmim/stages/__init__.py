@@ -7,12 +7,10 @@ from pathlib import Path
 
 from simmim.config import Recipe
 from simmim.stages.datasets import check_stages
-from simmim.stages.finetune import finetune
-from simmim.stages.pretrain import pretrain
 from simmim.stages.runner import carry_out
 from simmim.stages.stage_type import room_of
 
-__all__ = ["finetune", "pretrain", "run", "run_stage", "stage_of_kind"]
+__all__ = ["run", "run_stage", "stage_of_kind"]
 
 
 def run_stage(

@@ -18,19 +18,12 @@ from simmim.rng import derive_seed
 from simmim.stages.datasets import make_sources, tests_of
 from simmim.stages.initialization import Start, fingerprint, make_start, resume_fingerprint
 from simmim.stages.run_folder import part_of
-from simmim.stages.runner import Job, Trained, carry_out
+from simmim.stages.runner import Job, Trained
 from simmim.tasks.classification import Classification
 from simmim.training.engine import evaluate
 from simmim.training.run_log import write_whole
 from swin import SwinEncoder
 from swin.config import Pair
-
-
-def finetune(
-    recipe: Recipe, out: Path, *, name: str, precision: str | None = None, allow_changes: bool = False
-) -> Path:
-    """Run a stage with labels, from where it stands; see :func:`simmim.stages.runner.carry_out`."""
-    return carry_out(recipe, out, name, make_job, evaluate_trained, precision=precision, allow_changes=allow_changes)
 
 
 def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:

@@ -18,7 +18,7 @@ from simmim.metrics.baselines import copy_nearest_visible, masked_l1, mean_of_vi
 from simmim.rng import derive_seed
 from simmim.stages.datasets import make_sources
 from simmim.stages.initialization import make_start, resume_fingerprint
-from simmim.stages.runner import Job, Trained, carry_out
+from simmim.stages.runner import Job, Trained
 from simmim.tasks.simmim import Reconstruction, SimMIM, mean_of_squares
 from simmim.tasks.task import Task
 from simmim.tasks.video import VideoSimMIM
@@ -26,18 +26,6 @@ from simmim.training.engine import evaluate, in_step, mean_over_images, to_devic
 from simmim.training.run_log import write_whole
 from simmim.visualization.reconstructions import DECODER
 from swin import SwinEncoder, VideoEncoder
-
-
-def pretrain(
-    recipe: Recipe,
-    out: Path,
-    *,
-    name: str = "pretrain",
-    precision: str | None = None,
-    allow_changes: bool = False,
-) -> Path:
-    """Run a pretraining stage of a recipe, from where it stands; see :func:`simmim.stages.runner.carry_out`."""
-    return carry_out(recipe, out, name, make_job, evaluate_trained, precision=precision, allow_changes=allow_changes)
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:

@@ -195,7 +195,7 @@ def test_a_compiled_run_has_the_numbers_of_a_plain_one(tmp_path, traced):
     states = []
     for name, is_on in (("plain", "false"), ("compiled", "true")):
         recipe = load_recipe("demo", [f"name={name}", *TINY, f"stages.pretrain.speed.compile={is_on}"])
-        stages.pretrain(recipe, tmp_path)
+        stages.run_stage(recipe, "pretrain", tmp_path)
         assert bool(traced) == (name == "compiled")
         states.append(saved_state(max((tmp_path / name / "pretrain/checkpoints").glob("step_*"))))
     for key, plain in states[0].items():
@@ -251,7 +251,7 @@ def test_a_run_uses_what_was_chosen_for_training_and_average(tmp_path, monkeypat
     used: list[int] = []
     kernel(lambda *arguments, **options: used.append(1) or by_parts(*arguments, **options))
     recipe = load_recipe("demo", ["name=tiny", *TINY])
-    stages.pretrain(recipe, tmp_path)
+    stages.run_stage(recipe, "pretrain", tmp_path)
     folder = tmp_path / "tiny/pretrain"
     assert used and read_choice(folder).fused
     encoder = make_small()
@@ -259,12 +259,14 @@ def test_a_run_uses_what_was_chosen_for_training_and_average(tmp_path, monkeypat
     assert is_fused(encoder)
     other = load_recipe("demo", ["name=other", *TINY, "stages.pretrain.speed.fused_attention=false"])
     used.clear()
-    stages.pretrain(other, tmp_path)
+    stages.run_stage(other, "pretrain", tmp_path)
     assert not used and not (tmp_path / "other/pretrain/attention.json").exists()
     states = [saved_state(max((tmp_path / name / "pretrain/checkpoints").glob("step_*"))) for name in ("tiny", "other")]
     for key, tensor in states[0].items():  # products over rows in another order round differently
         torch.testing.assert_close(tensor, states[1][key], rtol=1e-3, atol=1e-5)
     # Settings of speed are none that must stay the same: the stage is done.
     before = (folder / "export/encoder.json").stat().st_mtime_ns
-    stages.pretrain(load_recipe("demo", ["name=tiny", *TINY, "stages.pretrain.speed.fused_attention=false"]), tmp_path)
+    stages.run_stage(
+        load_recipe("demo", ["name=tiny", *TINY, "stages.pretrain.speed.fused_attention=false"]), "pretrain", tmp_path
+    )
     assert (folder / "export/encoder.json").stat().st_mtime_ns == before

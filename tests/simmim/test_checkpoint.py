@@ -255,12 +255,12 @@ def test_a_disk_that_takes_no_more_keeps_the_last_good_one(tmp_path, request):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_been(tmp_path, capsys):
-    stages.pretrain(tiny_recipe(), tmp_path / "straight")
-    stages.pretrain(tiny_recipe(), tmp_path / "damaged")
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path / "straight")
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path / "damaged")
     folder = tmp_path / "damaged/tiny/pretrain"
     shutil.rmtree(folder / "export")
     flip_a_bit(next((folder / "checkpoints/step_00000010").glob("*.safetensors")))
-    stages.pretrain(tiny_recipe(), tmp_path / "damaged")
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path / "damaged")
     printed = capsys.readouterr().out
     assert "step_00000010 is damaged (shard-00001" in printed and "passed over" in printed
     assert f"continues at step 9 from {folder}/checkpoints/step_00000009" in printed
@@ -274,21 +274,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
 
 
 def test_a_damaged_export_is_made_again(tmp_path):
-    export = stages.pretrain(tiny_recipe(), tmp_path)
+    export = stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     expected = {file.name: file.read_bytes() for file in export.iterdir()}
     assert set(expected) == {"encoder.json", "encoder.safetensors", "decoder.safetensors", "checksums.json"}
     for name, damage in (("encoder.safetensors", truncate), ("encoder.json", empty), ("checksums.json", remove)):
         damage(export / name)
-        assert stages.pretrain(tiny_recipe(), tmp_path) == export
+        assert stages.run_stage(tiny_recipe(), "pretrain", tmp_path) == export
         assert {file.name: file.read_bytes() for file in export.iterdir()} == expected
 
 
 def test_changed_settings_are_taken_when_that_is_wanted(tmp_path, capsys):
-    stages.pretrain(tiny_recipe(), tmp_path)
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     slower = tiny_recipe("stages.pretrain.schedule.base_lr=0.01", "stages.pretrain.schedule.epochs=3")
     with pytest.raises(ValueError, match=r"base_lr: 0\.05 -> 0\.01.*--allow-changes continues it all the same"):
-        stages.pretrain(slower, tmp_path)
-    stages.pretrain(slower, tmp_path, allow_changes=True)
+        stages.run_stage(slower, "pretrain", tmp_path)
+    stages.run_stage(slower, "pretrain", tmp_path, allow_changes=True)
     printed = capsys.readouterr().out
     assert "warning: settings changed since then: stage.schedule.base_lr: 0.05 -> 0.01" in printed
     folder = tmp_path / "tiny/pretrain"
@@ -296,5 +296,5 @@ def test_changed_settings_are_taken_when_that_is_wanted(tmp_path, capsys):
     assert [(event["step"], event["event"]) for event in events] == [(10, "settings changed"), (10, "resumed")]
     rows = [row for row in comparable_metrics(folder) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 16)) and rows[-1]["lr"] < 0.0002
-    stages.pretrain(slower, tmp_path)
+    stages.run_stage(slower, "pretrain", tmp_path)
     assert "done before" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from PIL import Image
 
 from simmim.cli.main import main
 from simmim.config.loading import load_recipe
-from simmim.stages import finetune, replay, runner
+from simmim import stages
+from simmim.stages import replay, runner
 from simmim.training import engine
 from simmim.training.nonfinite_dump import MicroBatch, write_nonfinite_dump
 from tests.simmim.test_training import TINY, saved_state, train_in_float64
@@ -136,7 +137,7 @@ def test_fine_tuning_is_done_again_with_its_mixup(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(runner, "fit", poisoned)
     with pytest.raises(engine.NonFiniteLoss):
-        finetune.finetune(recipe, tmp_path, name="finetune")
+        stages.run_stage(recipe, "finetune", tmp_path)
     again = replay.replay(tmp_path / "tiny/finetune")
     about = json.loads(next((tmp_path / "tiny/finetune/blackbox").glob("*.json")).read_text())
     assert about["step"] == 3

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_environment_says_what_and_where(tmp_path):
-    folder = stages.pretrain(tiny_recipe(), tmp_path).parent
+    folder = stages.run_stage(tiny_recipe(), "pretrain", tmp_path).parent
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["processes"] == 1 and environment["distribution"] == "NO" and environment["host"]
     if (ROOT / ".git").exists():
@@ -45,7 +45,7 @@ def test_no_commit_is_made_up(tmp_path, monkeypatch):
 
 def test_trackers_are_told_the_metrics(tmp_path):
     recipe = tiny_recipe("stages.pretrain.log.trackers=[tensorboard]")
-    folder = stages.pretrain(recipe, tmp_path).parent
+    folder = stages.run_stage(recipe, "pretrain", tmp_path).parent
     events = EventAccumulator(str(folder / "tiny"))
     events.Reload()
     rows = [row for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
@@ -56,7 +56,7 @@ def test_trackers_are_told_the_metrics(tmp_path):
 
 
 def test_no_tracker_unless_asked_for(tmp_path):
-    folder = stages.pretrain(tiny_recipe(), tmp_path).parent
+    folder = stages.run_stage(tiny_recipe(), "pretrain", tmp_path).parent
     assert not list(folder.rglob("*tfevents*"))
 
 

@@ -52,7 +52,7 @@ def test_a_signal_saves_after_the_step_and_asks_for_another_start(number, tmp_pa
     folder = tmp_path / "stopped/tiny/pretrain"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000005"]
     assert main(command) == 0
-    straight = stages.pretrain(tiny_recipe(), tmp_path / "straight").parent
+    straight = stages.run_stage(tiny_recipe(), "pretrain", tmp_path / "straight").parent
     one, two = (saved_state(path / "checkpoints/step_00000010") for path in (straight, folder))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert comparable_metrics(straight) == comparable_metrics(folder)

@@ -161,12 +161,12 @@ def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    stages.pretrain(tiny_recipe(), straight)
+    stages.run_stage(tiny_recipe(), "pretrain", straight)
     with interrupted(5):
-        stages.pretrain(tiny_recipe(), resumed)  # after the checkpoint of step 3; steps 4 and 5 are lost
+        stages.run_stage(tiny_recipe(), "pretrain", resumed)  # after the checkpoint of step 3; steps 4 and 5 are lost
     with interrupted(8):
-        stages.pretrain(tiny_recipe(), resumed)
-    stages.pretrain(tiny_recipe("data.num_workers=1"), resumed)
+        stages.run_stage(tiny_recipe(), "pretrain", resumed)
+    stages.run_stage(tiny_recipe("data.num_workers=1"), "pretrain", resumed)
     a, b = straight / "tiny" / "pretrain", resumed / "tiny" / "pretrain"
     one, two = saved_state(a / "checkpoints/step_00000010"), saved_state(b / "checkpoints/step_00000010")
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
@@ -176,7 +176,7 @@ def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
 
 
 def test_what_a_run_leaves(tmp_path, capsys):
-    export = stages.pretrain(tiny_recipe(), tmp_path)
+    export = stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     folder = tmp_path / "tiny" / "pretrain"
     assert export == folder / "export"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -205,17 +205,17 @@ def test_what_a_run_leaves(tmp_path, capsys):
 
 
 def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
-    stages.pretrain(tiny_recipe(), tmp_path)
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     checkpoint = tmp_path / "tiny/pretrain/checkpoints/step_00000010/state.json"
     written = checkpoint.stat().st_mtime_ns
-    stages.pretrain(tiny_recipe("stages.pretrain.log.metrics_every_steps=5"), tmp_path)
+    stages.run_stage(tiny_recipe("stages.pretrain.log.metrics_every_steps=5"), "pretrain", tmp_path)
     assert checkpoint.stat().st_mtime_ns == written
     assert "done before" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
-        stages.pretrain(tiny_recipe("seed=1"), tmp_path)
+        stages.run_stage(tiny_recipe("seed=1"), "pretrain", tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match=r"other settings \(precision: no -> bf16\)"):
-        stages.pretrain(tiny_recipe(), tmp_path, precision="bf16")
+        stages.run_stage(tiny_recipe(), "pretrain", tmp_path, precision="bf16")
 
 
 def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
@@ -226,7 +226,7 @@ def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
         "stages.pretrain.image_size=[32, 56]",
         "stages.pretrain.target.norm_window=9",
     )
-    export = stages.pretrain(recipe, tmp_path, precision="bf16")
+    export = stages.run_stage(recipe, "pretrain", tmp_path, precision="bf16")
     assert swin.load_encoder(export).config.in_chans == 5
     summary = json.loads((export.parent / "summary.json").read_text())
     assert set(summary["validation_masked_l1"]) == {"predict zero", "model"}
@@ -309,11 +309,11 @@ def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_pa
     assert initialization.usual_precision() is None  # a launcher has spoken
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert initialization.usual_precision() == "bf16"
-    stages.pretrain(tiny_recipe(), tmp_path)
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     assert " in bf16; seed " in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
     assert initialization.usual_precision() is None
-    stages.pretrain(tiny_recipe(), tmp_path)  # as it was begun, on another processor
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path)  # as it was begun, on another processor
     assert "done before" in capsys.readouterr().out
 
 

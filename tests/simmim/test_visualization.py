@@ -140,7 +140,7 @@ def test_folding_keeps_every_row():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    stages.pretrain(tiny_recipe(), out)
+    stages.run_stage(tiny_recipe(), "pretrain", out)
     return out / "tiny"
 
 
