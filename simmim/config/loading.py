@@ -96,8 +96,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _recipes_folder() -> Path:
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):

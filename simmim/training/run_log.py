@@ -241,7 +241,7 @@ def write_environment(folder: Path, **facts: Any) -> None:
 
 def _commit() -> str | None:
     """Of the toolkit, when it runs from a git checkout; marked when files differ from it."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # installed, perhaps below a repository of something else
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
