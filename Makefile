@@ -1,10 +1,10 @@
-# The one door: `make demo` and `make test` set everything up on a machine with python3, make and git.
+# `make demo` and `make test` set everything up on a machine with python3, make and git.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-faults bench lint types check clean
+.PHONY: setup demo test test-all test-faults bench lint types check clean
 
 setup: $(READY)
 
@@ -17,9 +17,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/simmim experiment label-efficiency recipes/demo.yaml --precision fp32
 
-# One thread each, whole files: what a file has trained is trained once.
+# One thread per worker. Tests of one file stay in one worker, which shares the models that their fixtures train.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-all: test
+	$(PYTEST) -m "slow and not faults"
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -q -m faults
