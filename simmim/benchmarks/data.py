@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from simmim.data import RandAugmentedCrop, RandomCrop, open_files, open_images, training_batches
-from simmim.data.decode import Decoder, Pixels, whole
+from simmim.data.decode import Decoder, TensorImage, full_image
 from simmim.data.pack import Packing, pack
 from simmim.data.transforms import keep_a_bit
 from simmim.rng import uniform
@@ -195,7 +195,7 @@ def format_losses(folder: Path, packed: Path) -> str:
         begin = time.process_time()
         reduced = crop(Decoder()(content), draws[number])
         middle = time.process_time()
-        full = crop(Pixels(whole(Decoder()(content))), draws[number])
+        full = crop(TensorImage(full_image(Decoder()(content))), draws[number])
         ratios.append((time.process_time() - middle) / (middle - begin))
         reduced_losses.append(psnr(full, reduced))
     return (

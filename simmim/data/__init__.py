@@ -1,13 +1,13 @@
 """Images and videos from where they lie to uint8 batches. Knows nothing of masks or models."""
 
 from simmim.data.clips import MiddleClip, RandomClip, Video, VideoDecoder, Views
-from simmim.data.decode import Decoder, Pixels
+from simmim.data.decode import Decoder, TensorImage
 from simmim.data.loader import evaluation_batches, training_batches
 from simmim.data.shapes import MovingShapes, Shapes
 from simmim.data.sources import (
     Images,
-    Labelled,
     LabelledImages,
+    LabelledSource,
     Source,
     Subset,
     few_labels,
@@ -23,17 +23,17 @@ __all__ = [
     "CenterCrop",
     "Decoder",
     "Images",
-    "Labelled",
     "LabelledImages",
+    "LabelledSource",
     "MiddleClip",
     "MovingShapes",
-    "Pixels",
     "RandAugmentedCrop",
     "RandomClip",
     "RandomCrop",
     "Shapes",
     "Source",
     "Subset",
+    "TensorImage",
     "Video",
     "VideoDecoder",
     "Views",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simmim.data.coco import POLYGONS, RUNS, Problem, read_annotations, rings_of
-from simmim.data.decode import Box, Decoder, Picture
+from simmim.data.decode import Box, DecodedImage, Decoder
 from simmim.data.sources import Subset, split_validation
 
 _NAMES = (("instances_{}2017.json", "{}2017"), ("{}.json", "{}"))
@@ -24,7 +24,7 @@ _NAMES = (("instances_{}2017.json", "{}2017"), ("{}.json", "{}"))
 class Scene:
     """A picture, and the objects on it that are to be found: crowds are not among them."""
 
-    picture: Picture
+    picture: DecodedImage
     image_id: int
     boxes: Tensor
     """float32 ``(n, 4)``: left, top, right, bottom, px."""
@@ -99,11 +99,11 @@ class CocoImages:
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
 
-    def name(self, number: int) -> str:
-        return str(self.folder / self.annotations.files[number].as_py())
+    def name(self, index: int) -> str:
+        return str(self.folder / self.annotations.files[index].as_py())
 
-    def fetch(self, number: int) -> tuple[int, bytes]:
-        return number, Path(self.name(number)).read_bytes()
+    def fetch(self, index: int) -> tuple[int, bytes]:
+        return index, Path(self.name(index)).read_bytes()
 
     def decode(self, content: tuple[int, bytes]) -> Scene:
         """Raises ValueError for a picture that is not of the size that the annotations speak of."""
@@ -215,7 +215,7 @@ def coco_sources(
     _, validation = split_validation(every, validation_images)
     if not isinstance(validation, Subset):
         raise ValueError(f"{path} has no val and {len(every)} images: too few to hold a tenth out, 10 are the least")
-    unseen = every.annotations.image_ids[validation.numbers.numpy()]
+    unseen = every.annotations.image_ids[validation.indices.numpy()]
     kept = np.flatnonzero(~np.isin(training.annotations.image_ids, unseen))
     if not len(kept):
         raise ValueError(

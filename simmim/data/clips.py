@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim.data.decode import Box, Decoder, Pixels
+from simmim.data.decode import Box, Decoder, TensorImage
 from simmim.data.transforms import CenterCrop, RandAugmentedCrop, RandomCrop, central_box, stack
 
 MAX_FRAME_PIXELS = 7680 * 4320
@@ -94,7 +94,7 @@ class Video:
         for seek in (True, False):  # some files lead past what is sought: then all is decoded
             for stamp, pixels in self._decoded(min(wanted), max(wanted), seek=seek):
                 if stamp in wanted and stamp not in found:
-                    picture = Pixels(pixels())
+                    picture = TensorImage(pixels())
                     if picture.size != self.size:
                         raise ValueError(f"a frame of {picture.size}, expected {self.size} (H, W)")
                     found[stamp] = [picture.crop(box, size, interpolation, flip=flip) for box in boxes]
@@ -153,7 +153,7 @@ class Frames:
     ) -> list[Tensor]:
         """As of :class:`Video`."""
         wanted = self.pixels[:, list(frames)]
-        picture = Pixels(wanted.flatten(0, 1))  # frames as channels
+        picture = TensorImage(wanted.flatten(0, 1))  # frames as channels
         crops = [picture.crop(box, size, interpolation, flip=flip) for box in boxes]
         return [crop.unflatten(0, wanted.shape[:2]) for crop in crops]
 

@@ -40,7 +40,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HAS_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
-class Picture(Protocol):
+class DecodedImage(Protocol):
     """An image of which crops can be taken."""
 
     @property
@@ -55,12 +55,12 @@ class Picture(Protocol):
         """uint8 ``(c, *size)``: the box, resized with antialiasing, mirrored left to right on request."""
 
 
-def whole(picture: Picture) -> Tensor:
+def full_image(picture: DecodedImage) -> Tensor:
     """All of it, uint8 ``(c, H, W)``."""
     return picture.crop((0, 0, *picture.size), picture.size)
 
 
-class Pixels:
+class TensorImage:
     """A picture that is decoded already: uint8 ``(c, H, W)``."""
 
     def __init__(self, pixels: Tensor, kind: str = "array") -> None:
@@ -92,29 +92,29 @@ class Decoder:
     channels: int = 3
     value_range: tuple[float, float] | None = None
 
-    def __call__(self, content: bytes | np.ndarray | Tensor) -> Picture:
+    def __call__(self, content: bytes | np.ndarray | Tensor) -> DecodedImage:
         """Read the header. Damaged content raises almost anything, here or when a crop is taken.
 
         Args:
             content: of an image file, an array, or uint8 ``(c, H, W)`` that is taken as it is.
         """
         if isinstance(content, Tensor):
-            return Pixels(content)
+            return TensorImage(content)
         if isinstance(content, np.ndarray):
-            return Pixels(self._from_array(content))
+            return TensorImage(self._from_array(content))
         if not content:
             raise ValueError("the file is empty")
         if content.startswith(b"\x93NUMPY"):
-            return Pixels(self._from_array(_load_npy(content)), "NPY")
+            return TensorImage(self._from_array(_load_npy(content)), "NPY")
         try:
             image = open_image(content)
         except UnidentifiedImageError:
             if content.startswith(_TIFF):
-                return Pixels(self._from_array(_load_tiff(content)), "TIFF of many channels")
+                return TensorImage(self._from_array(_load_tiff(content)), "TIFF of many channels")
             raise ValueError(f"no kind of image that is known, it begins with {content[:16]!r}") from None
         frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         if frames == self.channels > 1:
-            return Pixels(self._from_array(_pages(image, frames)), "TIFF of several pages")
+            return TensorImage(self._from_array(_pages(image, frames)), "TIFF of several pages")
         if self.channels not in MODES:
             raise ValueError(f"{image.format} with {len(image.getbands())} channel(s), expected {self.channels}")
         return _ImageFile(image, self)
@@ -221,7 +221,7 @@ def _orientation(image: Image.Image) -> int:
 def _reduction(image: Image.Image, crop: tuple[int, int], size: tuple[int, int]) -> int:
     """By what a JPEG can be reduced while it is decoded, so that twice the wanted size is left.
 
-    At twice the size the result differs by 51 to 54 dB from that of the whole image, which nobody
+    At twice the size the result differs by 51 to 54 dB from that of the full image, which nobody
     sees; at one time the size by 40, and fine detail is lost.
     """
     if image.format != "JPEG":
@@ -264,8 +264,8 @@ def _mirror(pixels: Tensor, dims: list[int]) -> Tensor:
     """``pixels.flip(dims)`` of ``(c, H, W)``, four channels that lie together moved as one number."""
     if pixels.shape[0] != 4 or pixels.stride(0) != 1:
         return pixels.flip(dims)
-    whole = pixels.permute(1, 2, 0).view(torch.int32)[..., 0].flip(dims)
-    return whole[..., None].view(torch.uint8).permute(2, 0, 1)
+    packed = pixels.permute(1, 2, 0).view(torch.int32)[..., 0].flip(dims)
+    return packed[..., None].view(torch.uint8).permute(2, 0, 1)
 
 
 def _pages(image: Image.Image, count: int) -> np.ndarray:

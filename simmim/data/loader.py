@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmim.data.decode import Picture
+from simmim.data.decode import DecodedImage
 from simmim.data.reading import Reader
-from simmim.data.sources import Labelled, Source
+from simmim.data.sources import LabelledSource, Source
 from simmim.data.tables import BLOCKS_TOGETHER
 from simmim.data.transforms import Example, Transform, untouched_generators
 from simmim.rng import permutation, uniform
@@ -76,7 +76,7 @@ class SampleDataset(Dataset):
                     kept.append(place)
                     examples.append(found[1])
                     if self.labelled:
-                        labels.append(cast(Labelled, self.source).label(found[0]))
+                        labels.append(cast(LabelledSource, self.source).label(found[0]))
                 elif self.replace:
                     return {"corrupt": corrupt}
         if not examples:
@@ -85,7 +85,7 @@ class SampleDataset(Dataset):
         batch |= {"index": index[kept], "corrupt": corrupt}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
-    def _open(self, number: int, content: Callable[[], Any], corrupt: list[tuple[str, str]]) -> Picture | None:
+    def _open(self, number: int, content: Callable[[], Any], corrupt: list[tuple[str, str]]) -> DecodedImage | None:
         try:
             return self.source.decode(content())
         except Exception as error:  # damaged bytes raise almost anything; each is named with its reason
@@ -93,7 +93,7 @@ class SampleDataset(Dataset):
             return None
 
     def _crop(
-        self, number: int, picture: Picture | None, draws: list[float], corrupt: list[tuple[str, str]]
+        self, number: int, picture: DecodedImage | None, draws: list[float], corrupt: list[tuple[str, str]]
     ) -> tuple[int, Example] | None:
         """The number and pixels of the image, or of the next good one if it is to be replaced."""
         for _ in range(MAX_CORRUPT_IN_A_ROW):

@@ -81,31 +81,31 @@ class Manifest:
             return _reopen, (self._file, self.prefix)
         return _rebuild, (self.table, self.root, self.places, self.prefix, self.classes)
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """A path for a person to find the image by."""
-        if self._columns[3][number].as_py() == WHOLE:
-            return os.path.join(self._folder, self._columns[0][number].as_py())
-        entry = self._entry(number)
+        if self._columns[3][index].as_py() == WHOLE:
+            return os.path.join(self._folder, self._columns[0][index].as_py())
+        entry = self._entry(index)
         part = part_of(self.places[entry.place].name)
         name = entry.name.removeprefix(f"{part}/") if part else entry.name
         return f"{self.places[entry.place]}/{name}".rstrip("/")
 
-    def relative_name(self, number: int) -> str:
+    def relative_name(self, index: int) -> str:
         """The path below the folder or in the archive."""
-        return self._columns[0][number].as_py().removeprefix(self.prefix)
+        return self._columns[0][index].as_py().removeprefix(self.prefix)
 
-    def fetch(self, number: int) -> bytes:
+    def fetch(self, index: int) -> bytes:
         """The content of the image.
 
         Raises:
             OSError, ValueError, zlib.error: it cannot be had.
         """
-        if self._columns[3][number].as_py() == WHOLE:
-            with open(os.path.join(self._folder, self._columns[0][number].as_py()), "rb", buffering=0) as file:
+        if self._columns[3][index].as_py() == WHOLE:
+            with open(os.path.join(self._folder, self._columns[0][index].as_py()), "rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size > MAX_BYTES:
                     raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
                 return file.readall()
-        entry = self._entry(number)
+        entry = self._entry(index)
         if entry.kind == LOST:
             raise ValueError("the archive is damaged or cut short")
         with open(self.places[entry.place], "rb", buffering=0) as file:
@@ -144,8 +144,8 @@ class Manifest:
         table = self.table.slice(first, count) if in_one_piece else self.table.take(numbers).combine_chunks()
         return Manifest(table, self.root, self.places, prefix=prefix, classes=self.classes, file=self._file)
 
-    def _entry(self, number: int) -> Entry:
-        return Entry(*(column[number].as_py() for column in self._columns))
+    def _entry(self, index: int) -> Entry:
+        return Entry(*(column[index].as_py() for column in self._columns))
 
 
 def _rebuild(table: pa.Table, root: Path, places: list[Path], prefix: str, classes: list[str] | None) -> Manifest:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from simmim.data.decode import MODES, Decoder, Picture, whole
+from simmim.data.decode import MODES, DecodedImage, Decoder, full_image
 from simmim.data.listing import STORED, Entry
 from simmim.data.loader import in_workers, reason_of
 from simmim.data.manifest import Manifest, make_table, save_manifest
@@ -154,7 +154,7 @@ class _Shards(Dataset):
         return len(numbers)
 
 
-def encode(original: Any, picture: Picture, packing: Packing) -> tuple[bytes, str, Tensor]:
+def encode(original: Any, picture: DecodedImage, packing: Packing) -> tuple[bytes, str, Tensor]:
     """Content and suffix of the packed image, and its pixels, uint8 ``(c, H, W)``.
 
     Files that need not change stay as they are: JPEG that is small enough, and with ``quality`` 0
@@ -163,7 +163,7 @@ def encode(original: Any, picture: Picture, packing: Packing) -> tuple[bytes, st
     height, width = picture.size
     reduction = packing.short_side / min(height, width) if packing.short_side else 1.0
     if reduction >= 1:
-        pixels = whole(picture)
+        pixels = full_image(picture)
         if isinstance(original, bytes) and (packing.quality == 0 or picture.kind == "JPEG"):
             return original, _SUFFIXES.get(picture.kind.split()[0], ".img"), pixels
     else:

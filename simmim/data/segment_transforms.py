@@ -1,4 +1,4 @@
-"""Picture with a label map -> both at the wanted size, pixel by pixel. Pure functions of the drawn numbers.
+"""Image with a label map -> both at the wanted size, pixel by pixel. Pure functions of the drawn numbers.
 
 Examples hold ``image`` uint8 ``(c, H, W)`` and ``segments`` uint8 ``(H, W)``, batches have a ``b`` before.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as adjust
 
-from simmim.data.decode import Box, Picture
+from simmim.data.decode import Box, DecodedImage
 from simmim.data.segments import IGNORED, SegmentedImage
 from simmim.data.transforms import central_box
 
@@ -148,7 +148,7 @@ class WholeSegments:
     def __call__(self, picture: SegmentedImage, draws: Sequence[float]) -> dict[str, Tensor]:
         return {"image": self.image(picture), "segments": picture.segments}
 
-    def image(self, picture: Picture) -> Tensor:
+    def image(self, picture: DecodedImage) -> Tensor:
         """uint8 ``(c, h, w)``, for pictures without a map, too."""
         zoom = self.short_px / min(picture.size)
         size = (round(picture.size[0] * zoom), round(picture.size[1] * zoom))

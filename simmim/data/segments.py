@@ -15,7 +15,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from simmim.data.decode import Box, Decoder, Picture, open_image
+from simmim.data.decode import Box, DecodedImage, Decoder, open_image
 from simmim.data.listing import TRAINING, VALIDATION
 from simmim.data.sources import Files, Images, Source, Subset, open_files, split_validation
 
@@ -35,7 +35,7 @@ class SegmentedImage:
         segments: uint8 ``(H, W)``: numbers of classes, or ``IGNORED``.
     """
 
-    def __init__(self, picture: Picture, segments: Tensor) -> None:
+    def __init__(self, picture: DecodedImage, segments: Tensor) -> None:
         self.picture, self.segments = picture, segments
         self.size, self.kind = picture.size, picture.kind
 
@@ -100,12 +100,12 @@ class SegmentedImages:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def name(self, number: int) -> str:
-        return self.images.name(int(self.numbers[number, 0]))
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.numbers[index, 0]))
 
-    def fetch(self, number: int) -> tuple[bytes | np.ndarray, bytes]:
+    def fetch(self, index: int) -> tuple[bytes | np.ndarray, bytes]:
         """The content of both files."""
-        image, annotation = self.numbers[number].tolist()
+        image, annotation = self.numbers[index].tolist()
         return self.images.fetch(image), cast(bytes, self.annotations.fetch(annotation))
 
     def decode(self, content: tuple[bytes | np.ndarray, bytes]) -> SegmentedImage:
@@ -291,7 +291,7 @@ def _open_pair(
 
 def _pairs_of(source: SegmentedImages, images: Source | None) -> Subset:
     """Those whose image is among some of the images."""
-    numbers = images.numbers if isinstance(images, Subset) else torch.empty(0)
+    numbers = images.indices if isinstance(images, Subset) else torch.empty(0)
     return Subset(source, torch.isin(source.numbers[:, 0], numbers).nonzero().flatten())
 
 

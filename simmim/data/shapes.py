@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simmim.data.clips import Frames
-from simmim.data.decode import Pixels
+from simmim.data.decode import TensorImage
 from simmim.rng import random_bits, uniform
 
 SHAPES = ("disc", "square", "triangle", "cross")
@@ -50,70 +50,70 @@ class Shapes:
     def __len__(self) -> int:
         return self.num_images
 
-    def name(self, number: int) -> str:
-        return f"builtin:shapes/{self.start + number}"
+    def name(self, index: int) -> str:
+        return f"builtin:shapes/{self.start + index}"
 
-    def label(self, number: int) -> int:
+    def label(self, index: int) -> int:
         """The number of its texture in ``TEXTURES``."""
-        return self._classes(self._draws(number))[1]
+        return self._classes(self._draws(index))[1]
 
-    def fetch(self, number: int) -> int:
+    def fetch(self, index: int) -> int:
         """Nothing to wait for."""
-        return number
+        return index
 
     def decode(self, content: int) -> Any:
         """Drawing is work like decoding."""
-        return Pixels(self.read(content))
+        return TensorImage(self.read(content))
 
-    def read(self, number: int) -> Tensor:
+    def read(self, index: int) -> Tensor:
         """uint8 ``(c, H, W)``, or ``(c, T, H, W)`` where they move."""
-        if number in self._drawn:
-            return self._drawn[number]
-        image = self._draw(number)
+        if index in self._drawn:
+            return self._drawn[index]
+        image = self._draw(index)
         if (len(self._drawn) + 1) * image.nbytes <= KEPT_BYTES:
-            self._drawn[number] = image
+            self._drawn[index] = image
         return image
 
-    def paint(self, number: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def paint(self, index: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The picture, uint8 ``(c, H, W)``, and bool ``(H, W)`` where its shape is.
 
         Args:
             background: float ``(c, H, W)`` in [0, 1], instead of leaves.
         """
         y, x = _coordinates(self.size)
-        scene, inside = self._scene(number, y, x, y, background)
-        return self._seen(number, scene), inside
+        scene, inside = self._scene(index, y, x, y, background)
+        return self._seen(index, scene), inside
 
-    def _draw(self, number: int) -> Tensor:
-        return self.paint(number)[0]
+    def _draw(self, index: int) -> Tensor:
+        return self.paint(index)[0]
 
     def _scene(
-        self, number: int, y: Tensor, x: Tensor, own_y: Tensor, background: Tensor | None = None
+        self, index: int, y: Tensor, x: Tensor, own_y: Tensor, background: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Float ``(c, H, W)`` in [0, 1], and where the shape is; ``own_y`` are the rows as the shape sees them, in one
         or in many frames ``(T, 1, H, W)``, which gives ``(T, c, H, W)``."""
-        draws = self._draws(number)
+        draws = self._draws(index)
         shape, texture = self._classes(draws)
         leaves, rest = draws[2:].split([_NUM_LEAVES * (_LEAF_DRAWS + self.channels), _OBJECT_DRAWS + 2 * self.channels])
         if background is None:
             background = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
         return _draw_object(background, rest, own_y, x, shape, texture)
 
-    def _seen(self, number: int, scene: Tensor) -> Tensor:
+    def _seen(self, index: int, scene: Tensor) -> Tensor:
         """uint8, under the grain."""
-        return ((scene + self._grain(number, scene.shape)).clamp(0, 1) * 255).round().to(torch.uint8)
+        return ((scene + self._grain(index, scene.shape)).clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _grain(self, number: int, shape: Sequence[int]) -> Tensor:
+    def _grain(self, index: int, shape: Sequence[int]) -> Tensor:
         """Noise of a sensor, uniform within ``GRAIN``: one byte of a random word for each value."""
-        index = torch.tensor([self.start + number])
-        words = random_bits("grain", 0, torch.zeros_like(index), index, -(-math.prod(shape) // 8))
+        sample = torch.tensor([self.start + index])
+        words = random_bits("grain", 0, torch.zeros_like(sample), sample, -(-math.prod(shape) // 8))
         values = words.view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
         return (values / 127.5 - 1) * GRAIN
 
-    def _draws(self, number: int) -> Tensor:
+    def _draws(self, index: int) -> Tensor:
         count = 2 + _NUM_LEAVES * (_LEAF_DRAWS + self.channels) + _OBJECT_DRAWS + 2 * self.channels
-        index = torch.tensor([self.start + number])
-        return uniform("shapes", 0, torch.zeros_like(index), index, count)[0].float()
+        sample = torch.tensor([self.start + index])
+        return uniform("shapes", 0, torch.zeros_like(sample), sample, count)[0].float()
 
     def _classes(self, draws: Tensor) -> tuple[int, int]:
         """Shape and texture."""
@@ -128,24 +128,24 @@ class MovingShapes(Shapes):
 
     classes = tuple(f"{texture}, {motion}" for texture in TEXTURES for motion in MOTIONS)
 
-    def label(self, number: int) -> int:
-        return len(MOTIONS) * super().label(number) + int(self._motion(number)[0] * len(MOTIONS))
+    def label(self, index: int) -> int:
+        return len(MOTIONS) * super().label(index) + int(self._motion(index)[0] * len(MOTIONS))
 
     def decode(self, content: int) -> Frames:
         return Frames(self.read(content))
 
-    def paint(self, number: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def paint(self, index: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The video, uint8 ``(c, T, H, W)``, in front of a still background, and bool ``(T, H, W)``."""
-        sense, speed = self._motion(number)
+        sense, speed = self._motion(index)
         way = (1 if sense < 0.5 else -1) * (0.6 + 0.6 * speed)  # from the first frame to the last
         moved = way * torch.linspace(-0.5, 0.5, NUM_FRAMES)[:, None, None, None]
         y, x = _coordinates(self.size)
-        scene, inside = self._scene(number, y, x, y - moved, background)
-        return self._seen(number, scene.transpose(0, 1)), inside[:, 0]
+        scene, inside = self._scene(index, y, x, y - moved, background)
+        return self._seen(index, scene.transpose(0, 1)), inside[:, 0]
 
-    def _motion(self, number: int) -> list[float]:
-        index = torch.tensor([self.start + number])
-        return uniform("motion", 0, torch.zeros_like(index), index, 2)[0].tolist()
+    def _motion(self, index: int) -> list[float]:
+        sample = torch.tensor([self.start + index])
+        return uniform("motion", 0, torch.zeros_like(sample), sample, 2)[0].tolist()
 
 
 def _coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:

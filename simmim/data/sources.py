@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simmim.data.clips import VideoDecoder
-from simmim.data.decode import MODES, Decoder, Picture, whole
+from simmim.data.decode import MODES, DecodedImage, Decoder, full_image
 from simmim.data.listing import ARCHIVES, EXTENSIONS, LISTS, is_video, scan
 from simmim.data.manifest import cached_manifest, keep_folder, load_manifest, open_manifest
 from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
@@ -42,9 +42,9 @@ class Files(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, number: int) -> str: ...
+    def name(self, index: int) -> str: ...
 
-    def fetch(self, number: int) -> bytes | np.ndarray: ...
+    def fetch(self, index: int) -> bytes | np.ndarray: ...
 
     def labels(self) -> pa.Array | None: ...
 
@@ -60,24 +60,24 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """What a person would call this image: a path, usually."""
 
-    def fetch(self, number: int) -> Any:
+    def fetch(self, index: int) -> Any:
         """What disk or network are needed for; may take long, may be called by several threads at once."""
 
-    def decode(self, content: Any) -> Picture:
+    def decode(self, content: Any) -> DecodedImage:
         """The picture of what ``fetch`` has brought. Damaged content raises almost anything."""
 
 
-class Labelled(Source, Protocol):
+class LabelledSource(Source, Protocol):
     """Images with one class each."""
 
     @property
     def classes(self) -> Sequence[str]:
         """Their names; a label is a number into them."""
 
-    def label(self, number: int) -> int: ...
+    def label(self, index: int) -> int: ...
 
 
 class Images:
@@ -108,18 +108,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.files)
 
-    def name(self, number: int) -> str:
-        return self.files.name(number)
+    def name(self, index: int) -> str:
+        return self.files.name(index)
 
-    def fetch(self, number: int) -> bytes | np.ndarray:
-        return self.files.fetch(number)
+    def fetch(self, index: int) -> bytes | np.ndarray:
+        return self.files.fetch(index)
 
-    def decode(self, content: bytes | np.ndarray) -> Picture:
+    def decode(self, content: bytes | np.ndarray) -> DecodedImage:
         return self.decoder(content)
 
-    def read(self, number: int) -> Tensor:
+    def read(self, index: int) -> Tensor:
         """The whole image, uint8 ``(c, H, W)``."""
-        return whole(self.decode(self.fetch(number)))
+        return full_image(self.decode(self.fetch(index)))
 
 
 class LabelledImages(Images):
@@ -162,38 +162,38 @@ class LabelledImages(Images):
         numbers = pc.index_in(labels, value_set=pa.array(self.classes, labels.type))
         self._labels = torch.from_numpy(numbers.to_numpy(zero_copy_only=False).astype(np.int32))
 
-    def label(self, number: int) -> int:
-        return int(self._labels[number])
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
 
 
 class Subset:
     """Some of the images of a source, in a given order; labelled if the source is."""
 
-    def __init__(self, source: Source, numbers: Sequence[int] | Tensor) -> None:
+    def __init__(self, source: Source, indices: Sequence[int] | Tensor) -> None:
         self.source = source
-        self.numbers = torch.as_tensor(numbers, dtype=torch.int64)
+        self.indices = torch.as_tensor(indices, dtype=torch.int64)
 
     @property
     def classes(self) -> Sequence[str]:
-        return cast(Labelled, self.source).classes
+        return cast(LabelledSource, self.source).classes
 
     @property
     def blocks(self) -> Tensor | None:
-        return None if self.source.blocks is None else self.source.blocks[self.numbers]
+        return None if self.source.blocks is None else self.source.blocks[self.indices]
 
-    def label(self, number: int) -> int:
-        return cast(Labelled, self.source).label(int(self.numbers[number]))
+    def label(self, index: int) -> int:
+        return cast(LabelledSource, self.source).label(int(self.indices[index]))
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
-    def name(self, number: int) -> str:
-        return self.source.name(int(self.numbers[number]))
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
 
-    def fetch(self, number: int) -> Any:
-        return self.source.fetch(int(self.numbers[number]))
+    def fetch(self, index: int) -> Any:
+        return self.source.fetch(int(self.indices[index]))
 
-    def decode(self, content: Any) -> Picture:
+    def decode(self, content: Any) -> DecodedImage:
         return self.source.decode(content)
 
 
@@ -327,7 +327,7 @@ def training_images(path: str | Path, decoder: Decoder, validation_images: int) 
 
 def labelled_sources(
     path: str | Path, decoder: Decoder, validation_images: int, val_path: str | Path | None = None
-) -> tuple[Labelled, Labelled]:
+) -> tuple[LabelledSource, LabelledSource]:
     """Training and held-out images with labels.
 
     ``path`` (its ``train`` where it has one) and ``val_path``; or ``path/train`` and ``path/val`` (or
@@ -347,10 +347,10 @@ def labelled_sources(
     kept, validation = split_validation(LabelledImages(files, decoder), validation_images)
     if validation is None:
         raise ValueError(f"{path} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
-    return cast(Labelled, kept), cast(Labelled, validation)
+    return cast(LabelledSource, kept), cast(LabelledSource, validation)
 
 
-def few_labels(source: Labelled, labels_per_class: int, seed: int) -> Labelled:
+def few_labels(source: LabelledSource, labels_per_class: int, seed: int) -> LabelledSource:
     """``labels_per_class`` images of every class, drawn by ``seed``.
 
     Raises:
@@ -366,7 +366,7 @@ def few_labels(source: Labelled, labels_per_class: int, seed: int) -> Labelled:
             if not wanted[label]:
                 del wanted[label]
         if not wanted:
-            return cast(Labelled, Subset(source, chosen))
+            return cast(LabelledSource, Subset(source, chosen))
     label, missing = next(iter(wanted.items()))
     raise ValueError(
         f"class {source.classes[label]} has {labels_per_class - missing} images, but labels_per_class is {labels_per_class}: lower it"

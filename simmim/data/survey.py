@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from simmim.data.decode import Picture, whole
+from simmim.data.decode import DecodedImage, full_image
 from simmim.data.loader import in_workers, reason_of
 from simmim.data.reading import Reader
 from simmim.data.sources import Images
@@ -83,7 +83,7 @@ class _Looks(Dataset):
         for number, content in zip(numbers, self._reader.many(numbers), strict=True):
             try:
                 picture = self.images.decode(content())
-                looks.append(look_at(self.images.name(number), picture, whole(picture)))
+                looks.append(look_at(self.images.name(number), picture, full_image(picture)))
             except Exception as error:  # damaged bytes raise almost anything
                 looks.append(Look(self.images.name(number), reason_of(error)))
         return looks
@@ -115,7 +115,7 @@ def write_corrupt(file: Path, corrupt: list[tuple[str, str]]) -> None:
         csv.writer(opened).writerows(corrupt)
 
 
-def look_at(name: str, picture: Picture, pixels: Tensor) -> Look:
+def look_at(name: str, picture: DecodedImage, pixels: Tensor) -> Look:
     """The look of a good image, ``pixels`` uint8 ``(c, H, W)``."""
     values = pixels.float() / 255
     mean = tuple(values.mean(dim=(1, 2)).tolist())

@@ -55,11 +55,11 @@ class Table:
     def __len__(self) -> int:
         return len(self._images)
 
-    def name(self, number: int) -> str:
-        return f"{self._path}/{self._split}/{number}"
+    def name(self, index: int) -> str:
+        return f"{self._path}/{self._split}/{index}"
 
-    def fetch(self, number: int) -> bytes:
-        return _content(self._images[number][self.column])
+    def fetch(self, index: int) -> bytes:
+        return _content(self._images[index][self.column])
 
     def labels(self) -> pa.Array | None:
         """The name of the class of each image, or None."""
@@ -162,18 +162,18 @@ class RowGroups:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def name(self, number: int) -> str:
-        group, row = self._place(number)
+    def name(self, index: int) -> str:
+        group, row = self._place(index)
         url, part = self._groups[group]
         return f"{url}/{part}/{row}"
 
-    def _place(self, number: int) -> tuple[int, int]:
+    def _place(self, index: int) -> tuple[int, int]:
         """Row group, and row in it."""
-        group = bisect.bisect_right(self._starts, number) - 1
-        return group, number - self._starts[group]
+        group = bisect.bisect_right(self._starts, index) - 1
+        return group, index - self._starts[group]
 
-    def fetch(self, number: int) -> bytes:
-        group, row = self._place(number)
+    def fetch(self, index: int) -> bytes:
+        group, row = self._place(index)
         with self._lock:
             if group not in self._kept:
                 url, part = self._groups[group]
@@ -262,11 +262,11 @@ class Array:
     def __len__(self) -> int:
         return len(self._array)
 
-    def name(self, number: int) -> str:
-        return f"{self._path}/{number}"
+    def name(self, index: int) -> str:
+        return f"{self._path}/{index}"
 
-    def fetch(self, number: int) -> np.ndarray:
-        return np.array(self._array[number])
+    def fetch(self, index: int) -> np.ndarray:
+        return np.array(self._array[index])
 
     def labels(self) -> None:
         """There are none."""

@@ -1,4 +1,4 @@
-"""Picture of any size -> uint8 image of the wanted size. Pure functions of the drawn numbers."""
+"""Image of any size -> uint8 image of the wanted size. Pure functions of the drawn numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from simmim.data.decode import Box, Picture, from_image, to_image
+from simmim.data.decode import Box, DecodedImage, from_image, to_image
 
 _ATTEMPTS = 10
 
@@ -71,7 +71,7 @@ class RandomCrop:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.interpolation = interpolation
 
-    def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
+    def __call__(self, picture: DecodedImage, draws: Sequence[float]) -> Tensor:
         """uint8 ``(c, H, W)``; ``num_draws`` draws in [0, 1)."""
         box = self.box(*picture.size, draws[1:])
         return picture.crop(box, self.size, self.interpolation, flip=draws[0] < self.flip)
@@ -98,7 +98,7 @@ class CenterCrop:
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear") -> None:
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
+    def __call__(self, picture: DecodedImage, draws: Sequence[float]) -> Tensor:
         box = central_box(*picture.size, self.size[1] / self.size[0])
         return picture.crop(box, self.size, self.interpolation)
 
@@ -123,7 +123,7 @@ class RandAugmentedCrop(RandomCrop):
         self.rand_augment = rand_augment_transform(rand_augment, settings)
         keep_a_bit(self.rand_augment)
 
-    def __call__(self, picture: Picture, draws: Sequence[float]) -> Tensor:
+    def __call__(self, picture: DecodedImage, draws: Sequence[float]) -> Tensor:
         """Seeds the global generators, which timm draws from: see :func:`untouched_generators`."""
         image = to_image(super().__call__(picture, draws[:-1]))
         seed = int(draws[-1] * 2**32)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from simmim.data import (
     CenterCrop,
     Decoder,
-    Labelled,
     LabelledImages,
+    LabelledSource,
     MiddleClip,
     MovingShapes,
     Shapes,
@@ -87,7 +87,7 @@ def evaluate_classifier(
 def evaluate_with_head(
     encoder: SwinEncoder,
     classifier: Classifier,
-    source: Labelled,
+    source: LabelledSource,
     pixels: dict[str, Any],
     accelerator: Accelerator,
     *,
@@ -240,7 +240,7 @@ def view_of(encoder: SwinEncoder, interpolation: str, video: Mapping[str, int] |
 
 def labelled_images(
     data: str, encoder: SwinEncoder, pixels: dict[str, Any], classes: Sequence[str] | None, count: int
-) -> Labelled:
+) -> LabelledSource:
     """Validation images whose labels are the numbers of a classifier.
 
     Classes are matched by name. Names that are numbers are the numbers of the classes themselves,
@@ -286,7 +286,7 @@ def decoder_of(encoder: SwinEncoder, pixels: dict[str, Any]) -> Decoder:
     return Decoder(channels, (low_high[0], low_high[1]) if low_high else None)
 
 
-def _labelled_pair(data: str, encoder: SwinEncoder, pixels: dict[str, Any]) -> tuple[Labelled, Labelled]:
+def _labelled_pair(data: str, encoder: SwinEncoder, pixels: dict[str, Any]) -> tuple[LabelledSource, LabelledSource]:
     size, channels = encoder.config.image_size, encoder.config.in_chans
     if data == "builtin:shapes":
         make = _shapes(encoder)
@@ -294,7 +294,9 @@ def _labelled_pair(data: str, encoder: SwinEncoder, pixels: dict[str, Any]) -> t
     return labelled_sources(data, decoder_of(encoder, pixels), 5000)
 
 
-def _views(source: Labelled, view: Transform, batch_size: int, accelerator: Accelerator, num_workers: int) -> Batches:
+def _views(
+    source: LabelledSource, view: Transform, batch_size: int, accelerator: Accelerator, num_workers: int
+) -> Batches:
     shares = (accelerator.process_index, accelerator.num_processes)
     views = make_views(source, view, batch_size, True, shares, num_workers)
     assert isinstance(views, Batches)

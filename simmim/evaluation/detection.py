@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from simmim.config import DetectTest
 from simmim.config.loading import read_options
-from simmim.data import Pixels, Source, Subset, evaluation_batches
+from simmim.data import Source, Subset, TensorImage, evaluation_batches
 from simmim.data.box_transforms import EvaluationSize, collate_scenes
 from simmim.data.boxes import CocoImages, Scene, has_split, open_coco
 from simmim.data.views import report_corrupt, told
@@ -140,7 +140,7 @@ def predict_objects(
         least_score: from which on objects are shown and told.
     """
     for name, image in images:
-        scene = Scene(Pixels(image), 0, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None)
+        scene = Scene(TensorImage(image), 0, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None)
         batch = to_device(collate_scenes([view(scene, [])]), task.mean.device)
         (found,) = task.predict(batch)
         found = {key: value[found["scores"] >= least_score].cpu() for key, value in found.items()}

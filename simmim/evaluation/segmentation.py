@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from simmim.config import SegmenterOptions
 from simmim.config.loading import read_options
-from simmim.data import Pixels, Source
+from simmim.data import Source, TensorImage
 from simmim.data.loader import Batches
 from simmim.data.segment_transforms import WholeSegments
 from simmim.data.segments import class_names_in, validation_segments
@@ -179,7 +179,7 @@ def predict_segments(task: Segmentation, images: Iterable[tuple[str, Tensor]]) -
         images: names, and uint8 ``(c, H, W)``.
     """
     for name, image in images:
-        seen = WholeSegments(task.short_px).image(Pixels(image))
+        seen = WholeSegments(task.short_px).image(TensorImage(image))
         scores = task.predict(seen[None].to(task.mean.device))
         found = resized(scores, image.shape[-2:]).argmax(dim=1).cpu()
         counts = torch.bincount(found.flatten(), minlength=len(task.classes)).tolist()

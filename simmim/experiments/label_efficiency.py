@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from simmim.config import DetectStage, FinetuneStage, PretrainStage, Recipe, SegmentStage, Supervised, video_of
-from simmim.data import Labelled
+from simmim.data import LabelledSource
 from simmim.data.views import about_video
 from simmim.evaluation.classification import evaluate_with_head
 from simmim.experiments.page import draw_page, final_of, measure_of
@@ -158,7 +158,7 @@ def evaluate_transfer(recipe: Recipe, name: str, out: Path, precision: str | Non
     export = out / recipe.name / stage.init_from / "export"
     encoder, classifier = load_encoder(export), load_classifier(export)
     size, window = geometry(stage, encoder.config)
-    validation = cast(Labelled, make_sources(recipe, name, size).validation)
+    validation = cast(LabelledSource, make_sources(recipe, name, size).validation)
     accuracies = {}
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
     ways = {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}

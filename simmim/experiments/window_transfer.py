@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from simmim.data import CenterCrop, Decoder, RandomCrop, Shapes, evaluation_batches, labelled_sources, training_batches
 from simmim.data.loader import Batches
-from simmim.data.sources import Labelled
+from simmim.data.sources import LabelledSource
 from simmim.experiments.results import percent, write_results
 from simmim.rng import derive_seed
 from simmim.signals import StopRequest
@@ -201,7 +201,7 @@ def _views(plan: Plan, factor: float, batch_size: int) -> Batches:
     return evaluation_batches(validation, CenterCrop(_size(plan, factor)), batch_size=batch_size, labelled=True)
 
 
-def _sources(plan: Plan) -> tuple[Labelled, Labelled]:
+def _sources(plan: Plan) -> tuple[LabelledSource, LabelledSource]:
     """The same pictures for every window, as photographs are: resized to what is asked."""
     if plan.data == "builtin:shapes":
         size = _size(plan, 2)

@@ -24,7 +24,7 @@ from simmim.config import (
 )
 from simmim.data import (
     Decoder,
-    Labelled,
+    LabelledSource,
     MovingShapes,
     Shapes,
     Source,
@@ -154,7 +154,7 @@ def open_sources(recipe: Recipe, stage: Stage, size: Pair | None = None) -> Sour
         return Sources(*_segmented(path, decoder, stage.labels))
     assert isinstance(stage, DetectStage)
     scenes, unseen, problems = coco_sources(path, decoder, stage.labels.val_images, masks=stage.masks)
-    return Sources(scenes, unseen, list(cast(Labelled, scenes).classes), problems)
+    return Sources(scenes, unseen, list(cast(LabelledSource, scenes).classes), problems)
 
 
 def tests_of(stage: FinetuneStage) -> list[str]:
@@ -253,7 +253,7 @@ def _share(source: Source, recipe: Recipe, stage: Stage) -> Source:
         order = torch.arange(count) if in_blocks else permutation(0, 0, count)
         return Subset(source, order[: images_of_fraction(recipe.data.fraction, count)].sort().values)
     if isinstance(stage, FinetuneStage) and stage.labels.labels_per_class is not None:
-        return few_labels(cast(Labelled, source), stage.labels.labels_per_class, recipe.seed)
+        return few_labels(cast(LabelledSource, source), stage.labels.labels_per_class, recipe.seed)
     if isinstance(stage, SegmentStage) and stage.labels.images is not None:
         if stage.labels.images > count:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from simmim.config import FinetuneStage, Recipe, Video
-from simmim.data import CenterCrop, Labelled, RandAugmentedCrop, RandomCrop, Views
+from simmim.data import CenterCrop, LabelledSource, RandAugmentedCrop, RandomCrop, Views
 from simmim.data.loader import Batches
 from simmim.data.views import about_video, transforms_of
 from simmim.evaluation.classification import labelled_images
@@ -113,7 +113,9 @@ def views_of(video: Video, crop: CenterCrop) -> Views:
     )
 
 
-def make_tests(recipe: Recipe, stage: FinetuneStage, encoder: SwinEncoder, classes: list[str]) -> dict[str, Labelled]:
+def make_tests(
+    recipe: Recipe, stage: FinetuneStage, encoder: SwinEncoder, classes: list[str]
+) -> dict[str, LabelledSource]:
     """More images to judge the classifier by, by their places.
 
     Raises:

@@ -17,10 +17,10 @@ from simmim.data import (
     LabelledImages,
     MiddleClip,
     MovingShapes,
-    Pixels,
     RandAugmentedCrop,
     RandomClip,
     RandomCrop,
+    TensorImage,
     Video,
     VideoDecoder,
     Views,
@@ -143,7 +143,7 @@ def test_a_short_video_begins_again(tmp_path):
 def test_all_frames_are_cropped_and_flipped_as_one_picture(tmp_path):
     write_video(tmp_path / "a.mkv", count=6, codec="ffv1", draw=scene)
     video = Video((tmp_path / "a.mkv").read_bytes())
-    picture = Pixels(whole(video, [0])[:, 0])
+    picture = TensorImage(whole(video, [0])[:, 0])
     crop = RandomCrop((10, 12), scale=(0.2, 0.8))
     transform = RandomClip(crop, num_frames=3)
     assert transform.num_draws == crop.num_draws + 1

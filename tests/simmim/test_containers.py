@@ -276,7 +276,7 @@ def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
     assert not torch.equal(epoch_order(3, 0, 22, stream.blocks), epoch_order(3, 1, 22, stream.blocks))
     assert LabelledImages(stream.files).classes == list(CLASSES)
     training, validation = split_validation(stream, 2)
-    assert validation.numbers.tolist() == [0, 1] and len(training.blocks) == 20
+    assert validation.indices.tolist() == [0, 1] and len(training.blocks) == 20
     with pytest.raises(ValueError, match="only these can be streamed"):
         open_files(f"stream:{tmp_path}/folder/*/*.png")
 

@@ -14,10 +14,10 @@ from PIL import Image
 from simmim.data import (
     CenterCrop,
     Decoder,
-    Pixels,
     RandAugmentedCrop,
     RandomCrop,
     Shapes,
+    TensorImage,
     evaluation_batches,
     open_images,
     split_validation,
@@ -162,7 +162,7 @@ def test_crops_resize_and_flip():
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).repeat(5, 1, 1)
     draws = [0.999] * RandomCrop.num_draws
     whole = RandomCrop((8, 8), (1, 1), (1, 1))
-    picture = Pixels(image)
+    picture = TensorImage(image)
     assert torch.equal(whole(picture, draws), image)
     draws[0] = 0.0
     assert torch.equal(whole(picture, draws), image.flip(-1))
@@ -173,7 +173,7 @@ def test_the_holdout_is_disjoint_and_never_more_than_a_tenth(tmp_path):
     write_images(tmp_path, 30)
     training, validation = split_validation(open_images(tmp_path), 64)
     assert len(training) == 27 and len(validation) == 3
-    assert not set(training.numbers.tolist()) & set(validation.numbers.tolist())
+    assert not set(training.indices.tolist()) & set(validation.indices.tolist())
     write_images(tmp_path / "few", 9)
     training, validation = split_validation(open_images(tmp_path / "few"), 64)
     assert len(training) == 9 and validation is None

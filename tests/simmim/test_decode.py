@@ -11,7 +11,7 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from simmim.data import Decoder, Pixels
+from simmim.data import Decoder, TensorImage
 from simmim.data.decode import BACKGROUND, from_image, to_image
 
 
@@ -52,7 +52,7 @@ def test_a_crop_is_taken_from_the_image_as_it_is_looked_at(orientation, flip):
     expected = upright[:, 5:35, 9:49]
     expected = expected.flip(-1) if flip else expected
     assert torch.equal(picture.crop((5, 9, 30, 40), (30, 40), flip=flip), expected)
-    half = Pixels(expected.contiguous()).crop((0, 0, 30, 40), (15, 20))
+    half = TensorImage(expected.contiguous()).crop((0, 0, 30, 40), (15, 20))
     assert (picture.crop((5, 9, 30, 40), (15, 20), flip=flip).int() - half.int()).abs().max() <= 1
 
 
@@ -71,7 +71,7 @@ def test_large_jpegs_are_reduced_while_they_are_decoded_and_nobody_sees_it():
     picture = Decoder()(data)
     reduced = picture.crop(box, size)
     assert picture.image.size == (1000, 750)  # 1300 px hold 192 px twice and more at half, not at a quarter
-    full = Pixels(pixels_of(Image.open(io.BytesIO(data)))).crop(box, size)
+    full = TensorImage(pixels_of(Image.open(io.BytesIO(data)))).crop(box, size)
     assert psnr(reduced, full) > 50
     small = Decoder()(data)
     small.crop((0, 0, 600, 600), size)
@@ -81,7 +81,7 @@ def test_large_jpegs_are_reduced_while_they_are_decoded_and_nobody_sees_it():
 def test_images_of_more_than_one_block_of_memory():
     image = smooth(2100, 2100)
     ours = Decoder()(content(image, compress_level=1)).crop((10, 20, 2090, 2080), (64, 64))
-    assert (ours.int() - Pixels(pixels_of(image)).crop((10, 20, 2090, 2080), (64, 64)).int()).abs().max() <= 1
+    assert (ours.int() - TensorImage(pixels_of(image)).crop((10, 20, 2090, 2080), (64, 64)).int()).abs().max() <= 1
     assert torch.equal(whole(content(image, compress_level=1)), pixels_of(image))
 
 

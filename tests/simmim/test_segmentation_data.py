@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from simmim.data import Decoder, Pixels, evaluation_batches, open_files, training_batches
+from simmim.data import Decoder, TensorImage, evaluation_batches, open_files, training_batches
 from simmim.data.segment_transforms import CenterSegmentCrop, RandomSegmentCrop, WholeSegments, distorted
 from simmim.data.segments import (
     IGNORED,
@@ -294,7 +294,7 @@ def test_image_and_map_take_the_same_crop(tmp_path, size):
 def test_scales_are_drawn_from_half_to_twice(tmp_path):
     """A ramp of columns: the step between neighbours says how much larger the image became."""
     ramp = torch.arange(200, dtype=torch.uint8).repeat(100, 1)
-    picture = SegmentedImage(Pixels(ramp.repeat(3, 1, 1)), ramp)
+    picture = SegmentedImage(TensorImage(ramp.repeat(3, 1, 1)), ramp)
     transform = RandomSegmentCrop((50, 50), mean=MEAN, distort=False, flip=0.0)
     for u, zoom in ((0.0, 0.25), (0.5, 0.625), (0.999999, 1.0)):
         row = transform(picture, [u] + [0.5] * (transform.num_draws - 1))["image"][0, 10]
@@ -308,7 +308,7 @@ def test_no_class_fills_a_crop_where_it_need_not():
     segments = torch.zeros(100, 100, dtype=torch.uint8)
     segments[40:60, 40:60] = 1
     segments[:, :30] = IGNORED
-    picture = SegmentedImage(Pixels(torch.zeros(3, 100, 100, dtype=torch.uint8)), segments)
+    picture = SegmentedImage(TensorImage(torch.zeros(3, 100, 100, dtype=torch.uint8)), segments)
     shares = {}
     for max_fraction in (0.75, 1.0):
         transform = RandomSegmentCrop((25, 25), mean=MEAN, short_px=100, scale=(1, 1), max_fraction=max_fraction)
