@@ -1,7 +1,7 @@
 """Random masking with large patches (SimMIM, arXiv 2111.09886, section 3.2). True = masked.
 
-``patch_mask`` (b, hm, wm) is over mask patches; it grows to ``token_mask`` (b, h, w) and
-``pixel_mask`` (b, 1, H, W) by repetition only.
+``patch_mask`` (b, hm, wm) has one value per mask patch; repetition expands it to ``token_mask`` (b, h, w)
+and ``pixel_mask`` (b, 1, H, W).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ BLOCKS, SMALLEST_BLOCK, BLOCK_ASPECT = 40, 16 / 14**2, 1 / 0.3
 
 
 class MaskGenerator:
-    """Masks exactly ``ceil(mask_ratio x cells)`` cells of every image, drawn from (seed, epoch, index).
+    """Masks exactly ``ceil(mask_ratio x mask patches)`` mask patches of every image, drawn from (seed, epoch, index).
 
     Args:
         image_size: ``(H, W)`` in pixels.
-        mask_patch_size: side of a cell in pixels; must divide both sides of the image.
-        strategy: ``random`` cells; one ``square`` at a random place (context encoders), as near to the
-            ratio as a whole side allows; or ``block``: rectangles on top of each other (BEiT, arXiv
-            2106.08254, algorithm 1), the last of them in part.
+        mask_patch_size: side of a mask patch in pixels; must divide both sides of the image.
+        mask_ratio: fraction of mask patches to mask.
+        strategy: ``random`` mask patches; one ``square`` at a random position (context encoders), with the
+            integer side that is closest to the ratio; or ``block``: overlapping rectangles (BEiT, arXiv
+            2106.08254, algorithm 1), filled up with single mask patches to the exact count.
 
     Raises:
-        ValueError: cells that do not divide the image, or a ratio that leaves nothing to see or to predict.
+        ValueError: mask patches do not divide the image, or the ratio masks none or all of them.
     """
 
     def __init__(
@@ -49,22 +50,22 @@ class MaskGenerator:
             )
         self.grid = (image_size[0] // mask_patch_size, image_size[1] // mask_patch_size)
         self.num_mask_patches = self.grid[0] * self.grid[1]
-        # Rounded first: 0.6 x 5 is 3, not a little more.
+        # Round first, because 0.6 x 5 may be slightly more than 3 in floating point.
         self.num_masked = math.ceil(round(mask_ratio * self.num_mask_patches, 9))
         if strategy == "square":
             self.side = min(max(1, round(math.sqrt(mask_ratio * self.num_mask_patches))), *self.grid)
             self.num_masked = self.side**2
         if not 0 < self.num_masked < self.num_mask_patches:
             raise ValueError(
-                f"mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_mask_patches} cells of "
-                f"{mask_patch_size} px: at least one cell must be masked and one visible; "
-                "change mask_ratio or take smaller cells"
+                f"mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_mask_patches} mask patches of "
+                f"{mask_patch_size} px: at least one mask patch must be masked and one visible; "
+                "change mask_ratio or choose a smaller mask_patch_size"
             )
         self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
         self.seed, self.strategy = seed, strategy
 
     def __call__(self, epoch: Tensor, index: Tensor) -> Tensor:
-        """bool ``(b, hm, wm)`` for samples given by int64 ``(b,)`` epoch and index, on their device."""
+        """Draw masks, bool ``(b, hm, wm)``, for samples given by epoch and index, int64 ``(b,)``, on their device."""
         if self.strategy == "square":
             return self._squares(epoch, index)
         if self.strategy == "block":
@@ -75,10 +76,10 @@ class MaskGenerator:
         return mask.view(-1, *self.grid)
 
     def _squares(self, epoch: Tensor, index: Tensor) -> Tensor:
-        places = uniform("mask", self.seed, epoch, index, 2)
+        draws = uniform("mask", self.seed, epoch, index, 2)
         rows, columns = (
-            torch.arange(length, device=index.device) - (place * (length - self.side + 1)).long()[:, None]
-            for length, place in zip(self.grid, places.unbind(dim=1), strict=True)
+            torch.arange(length, device=index.device) - (draw * (length - self.side + 1)).long()[:, None]
+            for length, draw in zip(self.grid, draws.unbind(dim=1), strict=True)
         )
         inside = [(line >= 0) & (line < self.side) for line in (rows, columns)]
         return inside[0][:, :, None] & inside[1][:, None, :]
@@ -108,23 +109,24 @@ class MaskGenerator:
                 missing -= fresh
             if not missing:
                 return mask
-        # What no rectangle fills exactly: single cells.
+        # Mask single patches until the count is exact.
         flat = mask.view(-1)
-        for cell in order:
-            if missing and not flat[cell]:
-                flat[cell] = True
+        for patch in order:
+            if missing and not flat[patch]:
+                flat[patch] = True
                 missing -= 1
         return mask
 
 
 def expand_mask(mask: Tensor, factor: int) -> Tensor:
-    """Repeat every cell ``factor`` times on both axes: ``(b, h, w)`` -> ``(b, h factor, w factor)``."""
+    """Repeat every mask value ``factor`` times on both axes: ``(b, h, w)`` -> ``(b, h factor, w factor)``."""
     return repeat(mask, "b h w -> b (h p) (w q)", p=factor, q=factor)
 
 
 def _dividing_sizes(image_size: tuple[int, int]) -> str:
+    """Suggest mask patch sizes that divide the image."""
     common = math.gcd(*image_size)
     sizes = [size for size in range(4, common + 1) if common % size == 0]
     if not sizes:
-        return "no cell of at least 4 px divides both sides; change image_size"
-    return f"take one of {', '.join(map(str, sizes))}"
+        return "no mask patch of at least 4 px divides both sides; change image_size"
+    return f"choose one of {', '.join(map(str, sizes))}"

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, stream, epoch, sample index): a counter-based generator.
 
-Masks and augmentations drawn from here do not depend on how many workers or processes there are or
-on what was drawn before, so a resumed run continues exactly and no generator state is ever saved.
-The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+Masks and augmentations drawn from it do not depend on the number of workers or processes or on earlier
+draws, so a resumed run continues exactly and no generator state is ever saved.
+The mixing function is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
-# One stream per purpose, so that the mask of a sample says nothing about its crop.
+# One stream per purpose, so that the mask of a sample is independent of its crop.
 STREAMS = {"order": 1, "crop": 2, "mask": 3, "shapes": 4, "step": 5, "validation": 6, "grain": 7, "motion": 8}
 
 
 def random_bits(stream: str, seed: int, epoch: Tensor, index: Tensor, count: int) -> Tensor:
-    """``count`` independent 64-bit numbers for every sample.
+    """Draw ``count`` independent 64-bit numbers for every sample.
 
     Args:
-        stream: what the numbers are for, a key of ``STREAMS``.
-        epoch: int64 ``(n,)``, the epoch in which each sample is seen.
-        index: int64 ``(n,)``, the number of each sample in its source.
+        stream: purpose of the numbers, a key of ``STREAMS``.
+        epoch: int64 ``(n,)``, the epoch of each sample.
+        index: int64 ``(n,)``, the index of each sample in its source.
+        count: random numbers per sample.
 
     Returns:
         int64 ``(n, count)`` over the whole signed range, on the device of ``index``; the same on
@@ -35,20 +36,20 @@ def random_bits(stream: str, seed: int, epoch: Tensor, index: Tensor, count: int
 
 
 def uniform(stream: str, seed: int, epoch: Tensor, index: Tensor, count: int) -> Tensor:
-    """Like :func:`random_bits`, as float64 in [0, 1)."""
+    """Draw like :func:`random_bits`, but float64 in [0, 1)."""
     return _shift_right(random_bits(stream, seed, epoch, index, count), 11).double() * 2.0**-53
 
 
-def derive_seed(stream: str, seed: int, *numbers: int) -> int:
-    """One non-negative seed for torch's own generators, from a seed and any numbers."""
+def derive_seed(stream: str, seed: int, *values: int) -> int:
+    """Derive a non-negative seed for torch's own generators from a seed and any integers."""
     key = _constant(seed, torch.zeros(1, dtype=torch.int64)) + STREAMS[stream]
-    for number in numbers:
-        key = _mix(_mix(key) + number)
+    for value in values:
+        key = _mix(_mix(key) + value)
     return int(_shift_right(_mix(key), 1))
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of ``size`` samples in an epoch: int64 ``(size,)``."""
+    """Return the order of ``size`` samples in an epoch: int64 ``(size,)``."""
     generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
     return torch.randperm(size, generator=generator)
 
@@ -64,11 +65,11 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's ``>>`` copies the sign."""
+    """Shift logically; torch's ``>>`` would extend the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The signed 64-bit integer with the same low bits."""
+    """Return the signed 64-bit integer with the same low bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

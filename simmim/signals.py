@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 (schedulers, before time is up), Ctrl-C, a launcher that is gone."""
+"""Signals and graceful shutdown: SIGTERM and SIGUSR1 (sent by schedulers), Ctrl-C, and the end of the launcher."""
 
 from __future__ import annotations
 
@@ -10,77 +10,76 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-ASKS = (signal.SIGTERM, signal.SIGUSR1)
-LAUNCHER_SETS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-
-
-PARENT = os.getppid()
-"""At the start: a launcher that is gone later was still there."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+"""Environment variables that launchers set."""
+PARENT_PID = os.getppid()
+"""Parent process at import: a change shows that the launcher has ended."""
 
 
 class Stopped(BaseException):
-    """Asked to stop, and everything until then is saved: the same command continues.
+    """Raised to stop the process after a signal; the same command resumes the run.
 
-    No Exception, as KeyboardInterrupt is none: it must not be taken for the fault of what it interrupts.
+    Like KeyboardInterrupt not an ``Exception``, so that error handlers of interrupted code do not catch it.
     """
 
 
 class StopRequest:
-    """A context in which signals are remembered instead of obeyed, until the loop comes to a good place.
+    """Context that records stop signals, so that the training loop can stop after a complete step.
 
-    A second Ctrl-C leaves at once. Signals reach the main thread only; in another one nothing changes.
+    A second Ctrl-C stops immediately. Only the main thread receives signals; in other threads this has no effect.
     """
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        # A launcher for one process does not pass signals on; it dies and leaves its child behind.
-        self._parent = PARENT if any(name in os.environ for name in LAUNCHER_SETS) else None
+        # A launcher of a single process does not forward signals: it ends and leaves its child running.
+        self._parent = PARENT_PID if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in (*ASKS, signal.SIGINT)}
+            self._before = {signum: signal.signal(signum, self._record) for signum in (*STOP_SIGNALS, signal.SIGINT)}
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if error is None and self._signal is not None:  # came after the loop had last looked
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        if error is None and self._signal is not None:  # received after the last check of the loop
             signal.raise_signal(self._signal)
 
     def reason(self) -> str | None:
-        """What asked to stop, or None."""
+        """Return the reason to stop, or None."""
         if self._signal is not None:
             return self._signal.name
         return "the end of its launcher" if self._parent not in (None, os.getppid()) else None
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT:
+    def _record(self, signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT:
             if self._signal == signal.SIGINT:
                 raise KeyboardInterrupt
-            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
-        self._signal = signal.Signals(number)
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
+        self._signal = signal.Signals(signum)
 
 
 @contextmanager
-def obey_signals() -> Iterator[None]:
-    """Outside of the loop, what asks to stop does so at once: there is nothing to save."""
+def raise_on_signals() -> Iterator[None]:
+    """Raise :class:`Stopped` immediately on a stop signal, for code outside the loop, which has nothing to save."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _stop) for number in ASKS}
+    before = {signum: signal.signal(signum, _stop) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def ignore_signals() -> None:
-    """For the processes beside a training process: it ends them itself."""
-    for number in (*ASKS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """Ignore stop signals in a helper process that the training process ends itself."""
+    for signum in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    raise Stopped(f"stopped by {signal.Signals(number).name}; the same command continues what can be continued")
+def _stop(signum: int, _: FrameType | None) -> None:
+    raise Stopped(f"stopped by {signal.Signals(signum).name}; run the same command again to resume")

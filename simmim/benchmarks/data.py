@@ -27,7 +27,7 @@ from tqdm import tqdm
 from simmim.data import RandAugmentedCrop, RandomCrop, open_files, open_images, training_batches
 from simmim.data.decode import Decoder, TensorImage, full_image
 from simmim.data.pack import Packing, pack
-from simmim.data.transforms import keep_a_bit
+from simmim.data.transforms import keep_one_posterize_bit
 from simmim.rng import uniform
 
 BATCH = 50
@@ -115,7 +115,7 @@ def _finetuning(folder: Path, packed: Path) -> dict[str, Batches]:
         )
         for step in transform.transforms:
             if hasattr(step, "ops"):
-                keep_a_bit(step)
+                keep_one_posterize_bit(step)
         return ImageDataset(str(folder.parent), transform=transform)
 
     crop = RandAugmentedCrop(

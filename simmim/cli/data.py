@@ -91,7 +91,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     )
     result = pack(arguments.path, arguments.out, packing, num_workers=arguments.num_workers)
     before, after = (result[f"bytes_{when}"] / 1e6 for when in ("before", "after"))
-    print(f"{result['images']:,} images, {before:,.1f} MB -> {after:,.1f} MB; {result['broken']} broken ones left out")
+    print(f"{result['images']:,} images, {before:,.1f} MB -> {after:,.1f} MB; {result['corrupt']} broken ones left out")
     if result["corrupt"]:
         print(f"named in {arguments.out / 'bad_images.csv'}")
     mean, std = (",".join(f"{value:g}" for value in result[name]) for name in ("mean", "std"))

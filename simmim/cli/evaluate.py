@@ -74,15 +74,15 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from simmim.data.sources import is_name, variants
+    from simmim.data.sources import imagenet_v2_parts, is_data_set_name
     from simmim.evaluation.dispatch import evaluate_export
 
     paths, options = split_options([*arguments.data, *arguments.overrides])
     rows = {}
     task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
-    places = [place for path in paths for place in variants(path)]
+    places = [place for path in paths for place in imagenet_v2_parts(path)]
     for place in places:  # before the first is judged, which may take hours
-        if not is_name(place) and not glob(str(Path(place).expanduser())):
+        if not is_data_set_name(place) and not glob(str(Path(place).expanduser())):
             raise ValueError(f"there is no {place!r}: expected labelled images, or options as key=value")
     for place in places:
         rows[place] = evaluate_export(arguments.encoder, place, options, **task)

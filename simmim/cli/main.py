@@ -20,7 +20,7 @@ from simmim.cli.evaluate import add_judge
 from simmim.cli.experiments import add_experiments
 from simmim.cli.plan import add_plan
 from simmim.cli.visualize import add_look
-from simmim.signals import Stopped, obey_signals
+from simmim.signals import Stopped, raise_on_signals
 
 PRETRAIN_EXAMPLES = """examples:
   simmim pretrain recipes/demo.yaml
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown argument(s): {' '.join(unknown)}")
     arguments.overrides += further
     try:
-        with obey_signals():
+        with raise_on_signals():
             code = arguments.run(arguments)
             _part()
             return code

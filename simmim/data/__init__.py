@@ -1,4 +1,4 @@
-"""Images and videos from where they lie to uint8 batches. Knows nothing of masks or models."""
+"""Loading images and videos from storage into uint8 batches, independent of masks and models."""
 
 from simmim.data.clips import MiddleClip, RandomClip, Video, VideoDecoder, Views
 from simmim.data.decode import Decoder, TensorImage
@@ -10,8 +10,8 @@ from simmim.data.sources import (
     LabelledSource,
     Source,
     Subset,
-    few_labels,
     labelled_sources,
+    limit_labels,
     open_files,
     open_images,
     split_validation,
@@ -38,8 +38,8 @@ __all__ = [
     "VideoDecoder",
     "Views",
     "evaluation_batches",
-    "few_labels",
     "labelled_sources",
+    "limit_labels",
     "open_files",
     "open_images",
     "split_validation",

@@ -1,7 +1,7 @@
-"""From the content of an image file to a resized crop: only what the crop needs is touched.
+"""Decoding of image files to resized crops, with as little work as the crop needs.
 
-A crop is drawn on the size in the header, before anything is decoded. The resize works on uint8 in
-place, on the memory that Pillow decoded into: no copy of the image, no float image.
+The crop box is chosen from the size in the header, before pixels are decoded. The resize reads the uint8
+memory that Pillow decoded into: there is no copy of the image and no float image.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+BACKGROUND = (255, 255, 255)  # color behind transparent pixels
 Box = tuple[int, int, int, int]
 """``(top, left, height, width)``, px."""
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused by their header, before they take memory: where Pillow begins to warn."""
+"""Larger images are refused by the size in their header, before memory is allocated. Pillow's warning threshold."""
 _ORIENTATION = 0x0112  # EXIF tag
-# EXIF orientation -> transposed, flipped left to right after that, flipped upside down after that.
+# EXIF orientation -> (transpose, then flip left to right, then flip upside down).
 _TURNS = {
     2: (False, True, False),
     3: (False, True, True),
@@ -35,33 +35,33 @@ _TURNS = {
     7: (True, True, True),
     8: (True, False, True),
 }
-_ONE_BLOCK = 1 << 24  # bytes; Pillow keeps larger images in several pieces
+_ONE_BLOCK = 1 << 24  # bytes; Pillow stores larger images in several blocks
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HAS_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class DecodedImage(Protocol):
-    """An image of which crops can be taken."""
+    """An image from which crops can be taken."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """``(H, W)``, px, as it is looked at: turned as its EXIF orientation says."""
+        """``(H, W)`` in px, after its EXIF orientation is applied."""
 
     @property
     def kind(self) -> str:
-        """For people: the format, and the mode where that is not usual."""
+        """Format, and color mode if it is unusual, for statistics and messages."""
 
     def crop(self, box: Box, size: tuple[int, int], interpolation: str = "bilinear", *, flip: bool = False) -> Tensor:
-        """uint8 ``(c, *size)``: the box, resized with antialiasing, mirrored left to right on request."""
+        """Crop a box and resize it with antialiasing, optionally flipped left to right: uint8 ``(c, *size)``."""
 
 
-def full_image(picture: DecodedImage) -> Tensor:
-    """All of it, uint8 ``(c, H, W)``."""
-    return picture.crop((0, 0, *picture.size), picture.size)
+def full_image(image: DecodedImage) -> Tensor:
+    """Return all pixels of an image: uint8 ``(c, H, W)``."""
+    return image.crop((0, 0, *image.size), image.size)
 
 
 class TensorImage:
-    """A picture that is decoded already: uint8 ``(c, H, W)``."""
+    """An image whose pixels are already decoded: uint8 ``(c, H, W)``."""
 
     def __init__(self, pixels: Tensor, kind: str = "array") -> None:
         self.pixels, self.kind = pixels, kind
@@ -75,28 +75,28 @@ class TensorImage:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What makes pictures of files and arrays, whatever they hold.
+    """Decodes image files and arrays to uint8 images with a fixed number of channels.
 
-    - More than one frame: the first; a TIFF with as many pages as ``channels``: one channel per page.
-    - Palette, CMYK, grey, bilevel: converted. Transparency: over white, unless there are four channels.
-    - EXIF orientation: applied.
+    - Several frames: the first one; but a TIFF with ``channels`` pages has one channel per page.
+    - Palette, CMYK, gray and bilevel images are converted. Transparency is shown over white, unless ``channels`` is 4.
+    - EXIF orientation is applied.
     - Arrays (``.npy``, TIFF with more than four samples): ``(c, H, W)`` or ``(H, W, c)``, ``(H, W)`` for one channel.
     - More than 8 bits: ``value_range`` is mapped to 0..255 and clipped; without it, uint16 keeps its upper byte
-      and everything else is refused. 8 bits stay as they are.
+      and other types are refused. 8-bit pixels are unchanged.
 
     Args:
-        channels: of the result.
-        value_range: of the pixels of files with more than 8 bits.
+        channels: number of channels of the result.
+        value_range: pixel values that become 0 and 255, for files with more than 8 bits.
     """
 
     channels: int = 3
     value_range: tuple[float, float] | None = None
 
     def __call__(self, content: bytes | np.ndarray | Tensor) -> DecodedImage:
-        """Read the header. Damaged content raises almost anything, here or when a crop is taken.
+        """Read the header. Damaged content may raise any exception, here or when a crop is taken.
 
         Args:
-            content: of an image file, an array, or uint8 ``(c, H, W)`` that is taken as it is.
+            content: bytes of an image file; an array; or uint8 ``(c, H, W)``, which is used unchanged.
         """
         if isinstance(content, Tensor):
             return TensorImage(content)
@@ -110,27 +110,27 @@ class Decoder:
             image = open_image(content)
         except UnidentifiedImageError:
             if content.startswith(_TIFF):
-                return TensorImage(self._from_array(_load_tiff(content)), "TIFF of many channels")
-            raise ValueError(f"no kind of image that is known, it begins with {content[:16]!r}") from None
+                return TensorImage(self._from_array(_load_tiff(content)), "TIFF multi-channel")
+            raise ValueError(f"unrecognized image format (starts with {content[:16]!r})") from None
         frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         if frames == self.channels > 1:
-            return TensorImage(self._from_array(_pages(image, frames)), "TIFF of several pages")
+            return TensorImage(self._from_array(_pages(image, frames)), "TIFF multi-page")
         if self.channels not in MODES:
             raise ValueError(f"{image.format} with {len(image.getbands())} channel(s), expected {self.channels}")
         return _ImageFile(image, self)
 
     def _from_array(self, array: np.ndarray) -> Tensor:
-        """uint8 ``(c, H, W)``."""
+        """Convert an array to uint8 ``(c, H, W)``."""
         if array.ndim == 2:
             array = array[None]
         if array.ndim != 3 or self.channels not in (array.shape[0], array.shape[2]):
-            raise ValueError(f"an array of shape {array.shape}, expected {self.channels} channels first or last")
+            raise ValueError(f"array of shape {array.shape}: expected {self.channels} channels, first or last")
         if array.shape[0] != self.channels:
             array = array.transpose(2, 0, 1)
         return torch.from_numpy(np.array(self.to_bytes(array), order="C"))
 
     def to_bytes(self, array: np.ndarray) -> np.ndarray:
-        """Any pixels as uint8."""
+        """Convert pixels of any type to uint8."""
         if array.dtype == np.uint8:
             return array
         if array.dtype == np.bool_:
@@ -138,14 +138,14 @@ class Decoder:
         if self.value_range is None:
             if array.dtype == np.uint16:
                 return (array >> 8).astype(np.uint8)
-            raise ValueError(f"{array.dtype} pixels: say with data.value_range which values are black and white")
+            raise ValueError(f"{array.dtype} pixels: set data.value_range to the values that are black and white")
         low, high = self.value_range
         scaled = (array.astype(np.float32) - low) * (255 / (high - low))
         return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
 
 
 class _ImageFile:
-    """A file whose header has been read."""
+    """An image file of which only the header has been read."""
 
     def __init__(self, image: Image.Image, decoder: Decoder) -> None:
         self.image, self.decoder, self.mode = image, decoder, MODES[decoder.channels]
@@ -167,7 +167,7 @@ class _ImageFile:
         if self.transposed:
             top, left, height, width, size = left, top, width, height, (size[1], size[0])
         pixels = self._stored_crop((top, left, height, width), size, interpolation)
-        # Mirroring whole pixels, where they lie together, is many times faster than channel by channel.
+        # With interleaved channels, flipping whole pixels is many times faster than flipping each channel.
         if self.transposed:
             pixels = pixels.transpose(-1, -2)
         sides = [-1] * (self.mirrored != flip) + [-2] * self.upside_down
@@ -175,7 +175,7 @@ class _ImageFile:
         return pixels[: self.decoder.channels]
 
     def _stored_crop(self, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
-        """uint8 ``(channels or more, *size)`` of the image as it lies in the file."""
+        """Crop and resize in the orientation of the file: uint8 ``(channels or more, *size)``."""
         top, left, height, width = box
         reduction = _reduction(self.image, (height, width), size)
         if reduction > 1:
@@ -202,36 +202,41 @@ class _ImageFile:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The header of an image. Raises ValueError for one that is too large, UnidentifiedImageError, OSError."""
+    """Read the header of an image.
+
+    Raises:
+        ValueError: the image is too large.
+        UnidentifiedImageError, OSError: the format is unknown or the header is damaged.
+    """
     try:
         image = Image.open(io.BytesIO(content))
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from None
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} px, more than {MAX_PIXELS / 1e6:.0f} megapixels: a bomb?")
+        raise ValueError(f"{image.width} x {image.height} px exceeds the limit of {MAX_PIXELS / 1e6:.0f} megapixels")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
-        return 1  # the usual case, without building a table of tags
+        return 1  # the usual case, without parsing EXIF tags
     return image.getexif().get(_ORIENTATION, 1)
 
 
 def _reduction(image: Image.Image, crop: tuple[int, int], size: tuple[int, int]) -> int:
-    """By what a JPEG can be reduced while it is decoded, so that twice the wanted size is left.
+    """Return the factor by which a JPEG can be reduced during decoding and still have twice the target size.
 
-    At twice the size the result differs by 51 to 54 dB from that of the full image, which nobody
-    sees; at one time the size by 40, and fine detail is lost.
+    At twice the target size the result differs from that of the full image by 51 to 54 dB PSNR, which is not
+    visible; at exactly the target size by 40 dB, and fine detail is lost.
     """
     if image.format != "JPEG":
         return 1
-    room = min(crop[0] // (2 * size[0]), crop[1] // (2 * size[1]))
-    return next((reduction for reduction in (8, 4, 2) if reduction <= room), 1)
+    largest = min(crop[0] // (2 * size[0]), crop[1] // (2 * size[1]))
+    return next((reduction for reduction in (8, 4, 2) if reduction <= largest), 1)
 
 
 def _memory(image: Image.Image) -> Tensor:
-    """uint8 ``(1, bands, H, W)``, channels last: the memory of a Pillow image; three bands come as four."""
+    """Return the memory of a Pillow image, uint8 ``(1, bands, H, W)``, channels last; RGB is stored with four bands."""
     if image.width * image.height * 4 > _ONE_BLOCK:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     else:
@@ -240,28 +245,28 @@ def _memory(image: Image.Image) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """uint8 ``(3, H, W)`` as a Pillow image; a crop of a file, whose pixels lie together, in one step."""
+    """Convert uint8 ``(3, H, W)`` to a Pillow image, without an extra copy if the pixels are stored as RGBX."""
     height, width = pixels.shape[1:]
     if pixels.stride() == (1, 4 * width, 4):
-        together = pixels.as_strided((height, width, 4), (4 * width, 4, 1))
-        return Image.frombytes("RGB", (width, height), together.numpy(), "raw", "RGBX")
+        interleaved = pixels.as_strided((height, width, 4), (4 * width, 4, 1))
+        return Image.frombytes("RGB", (width, height), interleaved.numpy(), "raw", "RGBX")
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def from_image(image: Image.Image) -> Tensor:
-    """uint8 ``(3, H, W)`` of an RGB image, in its memory."""
+    """Return the pixels of an RGB image, uint8 ``(3, H, W)``, sharing its memory."""
     return _memory(image)[0, :3]
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Antialiased resize of uint8 ``(1, c, H, W)``; always a copy."""
+    """Resize uint8 ``(1, c, H, W)`` with antialiasing; always returns a copy."""
     if tuple(pixels.shape[2:]) == tuple(size):
         return pixels.clone()
     return F.interpolate(pixels, size, mode=interpolation, antialias=True)
 
 
 def _mirror(pixels: Tensor, dims: list[int]) -> Tensor:
-    """``pixels.flip(dims)`` of ``(c, H, W)``, four channels that lie together moved as one number."""
+    """Compute ``pixels.flip(dims)`` of ``(c, H, W)``, moving four interleaved channels as one int32."""
     if pixels.shape[0] != 4 or pixels.stride(0) != 1:
         return pixels.flip(dims)
     packed = pixels.permute(1, 2, 0).view(torch.int32)[..., 0].flip(dims)
@@ -280,12 +285,12 @@ def _load_npy(content: bytes) -> np.ndarray:
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
     except MemoryError:
-        raise ValueError("the array is larger than memory") from None
+        raise ValueError("the array does not fit into memory") from None
 
 
 def _load_tiff(content: bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
-        raise ValueError("a TIFF that Pillow does not know: pip install 'simmim[tiff]' may read it") from None
+        raise ValueError("TIFF that Pillow cannot read: pip install 'simmim[tiff]' may be able to read it") from None
     return tifffile.imread(io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""What lies in a folder, a list of paths, a zip or a tar: one entry for each image, or for each video."""
+"""Listing of folders, path lists, zip and tar files: one entry for each image or video."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ TRAINING, VALIDATION = ("train", "training"), ("val", "validation", "test")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "video", "name")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 KINETICS = ("youtube_id", "time_start", "time_end")
-"""Columns of its lists, which name a part of a video but no file."""
-WHOLE, STORED, ZIPPED, LOST = 0, 1, 2, 3  # how an image lies: its own file, bytes, a zip entry; or not at all
-DEFLATED = 1 << 62  # a bit of the size: the bytes are deflated
+"""Columns of the Kinetics lists, which name a part of a video instead of a file."""
+FILE, STORED, ZIPPED, UNREADABLE = 0, 1, 2, 3  # storage of an image: own file, bytes in a tar, zip entry, damaged
+DEFLATED = 1 << 62  # flag bit in ``Entry.size``: the bytes are compressed with deflate
 
 
 class Entry(NamedTuple):
-    """One row: an image called ``name``, in the archive number ``place`` unless it is a file."""
+    """One image: ``archive`` is the index of its archive, -1 for a file of its own."""
 
     name: str
     label: str | None = None
-    place: int = -1
-    kind: int = WHOLE
+    archive: int = -1
+    kind: int = FILE
     offset: int = 0
     size: int = 0
 
 
 class Found(NamedTuple):
-    """What lies in a folder and below it."""
+    """Contents of a folder and its subfolders."""
 
     images: list[str]
-    """Paths below the folder, sorted."""
+    """Relative paths, sorted."""
     folders: list[Path]
+    """The folder and its subfolders."""
     shards: list[Path]
     """Archives and tables, sorted."""
     videos: list[str]
-    """As images."""
+    """Relative paths, sorted."""
     num_others: int
 
 
 def scan(root: Path) -> Found:
-    """List a folder; links to folders are followed once, what begins with a dot is left out.
+    """List a folder recursively; directory symlinks are followed once, hidden files are skipped.
 
     Raises:
-        OSError: a folder that cannot be read.
+        OSError: a folder cannot be read.
     """
     images: list[str] = []
     videos: list[str] = []
@@ -88,17 +89,17 @@ def scan(root: Path) -> Found:
 
 
 def is_image(name: str) -> bool:
-    """By its extension."""
+    """Return True if the extension is that of an image format."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def is_video(name: str) -> bool:
-    """By its extension."""
+    """Return True if the extension is that of a video format."""
     return os.path.splitext(name)[1].lower() in VIDEOS
 
 
 def read_list(path: Path) -> tuple[list[Entry], list[Path]]:
-    """A text file with a path per line, or a table with a column of paths and perhaps one of labels, or of Kinetics.
+    """Read a text file with one path per line, a table with a path column and optionally labels, or a Kinetics list.
 
     Returns:
         The entries, and the files and folders that they depend on.
@@ -106,115 +107,116 @@ def read_list(path: Path) -> tuple[list[Entry], list[Path]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 text") from None
     if path.suffix.lower() in (".txt", ".lst"):
         lines = text.split("\n")
         entries = [Entry(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
     else:
         rows = _read_table(path, text)
-        head = [cell.strip().lower() for cell in rows[0]] if rows else []
-        place, label = 0, 1
+        head = [name.strip().lower() for name in rows[0]] if rows else []
+        column, label = 0, 1
         if set(KINETICS) <= set(head):
             found = scan(path.parent)
             named = [dict(zip(head, row, strict=False)) for row in rows[1:]]
             return _find_kinetics(path, found.videos, named), [path, *found.folders]
         if rows and not (is_image(rows[0][0]) or is_video(rows[0][0])):
-            place = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
+            column = next((head.index(word) for word in PATH_COLUMNS if word in head), -1)
             label = next((head.index(word) for word in LABEL_COLUMNS if word in head), len(head))
-            if place < 0:
+            if column < 0:
                 raise ValueError(
-                    f"{path} has the columns {', '.join(head)}: call the one with paths {' or '.join(PATH_COLUMNS)}"
+                    f"{path} has the columns {', '.join(head)}: name the path column {' or '.join(PATH_COLUMNS)}"
                 )
             rows = rows[1:]
-        if short := next((row for row in rows if len(row) <= place), None):
+        if short := next((row for row in rows if len(row) <= column), None):
             raise ValueError(f"{path} has a row without a path: {', '.join(short)}")
-        entries = [Entry(row[place], (row[label] if label < len(row) else "") or None) for row in rows]
+        entries = [Entry(row[column], (row[label] if label < len(row) else "") or None) for row in rows]
     if not entries:
         raise ValueError(f"{path} lists no images: expected one path per line, relative to {path.parent}")
     return entries, [path]
 
 
 def _read_table(path: Path, text: str) -> list[list[str]]:
-    """Rows that are not empty."""
+    """Split a CSV or TSV file into its non-empty rows."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
     except csv.Error as error:
-        raise ValueError(f"{path} is no table of paths: {error}") from None
+        raise ValueError(f"{path} is not a table of paths: {error}") from None
 
 
 def _find_kinetics(path: Path, videos: list[str], rows: list[dict[str, str]]) -> list[Entry]:
-    """Files of the names that Kinetics has, ``ID_000010_000020.mp4``, anywhere below the folder of the list.
+    """Find videos with Kinetics file names, ``ID_000010_000020.mp4``, anywhere below the folder of the list.
 
-    One that is not there stays in, to be named and counted when it is read: some have always gone since.
+    A missing video keeps its entry, so that reading it reports and counts it; some are no longer available online.
     """
     by_stem = {video.rpartition("/")[2].rpartition(".")[0]: video for video in videos}
     entries = []
-    for number, row in enumerate(rows, start=2):
+    for line, row in enumerate(rows, start=2):
         try:
             stem = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
         except (KeyError, ValueError):
             raise ValueError(
-                f"row {number} of {path} is {', '.join(row.values())}: expected {', '.join(KINETICS)}, times in seconds"
+                f"row {line} of {path} is {', '.join(row.values())}: expected {', '.join(KINETICS)}, times in seconds"
             ) from None
         entries.append(Entry(by_stem.get(stem, f"{stem}.mp4"), row.get("label")))
     if not {entry.name for entry in entries} & set(videos):
         raise ValueError(
             f"none of the {len(entries)} videos of {path} are in {path.parent} or below it ({len(videos)} others): "
-            "expected files called ID_START_END.mp4, with six digits for each time, as dQw4w9WgXcQ_000010_000020.mp4"
+            "expected files named ID_START_END.mp4, with six digits for each time, like dQw4w9WgXcQ_000010_000020.mp4"
         )
     return entries
 
 
 def part_names(part: str) -> tuple[str, ...]:
-    """What ``train`` or ``val`` may be called."""
+    """Return the accepted names of the ``train`` or ``val`` part."""
     return {"val": VALIDATION, "train": TRAINING}.get(part, (part,))
 
 
 def part_of(name: str) -> str | None:
-    """``train`` or ``val`` if that is what a shard is called after, as ``imagenet-train-0001.tar``."""
+    """Return ``train`` or ``val`` if a shard name contains it, as in ``imagenet-train-0001.tar``, else None."""
     words = re.split(r"[^a-z]+", name.lower())
     return "train" if "train" in words else "val" if any(word in words for word in VALIDATION) else None
 
 
 def list_archives(archives: list[Path]) -> Iterator[Entry]:
-    """Images of all archives, sorted by name within each; a damaged one of several is one lost image.
+    """List the images of all archives, sorted by name within each archive.
 
-    Where archives are called after train and val, so are the folders of what is in them.
+    If one of several archives is damaged, it is listed as one unreadable image. If archive names contain train and
+    val, their images get these folders.
     """
     count = 0
     parts = [part_of(archive.name) for archive in archives]
     are_parts = "train" in parts and "val" in parts
-    for place, archive in enumerate(archives):
+    for index, archive in enumerate(archives):
         try:
-            entries = _list_zip(archive, place) if archive.suffix.lower() == ".zip" else _list_tar(archive, place)
+            entries = _list_zip(archive, index) if archive.suffix.lower() == ".zip" else _list_tar(archive, index)
         except (zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
             if len(archives) == 1:
-                raise ValueError(f"{archive} is damaged or no archive ({error})") from None
-            entries = [Entry("", None, place, LOST)]
+                raise ValueError(f"{archive} is damaged or not an archive ({error})") from None
+            entries = [Entry("", None, index, UNREADABLE)]
         count += len(entries)
-        if are_parts and parts[place]:
-            entries = [entry._replace(name=f"{parts[place]}/{entry.name}") for entry in entries]
+        if are_parts and parts[index]:
+            entries = [entry._replace(name=f"{parts[index]}/{entry.name}") for entry in entries]
         yield from sorted(entries, key=lambda entry: entry.name)
     if not count:
         raise ValueError(f"no images in {archives[0]}{' and others' if len(archives) > 1 else ''}")
 
 
-def _list_zip(archive: Path, place: int) -> list[Entry]:
+def _list_zip(archive: Path, index: int) -> list[Entry]:
     with zipfile.ZipFile(archive) as file:
         found = [info for info in file.infolist() if not info.is_dir() and _is_visible(info.filename)]
     for info in found:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise ValueError(f"{info.filename} is encrypted or packed by another method than deflate")
+            raise ValueError(f"{info.filename} is encrypted or compressed by a method other than deflate")
     entries = []
     for info in found:
         size = info.compress_size | (DEFLATED if info.compress_type == zipfile.ZIP_DEFLATED else 0)
-        entries.append(Entry(info.filename, None, place, ZIPPED, info.header_offset, size))
+        entries.append(Entry(info.filename, None, index, ZIPPED, info.header_offset, size))
     return _without_common_folder(entries)
 
 
-def _list_tar(archive: Path, place: int) -> list[Entry]:
-    """Also the layout of WebDataset: ``key.cls`` is the label of ``key.jpg``."""
+def _list_tar(archive: Path, index: int) -> list[Entry]:
+    """List the images of a tar; in the WebDataset layout ``key.cls`` holds the label of ``key.jpg``."""
     entries: list[Entry] = []
     labels: dict[str, str] = {}
     try:
@@ -224,7 +226,7 @@ def _list_tar(archive: Path, place: int) -> list[Entry]:
                     continue
                 if _is_visible(member.name):
                     name = member.name.removeprefix("./")
-                    entries.append(Entry(name, None, place, STORED, member.offset_data, member.size))
+                    entries.append(Entry(name, None, index, STORED, member.offset_data, member.size))
                 elif member.name.endswith(".cls") and member.size < 1000:
                     content = file.extractfile(member)
                     assert content is not None
@@ -241,11 +243,11 @@ def _is_visible(name: str) -> bool:
 
 
 def _without_common_folder(entries: list[Entry]) -> list[Entry]:
-    """Archives often hold one folder with everything in it; its name tells nothing."""
+    """Remove the folder that contains everything else in an archive, because it is not a class name."""
     while entries:
         folders = {entry.name.partition("/")[:2] for entry in entries}
         folder, slash = folders.pop()
-        # Where all images are of one class in one folder, it has to stay.
+        # A folder directly above the images is a class folder and has to stay.
         if folders or not slash or not all("/" in entry.name[len(folder) + 1 :] for entry in entries):
             return entries
         entries = [entry._replace(name=entry.name[len(folder) + 1 :]) for entry in entries]

@@ -1,8 +1,8 @@
 """Batches in an order that is a pure function of (seed, step).
 
-The training set is one endless line of samples: all of epoch 0 in its order, then epoch 1, and so
-on. Step s takes the next ``batch_size`` of them, across the border of epochs too; so the batch size
-is always exact, no sample is dropped, and a run continues at any step without replaying anything.
+The training set is an endless sequence of samples: all of epoch 0 in its order, then epoch 1, and so
+on. Step s takes the next ``batch_size`` of them, also across epoch boundaries; so the batch size is
+always exact, no sample is dropped, and a run resumes at any step without replaying earlier ones.
 """
 
 from __future__ import annotations
@@ -19,27 +19,34 @@ from torch.utils.data import DataLoader, Dataset
 from simmim.data.decode import DecodedImage
 from simmim.data.reading import Reader
 from simmim.data.sources import LabelledSource, Source
-from simmim.data.tables import BLOCKS_TOGETHER
-from simmim.data.transforms import Example, Transform, untouched_generators
+from simmim.data.tables import SHUFFLED_BLOCKS
+from simmim.data.transforms import Example, Transform, preserve_global_rng
 from simmim.rng import permutation, uniform
 from simmim.signals import ignore_signals
 
 Batch = dict[str, Any]
 MAX_CORRUPT_IN_A_ROW = 20
-HEADERS_TOGETHER = 16
-"""Headers are read so many at a time: between two large images the processor has forgotten how."""
+HEADERS_PER_GROUP = 16
+"""Number of headers read in a row: doing so before decoding pixels keeps code and data in cache."""
 
 
 class SampleDataset(Dataset):
-    """``(epoch, index)`` keys -> a batch: ``image`` uint8 ``(n, c, H, W)``, ``epoch`` and ``index``
-    int64 ``(n,)``, ``broken`` a list of ``(name, reason)``; with ``labelled`` also ``label`` int64
-    ``(n,)``, for which the source has to be one with labels. Without ``image`` when too many are broken.
+    """Data set whose items are whole batches, for a list of ``(epoch, index)`` keys.
 
-    A broken image is replaced by the next one of the source, so that batches keep their size; twenty
+    A batch holds ``image`` uint8 ``(n, c, H, W)``, ``epoch`` and ``index`` int64 ``(n,)``, ``corrupt``, a list of
+    ``(name, reason)``, and with ``labelled`` also ``label`` int64 ``(n,)``. ``image`` is missing if too many images
+    are corrupt.
+
+    A corrupt image is replaced by the next one of the source, so that batches keep their size; twenty
     in a row end the run. Without ``replace`` it is left out, so that no image counts twice.
 
     Args:
-        timeout_s: after which an image that cannot be fetched is given up as broken.
+        source: images to read; a :class:`LabelledSource` if ``labelled``.
+        transform: makes an example of each decoded image.
+        seed: of the random crops.
+        labelled: add labels to the batch.
+        replace: replace corrupt images.
+        timeout_s: time after which an image that cannot be fetched counts as corrupt.
     """
 
     def __init__(
@@ -57,23 +64,23 @@ class SampleDataset(Dataset):
         self._reader = Reader(source.fetch, timeout_s)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        with untouched_generators():
+        with preserve_global_rng():
             return self._batch(keys)
 
     def _batch(self, keys: list[tuple[int, int]]) -> Batch:
         epoch, index = torch.tensor(keys, dtype=torch.int64).unbind(dim=1)
         draws = uniform("crop", self.seed, epoch, index, self.transform.num_draws).tolist()
-        numbers = index.tolist()
+        indices = index.tolist()
         corrupt: list[tuple[str, str]] = []
         examples, labels, kept = [], [], []
-        contents = self._reader.many(numbers)
-        for start in range(0, len(numbers), HEADERS_TOGETHER):
-            few = numbers[start : start + HEADERS_TOGETHER]
-            opened = [self._open(number, content, corrupt) for number, content in zip(few, contents, strict=False)]
-            for place, (number, picture) in enumerate(zip(few, opened, strict=True), start=start):
-                found = self._crop(number, picture, draws[place], corrupt)
+        contents = self._reader.many(indices)
+        for start in range(0, len(indices), HEADERS_PER_GROUP):
+            group = indices[start : start + HEADERS_PER_GROUP]
+            opened = [self._open(each, content, corrupt) for each, content in zip(group, contents, strict=False)]
+            for position, (each, image) in enumerate(zip(group, opened, strict=True), start=start):
+                found = self._crop(each, image, draws[position], corrupt)
                 if found is not None:
-                    kept.append(place)
+                    kept.append(position)
                     examples.append(found[1])
                     if self.labelled:
                         labels.append(cast(LabelledSource, self.source).label(found[0]))
@@ -85,32 +92,32 @@ class SampleDataset(Dataset):
         batch |= {"index": index[kept], "corrupt": corrupt}
         return batch | {"label": torch.tensor(labels)} if self.labelled else batch
 
-    def _open(self, number: int, content: Callable[[], Any], corrupt: list[tuple[str, str]]) -> DecodedImage | None:
+    def _open(self, index: int, content: Callable[[], Any], corrupt: list[tuple[str, str]]) -> DecodedImage | None:
         try:
             return self.source.decode(content())
-        except Exception as error:  # damaged bytes raise almost anything; each is named with its reason
-            corrupt.append((self.source.name(number), reason_of(error)))
+        except Exception as error:  # damaged bytes may raise any exception
+            corrupt.append((self.source.name(index), reason_of(error)))
             return None
 
     def _crop(
-        self, number: int, picture: DecodedImage | None, draws: list[float], corrupt: list[tuple[str, str]]
+        self, index: int, image: DecodedImage | None, draws: list[float], corrupt: list[tuple[str, str]]
     ) -> tuple[int, Example] | None:
-        """The number and pixels of the image, or of the next good one if it is to be replaced."""
+        """Return the index and example of the image, or of the next valid one if corrupt images are replaced."""
         for _ in range(MAX_CORRUPT_IN_A_ROW):
-            if picture is not None:
+            if image is not None:
                 try:
-                    return number, self.transform(picture, draws)
+                    return index, self.transform(image, draws)
                 except Exception as error:
-                    corrupt.append((self.source.name(number), reason_of(error)))
+                    corrupt.append((self.source.name(index), reason_of(error)))
             if not self.replace:
                 return None
-            number = (number + 1) % len(self.source)
-            picture = self._open(number, partial(self._reader.one, number), corrupt)
+            index = (index + 1) % len(self.source)
+            image = self._open(index, partial(self._reader.one, index), corrupt)
         return None  # an exception would reach the main process wrapped in the worker's traceback
 
 
 class ResumableBatchSampler:
-    """Keys of every micro-batch of one process, from ``start_step`` to ``end_step``."""
+    """Yields the ``(epoch, index)`` keys of every micro-batch of one process, from ``start_step`` to ``end_step``."""
 
     def __init__(
         self,
@@ -141,26 +148,26 @@ class ResumableBatchSampler:
         first = self.start_step * self.batch_size + self.rank * self.micro_batch_size
         for start in range(first, self.end_step * self.batch_size, stride):
             keys = []
-            for position in range(start, start + self.micro_batch_size):
-                epoch, place = divmod(position, self.size)
+            for sample in range(start, start + self.micro_batch_size):
+                epoch, position = divmod(sample, self.size)
                 if epoch != order_epoch:
                     order_epoch, order = epoch, epoch_order(self.seed, epoch, self.size, self.blocks)
-                keys.append((epoch, int(order[place])))
+                keys.append((epoch, int(order[position])))
             yield keys
 
 
 def epoch_order(seed: int, epoch: int, size: int, blocks: Tensor | None = None) -> Tensor:
-    """The order of an epoch, int64 ``(size,)``: random; with blocks, a few random blocks at a time.
+    """Return the order of an epoch, int64 ``(size,)``: random; with blocks, within a few random blocks at a time.
 
     Args:
-        blocks: int ``(size,)``, the block of each image.
+        blocks: int ``(size,)``, the storage block of each image.
     """
     order = permutation(seed, epoch, size)
     if blocks is None:
         return order
     num_blocks = int(blocks.max()) + 1
     turn = torch.empty(num_blocks, dtype=torch.int64)
-    turn[permutation(seed, epoch, num_blocks)] = torch.arange(num_blocks) // BLOCKS_TOGETHER
+    turn[permutation(seed, epoch, num_blocks)] = torch.arange(num_blocks) // SHUFFLED_BLOCKS
     return order[turn[blocks.long()][order].argsort(stable=True)]
 
 
@@ -175,10 +182,13 @@ def training_batches(
     timeout_s: float = 60.0,
     **steps: int,
 ) -> Batches:
-    """Micro-batches of one process; ``steps`` are the arguments of :class:`ResumableBatchSampler`.
+    """Load the training micro-batches of one process.
+
+    Args:
+        **steps: arguments of :class:`ResumableBatchSampler`.
 
     Raises:
-        ValueError: while iterating, when too many images in a row are broken.
+        ValueError: while iterating, if too many images in a row are corrupt.
     """
     keys = ResumableBatchSampler(len(source), seed=seed, blocks=source.blocks, **steps)
     samples = SampleDataset(source, transform, seed, labelled=labelled, timeout_s=timeout_s)
@@ -196,29 +206,32 @@ def evaluation_batches(
     num_workers: int = 0,
     timeout_s: float = 60.0,
 ) -> Batches:
-    """Every good image once, over all processes, as epoch 0 of seed 0: the same crops and masks every time."""
-    keys = [(0, number) for number in range(rank, len(source), world_size)]
+    """Load every valid image once, split over all processes.
+
+    The keys are those of epoch 0 and seed 0, so crops and masks are the same every time.
+    """
+    keys = [(0, index) for index in range(rank, len(source), world_size)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     samples = SampleDataset(source, transform, seed=0, labelled=labelled, replace=False, timeout_s=timeout_s)
     return Batches(samples, batches, num_workers)
 
 
 class Batches:
-    """A DataLoader that names the broken images when it has to give up; can be iterated again.
+    """A DataLoader that names the corrupt images when it stops because of them; can be iterated repeatedly.
 
-    ``broken`` holds the images that were left out, names and reasons.
+    ``corrupt`` maps the names of images that were left out to the reasons.
     """
 
     def __init__(self, samples: SampleDataset, keys: Any, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.replace = samples.replace
         self.corrupt: dict[str, str] = {}
-        self.loader = in_workers(
+        self.loader = make_loader(
             samples,
             keys,
             num_workers,
             pin_memory=pin_memory,
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=_to_the_end,
+            worker_init_fn=_init_training_worker,
         )
 
     def __len__(self) -> int:
@@ -232,42 +245,42 @@ class Batches:
                     continue
             if "image" not in batch:
                 names = "; ".join(f"{name}: {reason}" for name, reason in batch["corrupt"][-3:])
-                raise ValueError(f"{MAX_CORRUPT_IN_A_ROW} images in a row could not be read, the last: {names}")
+                raise ValueError(f"{MAX_CORRUPT_IN_A_ROW} images in a row could not be read, the last ones: {names}")
             yield batch
 
 
-def in_workers(data: Dataset, batches: Any, num_workers: int, **options: Any) -> DataLoader:
-    """``data.__getitems__`` of every one of ``batches``, in order, by so many processes of one thread each."""
+def make_loader(data: Dataset, batches: Any, num_workers: int, **options: Any) -> DataLoader:
+    """Make a DataLoader that yields ``data.__getitems__(batch)`` in order, from single-threaded workers."""
     return DataLoader(
         data,
         batch_sampler=batches,
         collate_fn=_identity,
         num_workers=num_workers,
-        # The base seed of workers would be drawn from the global generator; nothing here uses it.
+        # Without this the DataLoader would draw a seed for its workers from the global generator.
         generator=torch.Generator().manual_seed(0),
-        **{"worker_init_fn": _one_thread, **options},
+        **{"worker_init_fn": _init_worker, **options},
     )
 
 
 def _identity(batch: Any) -> Any:
-    """Of what comes as a batch already; workers that are started afresh need a name for it."""
+    """Return a batch unchanged; spawned workers need a named function."""
     return batch
 
 
-def _one_thread(_: int) -> None:
-    """Workers share the cores among themselves, and do not repeat what Pillow thinks of odd headers."""
+def _init_worker(_: int) -> None:
+    """Use one thread, because the workers share the cores, and hide Pillow's warnings about unusual headers."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _to_the_end(worker: int) -> None:
-    """Signals reach the workers of a training process too, which needs them until its step is done."""
-    _one_thread(worker)
+def _init_training_worker(worker: int) -> None:
+    """Also ignore signals: the training process needs its workers until its step is done."""
+    _init_worker(worker)
     ignore_signals()
 
 
 def reason_of(error: BaseException) -> str:
-    """One line for people."""
+    """Describe an exception in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

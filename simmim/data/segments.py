@@ -311,7 +311,7 @@ def _part(folder: Path, names: Sequence[str]) -> str:
 
 def _by_path(files: Files, problems: list[Problem]) -> dict[str, int]:
     """The number of every file by its path below the folder or archive, without the ending."""
-    places = getattr(files, "places", [])
+    places = getattr(files, "archives", [])
     root = f"{places[0] if len(places) == 1 else getattr(files, 'root', '')}/"
     numbers: dict[str, int] = {}
     for number in range(len(files)):

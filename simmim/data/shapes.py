@@ -1,9 +1,9 @@
-"""``builtin:shapes``: labelled pictures out of nothing, for trying things out without any data.
+"""``builtin:shapes``: generated labelled images, for experiments without any data.
 
-In front of a background of dead leaves (overlapping shaded discs, the model of natural image
-statistics of Matheron; Lee, Mumford and Huang, IJCV 2001) stands one large shape that carries one
-texture, under the grain of a sensor. The label is the texture. Shape, colours, place, size, rotation,
-phase and light are random and tell nothing of it.
+Each image shows one large textured shape in front of a dead-leaves background (overlapping shaded discs,
+Matheron's model of natural image statistics; Lee, Mumford and Huang, IJCV 2001), with sensor noise. The
+label is the texture. Shape, colors, position, size, rotation, phase and light are random and independent
+of the label.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ TEXTURES = ("plain", "stripes", "checks", "rings")
 MOTIONS = ("sinking", "rising")
 NUM_FRAMES = 16
 GRAIN = 0.05
-KEPT_BYTES = 256 << 20  # of drawn pictures: drawing takes longer than a small encoder does
+CACHE_BYTES = 256 << 20  # cache of drawn images, because drawing takes longer than a step of a small encoder
 _NUM_LEAVES = 3
-_LEAF_DRAWS = 5  # and a colour
-_OBJECT_DRAWS = 8  # and two colours
-_VALIDATION_START = 1 << 40  # held-out pictures are other numbers, so no picture is in both splits
+_LEAF_DRAWS = 5  # plus a color
+_OBJECT_DRAWS = 8  # plus two colors
+_VALIDATION_START = 1 << 40  # validation images use other indices, so no image is in both splits
 
 
 class Shapes:
-    """A source of ``num_images`` pictures of ``size`` ``(H, W)``; the same for the same number, for ever.
+    """A source of ``num_images`` images of ``size`` ``(H, W)``; an image depends only on its index.
 
-    Lengths are relative to the shorter side: a larger picture shows the same scene.
+    Lengths are relative to the shorter side: a larger image shows the same scene.
     """
 
     classes: Sequence[str] = TEXTURES
@@ -45,7 +45,7 @@ class Shapes:
     ) -> None:
         self.num_images, self.size, self.channels = num_images, size, channels
         self.start = _VALIDATION_START if validation else 0
-        self._drawn: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return self.num_images
@@ -54,35 +54,35 @@ class Shapes:
         return f"builtin:shapes/{self.start + index}"
 
     def label(self, index: int) -> int:
-        """The number of its texture in ``TEXTURES``."""
+        """Return the index of the texture in ``TEXTURES``."""
         return self._classes(self._draws(index))[1]
 
     def fetch(self, index: int) -> int:
-        """Nothing to wait for."""
+        """Return the index itself: there is nothing to read."""
         return index
 
     def decode(self, content: int) -> Any:
-        """Drawing is work like decoding."""
+        """Draw the image, which takes about as long as decoding one."""
         return TensorImage(self.read(content))
 
     def read(self, index: int) -> Tensor:
-        """uint8 ``(c, H, W)``, or ``(c, T, H, W)`` where they move."""
-        if index in self._drawn:
-            return self._drawn[index]
+        """Return the image, uint8 ``(c, H, W)``, or the video, uint8 ``(c, T, H, W)``."""
+        if index in self._cache:
+            return self._cache[index]
         image = self._draw(index)
-        if (len(self._drawn) + 1) * image.nbytes <= KEPT_BYTES:
-            self._drawn[index] = image
+        if (len(self._cache) + 1) * image.nbytes <= CACHE_BYTES:
+            self._cache[index] = image
         return image
 
     def paint(self, index: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The picture, uint8 ``(c, H, W)``, and bool ``(H, W)`` where its shape is.
+        """Draw an image, uint8 ``(c, H, W)``, and the mask of its shape, bool ``(H, W)``.
 
         Args:
-            background: float ``(c, H, W)`` in [0, 1], instead of leaves.
+            background: float ``(c, H, W)`` in [0, 1], instead of dead leaves.
         """
         y, x = _coordinates(self.size)
         scene, inside = self._scene(index, y, x, y, background)
-        return self._seen(index, scene), inside
+        return self._to_uint8(index, scene), inside
 
     def _draw(self, index: int) -> Tensor:
         return self.paint(index)[0]
@@ -90,8 +90,12 @@ class Shapes:
     def _scene(
         self, index: int, y: Tensor, x: Tensor, own_y: Tensor, background: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Float ``(c, H, W)`` in [0, 1], and where the shape is; ``own_y`` are the rows as the shape sees them, in one
-        or in many frames ``(T, 1, H, W)``, which gives ``(T, c, H, W)``."""
+        """Draw a scene, float ``(c, H, W)`` in [0, 1], and the mask of its shape.
+
+        Args:
+            own_y: row coordinates relative to the shape, for one frame, or ``(T, 1, H, W)`` for several frames, which
+                gives ``(T, c, H, W)``.
+        """
         draws = self._draws(index)
         shape, texture = self._classes(draws)
         leaves, rest = draws[2:].split([_NUM_LEAVES * (_LEAF_DRAWS + self.channels), _OBJECT_DRAWS + 2 * self.channels])
@@ -99,12 +103,12 @@ class Shapes:
             background = _dead_leaves(leaves.view(_NUM_LEAVES, -1), y, x)
         return _draw_object(background, rest, own_y, x, shape, texture)
 
-    def _seen(self, index: int, scene: Tensor) -> Tensor:
-        """uint8, under the grain."""
+    def _to_uint8(self, index: int, scene: Tensor) -> Tensor:
+        """Add sensor noise and convert to uint8."""
         return ((scene + self._grain(index, scene.shape)).clamp(0, 1) * 255).round().to(torch.uint8)
 
     def _grain(self, index: int, shape: Sequence[int]) -> Tensor:
-        """Noise of a sensor, uniform within ``GRAIN``: one byte of a random word for each value."""
+        """Make sensor noise, uniform in +-``GRAIN``, from one random byte per value."""
         sample = torch.tensor([self.start + index])
         words = random_bits("grain", 0, torch.zeros_like(sample), sample, -(-math.prod(shape) // 8))
         values = words.view(torch.uint8).flatten()[: math.prod(shape)].view(shape)
@@ -116,14 +120,14 @@ class Shapes:
         return uniform("shapes", 0, torch.zeros_like(sample), sample, count)[0].float()
 
     def _classes(self, draws: Tensor) -> tuple[int, int]:
-        """Shape and texture."""
+        """Return the indices of shape and texture."""
         return int(draws[0] * len(SHAPES)), int(draws[1] * len(TEXTURES))
 
 
 class MovingShapes(Shapes):
-    """The same scenes as videos of 16 frames, in which the shape sinks or rises.
+    """The same scenes as videos of 16 frames, in which the shape moves down or up.
 
-    The label is texture and motion: one is seen in every frame, the other in none alone.
+    The label combines texture, which is visible in every single frame, and motion, which is not.
     """
 
     classes = tuple(f"{texture}, {motion}" for texture in TEXTURES for motion in MOTIONS)
@@ -135,13 +139,13 @@ class MovingShapes(Shapes):
         return Frames(self.read(content))
 
     def paint(self, index: int, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The video, uint8 ``(c, T, H, W)``, in front of a still background, and bool ``(T, H, W)``."""
-        sense, speed = self._motion(index)
-        way = (1 if sense < 0.5 else -1) * (0.6 + 0.6 * speed)  # from the first frame to the last
-        moved = way * torch.linspace(-0.5, 0.5, NUM_FRAMES)[:, None, None, None]
+        """Draw a video, uint8 ``(c, T, H, W)``, with a still background, and the shape masks, bool ``(T, H, W)``."""
+        direction, speed = self._motion(index)
+        distance = (1 if direction < 0.5 else -1) * (0.6 + 0.6 * speed)  # from the first frame to the last
+        moved = distance * torch.linspace(-0.5, 0.5, NUM_FRAMES)[:, None, None, None]
         y, x = _coordinates(self.size)
         scene, inside = self._scene(index, y, x, y - moved, background)
-        return self._seen(index, scene.transpose(0, 1)), inside[:, 0]
+        return self._to_uint8(index, scene.transpose(0, 1)), inside[:, 0]
 
     def _motion(self, index: int) -> list[float]:
         sample = torch.tensor([self.start + index])
@@ -149,19 +153,19 @@ class MovingShapes(Shapes):
 
 
 def _coordinates(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pixel centres, 0 in the middle, -1 to 1 along the shorter side."""
+    """Return the coordinates of pixel centers: 0 in the middle, -1 to 1 along the shorter side."""
     half = min(size) / 2
     y, x = ((torch.arange(n) + 0.5 - n / 2) / half for n in size)
     return y[:, None].expand(size), x[None, :].expand(size)
 
 
 def _dead_leaves(draws: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Shaded discs over each other, the last on top: float ``(channels, H, W)`` in [0, 1]."""
+    """Draw overlapping shaded discs, the last on top: float ``(channels, H, W)`` in [0, 1]."""
     radius = 0.3 * 5 ** draws[:, 2]  # log-uniform from 0.3 to 1.5
     inside = (y - y.max() * (2 * draws[:, 0, None, None] - 1)) ** 2 + (
         x - x.max() * (2 * draws[:, 1, None, None] - 1)
     ) ** 2 < radius[:, None, None] ** 2
-    inside[0] = True  # the first leaf is the ground
+    inside[0] = True  # the first leaf covers everything
     top = (inside * torch.arange(1, len(draws) + 1)[:, None, None]).argmax(dim=0)
     angle, strength = 2 * math.pi * draws[:, 3], 0.9 * draws[:, 4]
     light = 1 + strength[top] * (y * angle.sin()[top] + x * angle.cos()[top])
@@ -169,22 +173,22 @@ def _dead_leaves(draws: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _draw_object(image: Tensor, draws: Tensor, y: Tensor, x: Tensor, shape: int, texture: int) -> tuple[Tensor, Tensor]:
-    """The image with the object in front, and where that is."""
-    place, size, angle, period, phase, tilt, light = draws[:2], *draws[2:8].tolist()
+    """Draw the object onto the image; return the image and the mask of the object."""
+    position, size, angle, period, phase, tilt, light = draws[:2], *draws[2:8].tolist()
     channels = image.shape[0]
     first, second = draws[_OBJECT_DRAWS:].view(2, channels)
-    # Two colours of one texture that are far enough apart to be seen: mirrored in the cube where not.
+    # Shift channels in which the two colors are too similar to be distinguished.
     second = torch.where((first - second).abs() < 0.35, (first + 0.5) % 1, second)
     radius = 0.9 + 0.3 * size
-    offset = (2 * place - 1) * 0.2
+    offset = (2 * position - 1) * 0.2
     dy, dx = y - offset[0], x - offset[1]
     u, v = _rotate(dy / radius, dx / radius, 0.5 * (2 * angle - 1))  # up to half a radian
     inside = _inside(shape, u, v)
     s, t = _rotate(dy, dx, math.pi * tilt)
     pattern = _pattern(texture, s, t, period=0.33 + 0.17 * period, phase=phase)
-    colour = torch.where(pattern, first[:, None, None], second[:, None, None])
+    color = torch.where(pattern, first[:, None, None], second[:, None, None])
     shading = 1 + 0.4 * (u * math.cos(6.28 * light) + v * math.sin(6.28 * light))
-    return torch.where(inside, (colour * shading).clamp(0, 1), image), inside
+    return torch.where(inside, (color * shading).clamp(0, 1), image), inside
 
 
 def _rotate(y: Tensor, x: Tensor, angle: float) -> tuple[Tensor, Tensor]:
@@ -192,7 +196,7 @@ def _rotate(y: Tensor, x: Tensor, angle: float) -> tuple[Tensor, Tensor]:
 
 
 def _inside(shape: int, u: Tensor, v: Tensor) -> Tensor:
-    """Bool, in coordinates where each shape fits the unit disc."""
+    """Compute the mask of a shape, in coordinates in which every shape fits the unit disc."""
     if SHAPES[shape] == "disc":
         return u**2 + v**2 < 0.8
     if SHAPES[shape] == "square":
@@ -203,7 +207,7 @@ def _inside(shape: int, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _pattern(texture: int, s: Tensor, t: Tensor, *, period: float, phase: float) -> Tensor:
-    """Bool: which of the two colours."""
+    """Compute the mask of pixels that have the first of the two colors."""
     if TEXTURES[texture] == "plain":
         return torch.ones_like(s, dtype=torch.bool)
     if TEXTURES[texture] == "stripes":

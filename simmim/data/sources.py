@@ -1,5 +1,4 @@
-"""Images by number, from whatever they lie in. Where they lie is one thing, what they are another:
-``Files`` give bytes, ``Images`` make pictures of them."""
+"""Image sources. Storage and decoding are separate: ``Files`` return encoded images, ``Images`` decode them."""
 
 from __future__ import annotations
 
@@ -18,27 +17,27 @@ from torch import Tensor
 from simmim.data.clips import VideoDecoder
 from simmim.data.decode import MODES, DecodedImage, Decoder, full_image
 from simmim.data.listing import ARCHIVES, EXTENSIONS, LISTS, is_video, scan
-from simmim.data.manifest import cached_manifest, keep_folder, load_manifest, open_manifest
-from simmim.data.tables import PREFIX, STREAM, Array, open_data_set, open_stream, open_tables
+from simmim.data.manifest import cached_manifest, load_manifest, make_folder_manifest, open_manifest
+from simmim.data.tables import HF_PREFIX, STREAM_PREFIX, Array, open_data_set, open_stream, open_tables
 from simmim.rng import derive_seed, permutation
 
-INDEX = "index.arrow"
-"""The manifest of a packed data set, beside its shards."""
-VARIANTS = "imagenetv2-*"
-ARRAYS = (".npy", ".tif", ".tiff")
-"""Files that may have any number of channels."""
+INDEX_FILE = "index.arrow"
+"""The manifest of a packed data set, next to its shards."""
+IMAGENET_V2 = "imagenetv2-*"
+ARRAY_EXTENSIONS = (".npy", ".tif", ".tiff")
+"""Formats that may have any number of channels."""
 
 
 class Files(Protocol):
-    """Contents of images by number: a folder, archives, a table, an array."""
+    """Encoded images by index, in a folder, archives, a table or an array."""
 
     @property
     def classes(self) -> list[str] | None:
-        """The names of classes in the order of their numbers, where somebody has written it down."""
+        """Class names in the order of their indices, if the data set defines it."""
 
     @property
     def blocks(self) -> Tensor | None:
-        """int ``(n,)``, the block of each image, where images of one block had better be read together."""
+        """int ``(n,)``: the storage block of each image, if images of a block should be read together."""
 
     def __len__(self) -> int: ...
 
@@ -46,45 +45,48 @@ class Files(Protocol):
 
     def fetch(self, index: int) -> bytes | np.ndarray: ...
 
-    def labels(self) -> pa.Array | None: ...
+    def labels(self) -> pa.Array | None:
+        """Return the class name of each image, or None."""
 
-    def part(self, name: str) -> Files | None: ...
+    def part(self, name: str) -> Files | None:
+        """Return the ``train`` or ``val`` part, or None."""
 
 
 class Source(Protocol):
-    """Images by number."""
+    """Images by index."""
 
     @property
     def blocks(self) -> Tensor | None:
-        """As of :class:`Files`."""
+        """See :class:`Files`."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a person would call this image: a path, usually."""
+        """Return a name that helps the user find this image, usually its path."""
 
     def fetch(self, index: int) -> Any:
-        """What disk or network are needed for; may take long, may be called by several threads at once."""
+        """Read the content from disk or network; may block, and several threads may call it at once."""
 
     def decode(self, content: Any) -> DecodedImage:
-        """The picture of what ``fetch`` has brought. Damaged content raises almost anything."""
+        """Decode the content that ``fetch`` returned. Damaged content may raise any exception."""
 
 
 class LabelledSource(Source, Protocol):
-    """Images with one class each."""
+    """Images with one label each."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Their names; a label is a number into them."""
+        """Class names; a label is an index into them."""
 
     def label(self, index: int) -> int: ...
 
 
 class Images:
-    """Pictures of any files; or videos, by a :class:`simmim.data.VideoDecoder`.
+    """Files with a decoder: images, or videos with a :class:`simmim.data.VideoDecoder`.
 
     Raises:
-        ValueError: a number of channels that none of the files can have, videos for images or the other way round.
+        ValueError: the file format cannot have that many channels; or videos were expected and images found, or
+            the other way round.
     """
 
     def __init__(self, files: Files, decoder: Decoder | None = None) -> None:
@@ -92,13 +94,13 @@ class Images:
         wants_videos = isinstance(self.decoder, VideoDecoder)
         if len(files) and is_video(files.name(0)) != wants_videos:
             kinds = ("videos", "images") if wants_videos else ("images", "videos")
-            raise ValueError(f"wanted are {kinds[0]}, but {files.name(0)} is one of {len(files)} {kinds[1]}")
+            raise ValueError(f"expected {kinds[0]}, found {len(files)} {kinds[1]}, for example {files.name(0)}")
         if self.decoder.channels not in MODES and not isinstance(files, Array) and len(files):
             first = files.name(0)
-            if Path(first).suffix and not first.lower().endswith(ARRAYS):
+            if Path(first).suffix and not first.lower().endswith(ARRAY_EXTENSIONS):
                 raise ValueError(
-                    f"image files have 1, 3 or 4 channels, but the encoder wants in_chans={self.decoder.channels}: "
-                    f"only {', '.join(ARRAYS)} can have so many, not {first}"
+                    f"image files have 1, 3 or 4 channels, but the encoder has in_chans={self.decoder.channels}: "
+                    f"only {', '.join(ARRAY_EXTENSIONS)} files can have that many channels, not {first}"
                 )
 
     @property
@@ -118,56 +120,56 @@ class Images:
         return self.decoder(content)
 
     def read(self, index: int) -> Tensor:
-        """The whole image, uint8 ``(c, H, W)``."""
+        """Decode the full image: uint8 ``(c, H, W)``."""
         return full_image(self.decode(self.fetch(index)))
 
 
 class LabelledImages(Images):
-    """Images that have a class: the first folder of their path, or the label of a list or table.
+    """Images with a class each: the first folder of their path, or the label in a list or table.
 
-    Classes are in the order that the data set gives them, or of their names, in numeric order where
-    every name is a whole number (``10`` after ``9``, as in ImageNet-V2).
+    Classes keep the order that the data set defines; otherwise they are sorted by name, numerically if
+    all names are integers (``10`` after ``9``, as in ImageNet-V2).
 
     Args:
-        classes: the names that other images have given numbers to, for a validation set.
+        classes: class names of the training images, when these images are for validation.
 
     Raises:
-        ValueError: images without a class, unknown classes, or fewer than two.
+        ValueError: images without a class, unknown classes, or fewer than two classes.
     """
 
     def __init__(self, files: Files, decoder: Decoder | None = None, classes: Sequence[str] | None = None) -> None:
         super().__init__(files, decoder)
         labels = files.labels()
-        place = _place(files)
+        path = _describe(files)
         if labels is None:
-            raise ValueError(f"{place} says nothing of classes: labels come from folders, lists or columns of labels")
+            raise ValueError(f"{path} has no class labels: they are read from class folders, lists or label columns")
         if labels.null_count:
-            loose = pc.indices_nonzero(pc.is_null(labels))
+            unlabelled = pc.indices_nonzero(pc.is_null(labels))
             raise ValueError(
-                f"{labels.null_count} image(s) in {place} have no class, {files.name(loose[0].as_py())} for one: "
-                "labels are read from one subfolder per class"
+                f"{labels.null_count} image(s) in {path} have no class, "
+                f"for example {files.name(unlabelled[0].as_py())}: put each class into its own subfolder"
             )
         found = set(pc.unique(labels).to_pylist())
         if classes is None:
             if len(found) < 2:
-                raise ValueError(f"{place} holds one class only, {found.pop()}: expected one subfolder per class")
+                raise ValueError(f"{path} has only one class, {found.pop()}: expected one subfolder per class")
             numeric = all(name.isdecimal() for name in found)
             classes = files.classes or (sorted(found, key=int) if numeric else sorted(found))
         if unknown := sorted(found - set(classes)):
             raise ValueError(
-                f"{place} holds classes that are not among the {len(classes)} known ones: {', '.join(unknown[:5])}"
+                f"{path} has classes that are not among the {len(classes)} training classes: {', '.join(unknown[:5])}"
                 f"{' and others' if len(unknown) > 5 else ''}"
             )
         self.classes = list(classes)
-        numbers = pc.index_in(labels, value_set=pa.array(self.classes, labels.type))
-        self._labels = torch.from_numpy(numbers.to_numpy(zero_copy_only=False).astype(np.int32))
+        indices = pc.index_in(labels, value_set=pa.array(self.classes, labels.type))
+        self._labels = torch.from_numpy(indices.to_numpy(zero_copy_only=False).astype(np.int32))
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
 
 class Subset:
-    """Some of the images of a source, in a given order; labelled if the source is."""
+    """Selected images of a source, in a given order; labelled if the source is labelled."""
 
     def __init__(self, source: Source, indices: Sequence[int] | Tensor) -> None:
         self.source = source
@@ -198,65 +200,64 @@ class Subset:
 
 
 def open_files(path: str | Path) -> Files:
-    """Whatever ``path`` names.
+    """Open the image files at ``path``.
 
-    - a folder: of images, flat or nested; else of videos; else of ``.tar`` or ``.zip`` shards; else of parquet or Arrow
-      files; packed by ``simmim data pack``; or saved by ``datasets``
+    - a folder: with images, flat or nested; else videos; else ``.tar`` or ``.zip`` shards; else Parquet or Arrow
+      files; or packed by ``simmim data pack``; or saved by ``datasets``
     - a file: ``.zip``, ``.tar``, a list (``.txt``, ``.csv``, ``.tsv``), ``.parquet``, ``.arrow``, ``.npy``
-    - a pattern of such files: ``shards/*.tar``
-    - ``hf:NAME`` of a data set of ``datasets``, ``stream:hf:NAME`` or ``stream:PATTERN`` of parquet to be streamed
+    - a glob pattern of such files: ``shards/*.tar``
+    - ``hf:NAME``: a data set of ``datasets``; ``stream:hf:NAME`` or ``stream:PATTERN``: Parquet files to stream
 
     Raises:
-        ValueError: nothing of that kind.
+        ValueError: ``path`` is none of these.
         OSError: it cannot be read.
     """
     text = str(path)
     if not text:
-        raise ValueError("a place without a name: give a folder of images, or . for this one")
-    if text.startswith(STREAM):
+        raise ValueError("empty path: give a folder of images, or . for the current one")
+    if text.startswith(STREAM_PREFIX):
         return open_stream(text)
-    if text.startswith(PREFIX):
+    if text.startswith(HF_PREFIX):
         return open_data_set(text)
-    place = Path(path).expanduser().absolute()  # manifests are kept, whatever the working directory is next time
-    if place.is_dir():
-        return _open_folder(place)
-    if place.is_file():
-        return _open_shards(place, [place])
-    matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
+    absolute = Path(path).expanduser().absolute()  # cached manifests must not depend on the working directory
+    if absolute.is_dir():
+        return _open_folder(absolute)
+    if absolute.is_file():
+        return _open_shards(absolute, [absolute])
+    matches = [Path(match) for match in sorted(glob.glob(str(absolute), recursive=True))]
     if not matches:
-        raise ValueError(
-            f"{text!r} is not a folder, nor a file or a pattern of files: expected something that holds images"
-        )
-    return _open_shards(place, matches)
+        raise ValueError(f"{text!r} is not a folder, a file or a pattern that matches files: give a path with images")
+    return _open_shards(absolute, matches)
 
 
 def open_images(path: str | Path, decoder: Decoder | None = None) -> Images:
-    """All images that ``path`` names, or the split to train on, as :func:`open_files`; without labels."""
+    """Open the images at ``path``, or its training split, without labels; see :func:`open_files`."""
     return Images(open_files(path), decoder)
 
 
 def _open_folder(folder: Path) -> Files:
-    if (folder / INDEX).exists():
-        packed = load_manifest(folder / INDEX)
+    if (folder / INDEX_FILE).exists():
+        packed = load_manifest(folder / INDEX_FILE)
         assert packed is not None
         return packed
     if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
-        return open_data_set(f"{PREFIX}{folder}")
+        return open_data_set(f"{HF_PREFIX}{folder}")
     if (manifest := cached_manifest(folder)) is not None:
         return manifest
     began = time.time()
     found = scan(folder)
     if found.images or found.videos:
-        return keep_folder(folder, found, began)
+        return make_folder_manifest(folder, found, began)
     if found.shards:
         return _open_shards(folder, found.shards)
     raise ValueError(
-        f"no images in {folder} or below it ({found.num_others} other files): expected {' '.join(sorted(EXTENSIONS))}"
+        f"no images in {folder} or its subfolders ({found.num_others} other files): "
+        f"expected {' '.join(sorted(EXTENSIONS))}"
     )
 
 
 def _open_shards(path: Path, files: list[Path]) -> Files:
-    """Files of one kind, called ``path`` together."""
+    """Open files of one format; ``path`` names them together."""
     kinds = {file.suffix.lower() for file in files}
     if kinds <= ARCHIVES:
         return open_manifest(path, files)
@@ -266,40 +267,42 @@ def _open_shards(path: Path, files: list[Path]) -> Files:
         return open_manifest(path)
     if len(files) == 1 and kinds == {".npy"}:
         return Array(files[0])
-    advice = ": unpack it first, its images cannot be read one by one" if kinds & {".gz", ".tgz", ".bz2", ".xz"} else ""
-    raise ValueError(
-        f"{path} is a file of a kind that holds no set of images ({' '.join(sorted(kinds))}){advice}"
-        f"{'' if advice else ': expected .zip .tar .parquet .arrow .npy .txt .csv, or a folder'}"
+    is_compressed = bool(kinds & {".gz", ".tgz", ".bz2", ".xz"})
+    advice = (
+        "unpack it first, because single images cannot be read from a compressed archive"
+        if is_compressed
+        else "expected .zip .tar .parquet .arrow .npy .txt .csv, or a folder"
     )
+    raise ValueError(f"{path} is not a supported image container ({' '.join(sorted(kinds))}): {advice}")
 
 
 def validation_files(path: str | Path) -> Files:
-    """What a model is judged by: the ``val`` part of ``path``, or all where it has none.
+    """Open the evaluation data at ``path``: its ``val`` part, or all files if there is none.
 
     Raises:
-        ValueError, OSError: as :func:`open_files`.
+        ValueError, OSError: see :func:`open_files`.
     """
     files = open_files(path)
     return files.part("val") or files
 
 
-def variants(data: str) -> list[str]:
-    """The folders of ImageNet-V2 (arXiv 1902.10811) where data is what they lie in; else the data alone."""
-    found = [] if is_name(data) else sorted(Path(data).expanduser().glob(VARIANTS))
+def imagenet_v2_parts(data: str) -> list[str]:
+    """Return the ImageNet-V2 folders (arXiv 1902.10811) inside ``data``, or ``data`` itself if there are none."""
+    found = [] if is_data_set_name(data) else sorted(Path(data).expanduser().glob(IMAGENET_V2))
     return [str(path) for path in found if path.is_dir()] or [data]
 
 
-def is_name(path: str | Path) -> bool:
-    """Whether a path is no path: the name of a data set, or built in."""
-    return str(path).startswith((PREFIX, STREAM, "builtin:"))
+def is_data_set_name(path: str | Path) -> bool:
+    """Return True for the name of a data set (``hf:``, ``stream:``, ``builtin:``), False for a file system path."""
+    return str(path).startswith((HF_PREFIX, STREAM_PREFIX, "builtin:"))
 
 
 def split_validation(source: Source, validation_images: int) -> tuple[Source, Source | None]:
-    """Take a fixed random set of images out of training: ``(training, holdout)``.
+    """Split off a fixed random validation set: ``(training, validation)``.
 
-    The same images for every seed and recipe, so that held-out losses compare. Never more than a
-    tenth of the source; None when that leaves nothing. Of a stream it is the first images, so that
-    they lie together.
+    The same images for every seed and recipe, so that validation losses are comparable. At most a
+    tenth of the source; None if that is no image. From a stream the first images are taken, so that
+    they are stored together.
     """
     count = min(validation_images, len(source) // 10)
     if count == 0:
@@ -311,12 +314,12 @@ def split_validation(source: Source, validation_images: int) -> tuple[Source, So
 
 
 def training_images(path: str | Path, decoder: Decoder, validation_images: int) -> tuple[Source, Source | None]:
-    """Images for training without labels, and held-out ones (None where too few are left to hold any out).
+    """Open images for training without labels, and for validation (None if there are too few images to split).
 
-    Where there is a train and a val part only the first is used: no stage may see the other.
+    If there are both a train and a val part, only train is used: no stage may train on the val part.
 
     Raises:
-        ValueError, OSError: as :func:`open_files`.
+        ValueError, OSError: see :func:`open_files`.
     """
     files = open_files(path)
     train, val = files.part("train"), files.part("val")
@@ -328,13 +331,13 @@ def training_images(path: str | Path, decoder: Decoder, validation_images: int) 
 def labelled_sources(
     path: str | Path, decoder: Decoder, validation_images: int, val_path: str | Path | None = None
 ) -> tuple[LabelledSource, LabelledSource]:
-    """Training and held-out images with labels.
+    """Open training and validation images with labels.
 
-    ``path`` (its ``train`` where it has one) and ``val_path``; or ``path/train`` and ``path/val`` (or
-    ``validation``, ``test``) where both are there; else the split of :func:`split_validation`.
+    These are ``path`` (or its ``train`` part) and ``val_path`` if that is given; else ``path/train`` and ``path/val``
+    (or ``validation``, ``test``) if both exist; else the split of :func:`split_validation`.
 
     Raises:
-        ValueError: as :class:`LabelledImages`; too few images to hold any out.
+        ValueError: see :class:`LabelledImages`; or too few images to split.
     """
     files = open_files(path)
     train, val = files.part("train"), files.part("val")
@@ -346,33 +349,37 @@ def labelled_sources(
         return training, LabelledImages(val, decoder, training.classes)
     kept, validation = split_validation(LabelledImages(files, decoder), validation_images)
     if validation is None:
-        raise ValueError(f"{path} holds {len(kept)} images: too few to hold a tenth out, 10 are the least")
+        raise ValueError(
+            f"{path} has {len(kept)} images: too few to use a tenth for validation; "
+            "give at least 10 images, or separate validation data"
+        )
     return cast(LabelledSource, kept), cast(LabelledSource, validation)
 
 
-def few_labels(source: LabelledSource, labels_per_class: int, seed: int) -> LabelledSource:
-    """``labels_per_class`` images of every class, drawn by ``seed``.
+def limit_labels(source: LabelledSource, labels_per_class: int, seed: int) -> LabelledSource:
+    """Select ``labels_per_class`` images of every class at random, as a function of ``seed``.
 
     Raises:
-        ValueError: a class has fewer.
+        ValueError: a class has fewer images.
     """
-    wanted = {label: labels_per_class for label in range(len(source.classes))}
+    missing = {label: labels_per_class for label in range(len(source.classes))}
     chosen = []
-    for number in permutation(seed, 0, len(source)).tolist():
-        label = source.label(number)
-        if wanted.get(label):
-            chosen.append(number)
-            wanted[label] -= 1
-            if not wanted[label]:
-                del wanted[label]
-        if not wanted:
+    for index in permutation(seed, 0, len(source)).tolist():
+        label = source.label(index)
+        if missing.get(label):
+            chosen.append(index)
+            missing[label] -= 1
+            if not missing[label]:
+                del missing[label]
+        if not missing:
             return cast(LabelledSource, Subset(source, chosen))
-    label, missing = next(iter(wanted.items()))
+    label, count = next(iter(missing.items()))
     raise ValueError(
-        f"class {source.classes[label]} has {labels_per_class - missing} images, but labels_per_class is {labels_per_class}: lower it"
+        f"class {source.classes[label]} has {labels_per_class - count} images, "
+        f"but labels_per_class is {labels_per_class}: lower it"
     )
 
 
-def _place(files: Files) -> str:
-    """What a person calls all of it."""
+def _describe(files: Files) -> str:
+    """Name the whole data set for error messages."""
     return str(getattr(files, "root", "") or (files.name(0).rpartition("/")[0] if len(files) else "the data"))

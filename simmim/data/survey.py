@@ -1,4 +1,4 @@
-"""Every image of a set looked at once, in parallel: what is broken, how large the others are, their statistics."""
+"""Parallel check of all images of a data set: corrupt files, image sizes, pixel statistics."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from simmim.data.decode import DecodedImage, full_image
-from simmim.data.loader import in_workers, reason_of
+from simmim.data.loader import make_loader, reason_of
 from simmim.data.reading import Reader
 from simmim.data.sources import Images
 
 CHUNK = 64
 
 
-class Look(NamedTuple):
-    """What was found in one image: a reason why it is broken, or its size and the moments of its pixels."""
+class ImageStats(NamedTuple):
+    """Statistics of one image, or the reason why it is corrupt."""
 
     name: str
     corrupt: str = ""
     kind: str = ""
     size: tuple[int, int] = (0, 0)
+    """``(H, W)``, px."""
     mean: tuple[float, ...] = ()
+    """Mean of the pixels in [0, 1], per channel."""
     square: tuple[float, ...] = ()
+    """Mean of the squared pixels, per channel."""
 
 
 @dataclass
 class Summary:
-    """Of all looks; every image weighs the same in the statistics, whatever its size."""
+    """Statistics of a data set, in which every image has the same weight, whatever its size."""
 
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -46,19 +49,19 @@ class Summary:
     _sums: Any = 0.0
     _squares: Any = 0.0
 
-    def add(self, look: Look) -> None:
-        """Count one image."""
-        if look.corrupt:
-            self.corrupt.append((look.name, look.corrupt))
+    def add(self, stats: ImageStats) -> None:
+        """Add one image."""
+        if stats.corrupt:
+            self.corrupt.append((stats.name, stats.corrupt))
             return
-        self.kinds[look.kind] += 1
-        self.heights.append(look.size[0])
-        self.widths.append(look.size[1])
-        self._sums = self._sums + np.array(look.mean)
-        self._squares = self._squares + np.array(look.square)
+        self.kinds[stats.kind] += 1
+        self.heights.append(stats.size[0])
+        self.widths.append(stats.size[1])
+        self._sums = self._sums + np.array(stats.mean)
+        self._squares = self._squares + np.array(stats.square)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: pixels in [0, 1] per channel, sizes in px."""
+        """Return the summary for JSON: pixel statistics in [0, 1] per channel, sizes in px."""
         count = len(self.heights)
         result: dict[str, Any] = {
             "images": count,
@@ -74,72 +77,74 @@ class Summary:
         return result
 
 
-class _Looks(Dataset):
+class _StatsDataset(Dataset):
+    """Data set whose items are the statistics of a list of images."""
+
     def __init__(self, images: Images, timeout_s: float) -> None:
         self.images, self._reader = images, Reader(images.fetch, timeout_s)
 
-    def __getitems__(self, numbers: list[int]) -> list[Look]:
-        looks = []
-        for number, content in zip(numbers, self._reader.many(numbers), strict=True):
+    def __getitems__(self, indices: list[int]) -> list[ImageStats]:
+        stats = []
+        for index, content in zip(indices, self._reader.many(indices), strict=True):
             try:
-                picture = self.images.decode(content())
-                looks.append(look_at(self.images.name(number), picture, full_image(picture)))
-            except Exception as error:  # damaged bytes raise almost anything
-                looks.append(Look(self.images.name(number), reason_of(error)))
-        return looks
+                image = self.images.decode(content())
+                stats.append(compute_stats(self.images.name(index), image, full_image(image)))
+            except Exception as error:  # damaged bytes may raise any exception
+                stats.append(ImageStats(self.images.name(index), reason_of(error)))
+        return stats
 
 
-def survey(images: Images, *, num_workers: int = 0, timeout_s: float = 60.0) -> Iterator[Look]:
-    """Decode every image completely, in order."""
-    numbers = [list(range(start, min(start + CHUNK, len(images)))) for start in range(0, len(images), CHUNK)]
-    chunks = in_workers(_Looks(images, timeout_s), numbers, num_workers)
+def survey(images: Images, *, num_workers: int = 0, timeout_s: float = 60.0) -> Iterator[ImageStats]:
+    """Decode every image completely and yield its statistics, in order."""
+    indices = [list(range(start, min(start + CHUNK, len(images)))) for start in range(0, len(images), CHUNK)]
+    chunks = make_loader(_StatsDataset(images, timeout_s), indices, num_workers)
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        for looks in chunks:
-            yield from looks
-            bar.update(len(looks))
+        for stats in chunks:
+            yield from stats
+            bar.update(len(stats))
 
 
 def check(images: Images, report: Path, *, num_workers: int = 0, timeout_s: float = 60.0) -> Summary:
-    """Look at every image, and name the broken ones in a CSV file, if there are any."""
+    """Check every image, and list the corrupt ones in the CSV file ``report`` if there are any."""
     summary = Summary()
-    for look in survey(images, num_workers=num_workers, timeout_s=timeout_s):
-        summary.add(look)
+    for stats in survey(images, num_workers=num_workers, timeout_s=timeout_s):
+        summary.add(stats)
     if summary.corrupt:
         write_corrupt(report, summary.corrupt)
     return summary
 
 
 def write_corrupt(file: Path, corrupt: list[tuple[str, str]]) -> None:
-    """One line for each: name and reason."""
+    """Write one line per corrupt image: name and reason."""
     with file.open("w", newline="", encoding="utf-8") as opened:
         csv.writer(opened).writerows(corrupt)
 
 
-def look_at(name: str, picture: DecodedImage, pixels: Tensor) -> Look:
-    """The look of a good image, ``pixels`` uint8 ``(c, H, W)``."""
+def compute_stats(name: str, image: DecodedImage, pixels: Tensor) -> ImageStats:
+    """Compute the statistics of a valid image with ``pixels`` uint8 ``(c, H, W)``."""
     values = pixels.float() / 255
     mean = tuple(values.mean(dim=(1, 2)).tolist())
     square = tuple(values.square().mean(dim=(1, 2)).tolist())
-    return Look(name, "", picture.kind, picture.size, mean, square)
+    return ImageStats(name, "", image.kind, image.size, mean, square)
 
 
 def format_summary(summary: Summary) -> str:
-    """For the console."""
-    numbers = summary.as_dict()
-    count, corrupt = numbers["images"], numbers["corrupt"]
-    lines = [f"{count:,} good images, {corrupt:,} broken ({100 * corrupt / max(1, count + corrupt):.2g} %)"]
+    """Format a summary for the terminal."""
+    values = summary.as_dict()
+    count, corrupt = values["images"], values["corrupt"]
+    lines = [f"{count:,} valid images, {corrupt:,} corrupt ({100 * corrupt / max(1, count + corrupt):.2g} %)"]
     if count:
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in numbers["kinds"].items())
+        kinds = ", ".join(f"{images:,} {kind}" for kind, images in values["kinds"].items())
         lines.append(f"kinds    {kinds}")
         for name in ("height", "width"):
-            low, middle, high = numbers[name].values()
+            low, middle, high = values[name].values()
             lines.append(f"{name:<8} {low} to {high} px, median {middle:g}")
-        lines.append(f"data.mean={_row(numbers['mean'])} data.std={_row(numbers['std'])}")
+        lines.append(f"data.mean={_as_override(values['mean'])} data.std={_as_override(values['std'])}")
     reasons = Counter(reason for _, reason in summary.corrupt)
-    lines += [f"{number:>8,} x {reason}" for reason, number in reasons.most_common(10)]
+    lines += [f"{images:>8,} x {reason}" for reason, images in reasons.most_common(10)]
     return "\n".join(lines)
 
 
-def _row(values: list[float]) -> str:
-    """As an override of a recipe, without spaces."""
+def _as_override(values: list[float]) -> str:
+    """Format numbers as a recipe override, without spaces."""
     return f"[{','.join(f'{value:.4g}' if math.isfinite(value) else '0' for value in values)}]"

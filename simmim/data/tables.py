@@ -1,4 +1,4 @@
-"""Images that lie in tables and arrays: data sets of Hugging Face ``datasets``, parquet, ``.npy``."""
+"""Images in tables and arrays: data sets of Hugging Face ``datasets``, Parquet, ``.npy``."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ import torch
 
 from simmim.data.listing import part_names, part_of
 
-PREFIX, STREAM = "hf:", "stream:"
+HF_PREFIX, STREAM_PREFIX = "hf:", "stream:"
 LABELS = ("label", "labels", "class", "category", "target", "fine_label")
-BLOCKS_TOGETHER = 4
-"""Row groups whose images are mixed with each other when a data set is streamed."""
+SHUFFLED_BLOCKS = 4
+"""Number of row groups whose images are shuffled together when a data set is streamed."""
+STORAGE_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""URL scheme -> optional dependency group of this package that can read it."""
 
 
 class Table:
     """One split of a data set of ``datasets``.
 
     Args:
-        splits: all splits.
-        split: which one.
-        path: what a person calls the data set.
+        splits: all splits of the data set, by name.
+        split: name of the split to read.
+        path: name of the data set in image names and error messages.
 
     Raises:
-        ValueError: no column of images.
+        ValueError: there is no image column.
     """
 
     blocks = None
@@ -45,7 +47,7 @@ class Table:
         rows = splits[split]
         kinds = {name: kind for name, kind in rows.features.items() if _holds_images(kind)}
         if not kinds:
-            raise ValueError(f"{path} has no column of images: it has {dict(rows.features)}")
+            raise ValueError(f"{path} has no image column, only {dict(rows.features)}")
         self.column = _image_column(list(kinds))
         if isinstance(kinds[self.column], datasets.Image):
             rows = rows.cast_column(self.column, datasets.Image(decode=False))
@@ -62,7 +64,7 @@ class Table:
         return _content(self._images[index][self.column])
 
     def labels(self) -> pa.Array | None:
-        """The name of the class of each image, or None."""
+        """Return the class name of each image, or None."""
         if self._label is None:
             return None
         rows = self._splits[self._split].select_columns([self._label]).with_format("arrow")
@@ -70,25 +72,25 @@ class Table:
         return _class_names(column, self.classes)
 
     def part(self, name: str) -> Table | None:
-        """Another split: ``train``, or ``val`` (``validation``, ``test``)."""
+        """Return another split, ``train`` or ``val`` (also called ``validation`` or ``test``), or None."""
         split = _split_of(name, self._splits)
         return Table(self._splits, split, self._path) if split else None
 
 
 def open_data_set(path: str) -> Table:
-    """``hf:NAME`` or ``hf:NAME:CONFIGURATION``, from the hub or a folder; the split to train on, if there is one.
+    """Open ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` from the hub or a folder, at its training split if there is one.
 
     Raises:
         ValueError: it cannot be opened.
     """
-    name, _, configuration = path.removeprefix(PREFIX).partition(":")
+    name, _, configuration = path.removeprefix(HF_PREFIX).partition(":")
     folder = Path(name).expanduser()
     is_saved = any((folder / file).exists() for file in ("dataset_dict.json", "dataset_info.json"))
     return _open(path, *([folder] if is_saved else [name, configuration or None]), saved=is_saved)
 
 
 def open_tables(path: str, files: Sequence[Path]) -> Table:
-    """Local ``.parquet`` or ``.arrow`` files; parquet is copied once into the cache of ``datasets``.
+    """Open local ``.parquet`` or ``.arrow`` files; Parquet is copied once into the cache of ``datasets``.
 
     Raises:
         ValueError: it cannot be opened.
@@ -106,7 +108,7 @@ def _open(path: str, *arguments: Any, saved: bool = False, **options: Any) -> Ta
     datasets.disable_progress_bars()
     try:
         splits = datasets.load_from_disk(*arguments) if saved else datasets.load_dataset(*arguments, **options)
-    except Exception as error:  # whatever the many formats raise
+    except Exception as error:  # loaders of different formats raise different exceptions
         raise ValueError(f"{path} cannot be opened by datasets: {error}") from None
     if not isinstance(splits, dict):
         splits = {"train": splits}
@@ -114,46 +116,46 @@ def _open(path: str, *arguments: Any, saved: bool = False, **options: Any) -> Ta
 
 
 class RowGroups:
-    """Parquet files read where they are, near or far, by row groups: nothing is copied or downloaded first.
+    """Local or remote Parquet files, read by row groups without copying or downloading them first.
 
-    Sizes are read from the ends of the files, so any image can be had by its number and a stream has
-    the same exact order and resume as a folder. An epoch shuffles the row groups, then mixes the
-    images of ``BLOCKS_TOGETHER`` of them at a time; a reader keeps so many in memory.
+    Row counts are read from the file footers, so every image has an index, and a stream has the same
+    deterministic order and exact resume as a folder. An epoch shuffles the row groups, then shuffles the
+    images of ``SHUFFLED_BLOCKS`` row groups together; a reader keeps that many in memory.
 
     Args:
         urls: anything that fsspec opens: paths, ``hf://``, ``s3://``, ``https://``.
-        path: what a person calls the data set.
+        path: name of the data set in error messages.
+        splits: URLs of every split, by name.
 
     Raises:
-        ValueError: unreadable, or no column of images.
+        ValueError: unreadable files, or no image column.
     """
 
     def __init__(self, urls: Sequence[str], path: str, splits: dict[str, Sequence[str]] | None = None) -> None:
         self._urls, self._path, self._splits = list(urls), path, splits or {}
         try:
             with ThreadPoolExecutor(16) as pool:
-                files = list(pool.map(_parquet, self._urls))
+                files = list(pool.map(_row_counts, self._urls))
         except (OSError, pa.ArrowInvalid, ImportError) as error:
             raise ValueError(f"{path} cannot be streamed: {error}") from None
         self._groups = [(url, group) for url, file in zip(self._urls, files, strict=True) for group in range(len(file))]
         rows = [count for file in files for count in file]
         self._starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
-        numbers = torch.arange(len(rows), dtype=torch.int32)
-        self.blocks = torch.repeat_interleave(numbers, torch.tensor(rows))
+        self.blocks = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(rows))
         schema, features = _schema(self._urls[0])
         kinds = [field.name for field in schema if _is_arrow_image(field.type)]
         if not kinds:
-            raise ValueError(f"{path} has no column of images: it has {', '.join(schema.names)}")
+            raise ValueError(f"{path} has no image column, only {', '.join(schema.names)}")
         self.column = _image_column(kinds)
         self._label, self.classes = _label_column(features)
         self._reset()
 
     def _reset(self) -> None:
-        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -163,84 +165,99 @@ class RowGroups:
         return self._starts[-1]
 
     def name(self, index: int) -> str:
-        group, row = self._place(index)
+        group, row = self._locate(index)
         url, part = self._groups[group]
         return f"{url}/{part}/{row}"
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Row group, and row in it."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the row group of an image and its row in it."""
         group = bisect.bisect_right(self._starts, index) - 1
         return group, index - self._starts[group]
 
     def fetch(self, index: int) -> bytes:
-        group, row = self._place(index)
+        group, row = self._locate(index)
         with self._lock:
-            if group not in self._kept:
+            if group not in self._cache:
                 url, part = self._groups[group]
-                with _opened(url) as file:
-                    self._kept[group] = pq.ParquetFile(file).read_row_group(part, columns=[self.column]).column(0)
-            self._kept.move_to_end(group)
-            while len(self._kept) > BLOCKS_TOGETHER:
-                self._kept.popitem(last=False)
-            column = self._kept[group]
+                with _open_url(url) as file:
+                    self._cache[group] = pq.ParquetFile(file).read_row_group(part, columns=[self.column]).column(0)
+            self._cache.move_to_end(group)
+            while len(self._cache) > SHUFFLED_BLOCKS:
+                self._cache.popitem(last=False)
+            column = self._cache[group]
         return _content(column[row].as_py())
 
     def labels(self) -> pa.Array | None:
-        """The name of the class of each image, or None; reads the column of labels of every file."""
+        """Return the class name of each image, or None; reads the label column of every file."""
         if self._label is None:
             return None
         columns = []
         for url in self._urls:
-            with _opened(url) as file:
+            with _open_url(url) as file:
                 columns.append(pq.read_table(file, columns=[self._label]).column(0))
         return _class_names(pa.chunked_array([chunk for column in columns for chunk in column.chunks]), self.classes)
 
     def part(self, name: str) -> RowGroups | None:
-        """Another split: ``train``, or ``val`` (``validation``, ``test``)."""
+        """Return another split, ``train`` or ``val`` (also called ``validation`` or ``test``), or None."""
         split = _split_of(name, self._splits)
         if split is None:
             return None
         urls = list(self._splits[split])
-        # Its own part needs no second look at the ends of all files.
+        # For the split that is already open, the file footers need not be read again.
         return self if urls == self._urls else RowGroups(urls, self._path, self._splits)
 
 
 def open_stream(path: str) -> RowGroups:
-    """``stream:hf:NAME``, or ``stream:`` and a pattern of parquet files on anything that fsspec knows.
+    """Open ``stream:hf:NAME``, or ``stream:`` with a pattern of Parquet files on any file system of fsspec.
 
     Raises:
-        ValueError: not parquet, or not there.
+        ValueError: no Parquet files found, or the package for this file system is not installed.
     """
-    name = path.removeprefix(STREAM)
-    if not name.startswith(PREFIX):
-        import fsspec
-
-        system, pattern = fsspec.core.url_to_fs(name)
-        urls = sorted(system.unstrip_protocol(found) for found in system.glob(pattern))
+    name = path.removeprefix(STREAM_PREFIX)
+    if not name.startswith(HF_PREFIX):
+        urls = _matching_urls(name)
         splits: dict[str, Sequence[str]] = {"train": urls}
     else:
         import datasets
 
-        place, _, configuration = name.removeprefix(PREFIX).partition(":")
+        repository, _, configuration = name.removeprefix(HF_PREFIX).partition(":")
         try:
-            data_files = datasets.load_dataset_builder(place, configuration or None).config.data_files or {}
-        except Exception as error:  # whatever the many formats and the network raise
+            data_files = datasets.load_dataset_builder(repository, configuration or None).config.data_files or {}
+        except Exception as error:  # formats and network raise many different exceptions
             raise ValueError(f"{path} cannot be opened by datasets: {error}") from None
         splits = {str(split): [str(file) for file in found] for split, found in data_files.items()}
         urls = list(splits.get("train") or next(iter(splits.values()), []))
     if not urls or not all(url.endswith(".parquet") for url in urls):
         raise ValueError(
-            f"{path} is not a set of parquet files, and only these can be streamed in an exact order: "
-            f"download it ({name}), or pack it (simmim data pack)"
+            f"{path} is not a set of Parquet files, and only these can be streamed in a deterministic order: "
+            f"download {name}, or pack it with simmim data pack"
         )
     return RowGroups(urls, path, splits)
 
 
-class Array:
-    """Images in one ``.npy`` file, ``(n, c, H, W)``, ``(n, H, W, c)`` or ``(n, H, W)``, mapped into memory.
+def _matching_urls(pattern: str) -> list[str]:
+    """List the URLs that match a glob pattern, sorted.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: the package for this URL scheme is not installed.
+    """
+    import fsspec
+
+    try:
+        file_system, path = fsspec.core.url_to_fs(pattern)
+    except ImportError as error:
+        scheme = pattern.partition("://")[0]
+        extra = STORAGE_EXTRAS.get(scheme)
+        advice = f"pip install 'simmim[{extra}]'" if extra else str(error)
+        raise ValueError(f"reading {pattern} needs a package for {scheme}:// that is not installed: {advice}") from None
+    return sorted(file_system.unstrip_protocol(found) for found in file_system.glob(path))
+
+
+class Array:
+    """Images in one memory-mapped ``.npy`` file, ``(n, c, H, W)``, ``(n, H, W, c)`` or ``(n, H, W)``.
+
+    Raises:
+        ValueError: the file is not such an array.
     """
 
     blocks, classes = None, None
@@ -250,10 +267,10 @@ class Array:
         try:
             self._array = np.load(self._path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not an array that can be read: {error}") from None
+            raise ValueError(f"{path} is not a readable NumPy array: {error}") from None
         if self._array.ndim not in (3, 4):
             raise ValueError(
-                f"{path} holds an array of shape {self._array.shape}: expected (n, c, H, W), (n, H, W, c) or (n, H, W)"
+                f"{path} has the shape {self._array.shape}: expected (n, c, H, W), (n, H, W, c) or (n, H, W)"
             )
 
     def __reduce__(self) -> Any:
@@ -269,19 +286,19 @@ class Array:
         return np.array(self._array[index])
 
     def labels(self) -> None:
-        """There are none."""
+        """Return None: an array has no labels."""
 
     def part(self, name: str) -> None:
-        """There are none."""
+        """Return None: an array has no train or val part."""
 
 
 def _split_of(part: str, splits: dict[str, Any]) -> str | None:
-    """What the part is called here."""
+    """Return the name that this data set uses for a part, or None."""
     return next((name for name in part_names(part) if name in splits), None)
 
 
 def _image_column(names: list[str]) -> str:
-    """Of the columns of images the one that is meant."""
+    """Choose among several image columns: ``image``, ``img``, or else the first."""
     return next((name for name in ("image", "img") if name in names), names[0])
 
 
@@ -301,17 +318,17 @@ def _is_arrow_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _content(cell: Any) -> bytes:
-    """Of an image of ``datasets``: bytes, or a path to them."""
-    if isinstance(cell, dict):
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    if cell is None:
+def _content(value: Any) -> bytes:
+    """Return the bytes of an image value of ``datasets``, which holds them or a path to them."""
+    if isinstance(value, dict):
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    if value is None:
         raise ValueError("the row has no image")
-    return cell
+    return value
 
 
 def _label_column(features: Any) -> tuple[str | None, list[str] | None]:
-    """Its name, and the names of the classes."""
+    """Return the name of the label column and the class names, each None if there is none."""
     import datasets
 
     for name, kind in features.items():
@@ -322,32 +339,32 @@ def _label_column(features: Any) -> tuple[str | None, list[str] | None]:
 
 
 def _class_names(column: Any, classes: list[str] | None) -> pa.Array:
-    """Numbers or words of a column as the names of classes; -1, which stands for no label, as null."""
+    """Map the labels of a column to class names; -1, which means no label, becomes null."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if classes is None:
         return array.cast(pa.large_string())
-    numbers = array.cast(pa.int64())
-    known = pc.if_else(pc.greater_equal(numbers, 0), numbers, None)
+    indices = array.cast(pa.int64())
+    known = pc.if_else(pc.greater_equal(indices, 0), indices, None)
     return pa.array(classes, pa.large_string()).take(known)
 
 
-def _opened(url: str) -> Any:
+def _open_url(url: str) -> Any:
     import fsspec
 
     return fsspec.open(url, "rb").open()
 
 
-def _parquet(url: str) -> list[int]:
-    """Rows of each row group."""
-    with _opened(url) as file:
-        about = pq.ParquetFile(file).metadata
-        return [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+def _row_counts(url: str) -> list[int]:
+    """Read the number of rows of each row group of a Parquet file."""
+    with _open_url(url) as file:
+        metadata = pq.ParquetFile(file).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 def _schema(url: str) -> tuple[pa.Schema, Any]:
-    """Of a parquet file, and the features that ``datasets`` wrote into it."""
+    """Read the schema of a Parquet file and the features that ``datasets`` stored in it."""
     import datasets
 
-    with _opened(url) as file:
+    with _open_url(url) as file:
         schema = pq.ParquetFile(file).schema_arrow
     return schema, datasets.Features.from_arrow_schema(schema)

@@ -1,4 +1,4 @@
-"""Image of any size -> uint8 image of the wanted size. Pure functions of the drawn numbers."""
+"""Crops that turn an image of any size into a uint8 image of a fixed size, as pure functions of random draws."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from simmim.data.decode import Box, DecodedImage, from_image, to_image
 _ATTEMPTS = 10
 
 Example = Tensor | dict[str, Tensor]
-"""An image, uint8 ``(c, H, W)``; or ``image`` beside what belongs to it."""
+"""An image, uint8 ``(c, H, W)``; or a dictionary of ``image`` and its targets."""
 
 
 class Transform(Protocol):
-    """From what a source decodes to what a batch is made of."""
+    """Turns decoded images into examples, and examples into batches."""
 
     num_draws: int
 
-    def __call__(self, picture: Any, draws: Sequence[float], /) -> Example:
-        """A pure function of ``num_draws`` draws in [0, 1)."""
+    def __call__(self, image: Any, draws: Sequence[float], /) -> Example:
+        """Make an example; a pure function of the image and of ``num_draws`` draws in [0, 1)."""
 
     def collate(self, examples: list[Any]) -> dict[str, Tensor]:
-        """Several of them as one batch, in which ``image`` has an entry for each."""
+        """Collate examples into a batch whose ``image`` has one entry per example."""
 
 
 def stack(images: list[Tensor]) -> dict[str, Tensor]:
-    """Images of one size as ``image`` uint8 ``(n, c, H, W)``.
+    """Stack images of one size into ``image`` uint8 ``(n, c, H, W)``.
 
-    In a worker this writes each of them straight into memory that the main process sees.
+    In a worker this copies each image directly into memory shared with the main process.
     """
     return {"image": default_collate(images)}
 
 
 class RandomCrop:
-    """A crop of random area and aspect ratio, resized with antialiasing, flipped at random.
+    """A crop of random area and aspect ratio, resized with antialiasing and randomly flipped.
 
-    The same distribution as torchvision's ``RandomResizedCrop``: up to ten draws of an area share
-    and a log-uniform aspect ratio, then the largest central crop inside the ratio limits.
+    The same distribution as torchvision's ``RandomResizedCrop``: up to ten draws of a fraction of the area
+    and a log-uniform aspect ratio, then the largest central crop within the ratio limits.
 
     Args:
         size: ``(H, W)`` of the result in pixels.
-        scale: range of the share of the image's area.
+        scale: range of the crop's fraction of the image area.
         ratio: range of width over height.
         flip: probability of a horizontal flip.
         interpolation: ``bilinear`` or ``bicubic``.
@@ -71,13 +71,13 @@ class RandomCrop:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.interpolation = interpolation
 
-    def __call__(self, picture: DecodedImage, draws: Sequence[float]) -> Tensor:
-        """uint8 ``(c, H, W)``; ``num_draws`` draws in [0, 1)."""
-        box = self.box(*picture.size, draws[1:])
-        return picture.crop(box, self.size, self.interpolation, flip=draws[0] < self.flip)
+    def __call__(self, image: DecodedImage, draws: Sequence[float]) -> Tensor:
+        """Crop an image with ``num_draws`` draws in [0, 1): uint8 ``(c, H, W)``."""
+        box = self.box(*image.size, draws[1:])
+        return image.crop(box, self.size, self.interpolation, flip=draws[0] < self.flip)
 
     def box(self, height: int, width: int, draws: Sequence[float]) -> Box:
-        """The crop of an image of this size."""
+        """Choose the crop box for an image of this size in px."""
         low, high = (math.log(r) for r in self.ratio)
         for attempt in range(_ATTEMPTS):
             u_area, u_ratio, u_top, u_left = draws[4 * attempt : 4 * attempt + 4]
@@ -90,7 +90,7 @@ class RandomCrop:
 
 
 class CenterCrop:
-    """The largest central crop of the wanted aspect ratio, resized: the fixed view for evaluation."""
+    """The largest central crop of the target aspect ratio, resized; used for evaluation."""
 
     num_draws = 0
     collate = staticmethod(stack)
@@ -98,17 +98,17 @@ class CenterCrop:
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear") -> None:
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, picture: DecodedImage, draws: Sequence[float]) -> Tensor:
-        box = central_box(*picture.size, self.size[1] / self.size[0])
-        return picture.crop(box, self.size, self.interpolation)
+    def __call__(self, image: DecodedImage, draws: Sequence[float]) -> Tensor:
+        box = central_box(*image.size, self.size[1] / self.size[0])
+        return image.crop(box, self.size, self.interpolation)
 
 
 class RandAugmentedCrop(RandomCrop):
-    """:class:`RandomCrop`, then RandAugment by timm (arXiv 1909.13719), for three channels.
+    """:class:`RandomCrop` followed by timm's RandAugment (arXiv 1909.13719), for three channels.
 
     Args:
-        rand_augment: timm's notation, for instance ``rand-m9-mstd0.5-inc1``.
-        mean: of the pixels in [0, 1]; what fills the corners of a rotated image.
+        rand_augment: policy in timm's notation, for example ``rand-m9-mstd0.5-inc1``.
+        mean: pixel mean in [0, 1] per channel; fills the corners of rotated images.
     """
 
     num_draws = RandomCrop.num_draws + 1
@@ -121,31 +121,31 @@ class RandAugmentedCrop(RandomCrop):
             "interpolation": Image.Resampling[self.interpolation.upper()],
         }
         self.rand_augment = rand_augment_transform(rand_augment, settings)
-        keep_a_bit(self.rand_augment)
+        keep_one_posterize_bit(self.rand_augment)
 
-    def __call__(self, picture: DecodedImage, draws: Sequence[float]) -> Tensor:
-        """Seeds the global generators, which timm draws from: see :func:`untouched_generators`."""
-        image = to_image(super().__call__(picture, draws[:-1]))
+    def __call__(self, image: DecodedImage, draws: Sequence[float]) -> Tensor:
+        """Crop and augment; seeds the global generators, which timm draws from: see :func:`preserve_global_rng`."""
+        crop = to_image(super().__call__(image, draws[:-1]))
         seed = int(draws[-1] * 2**32)
         random.seed(seed)
         np.random.seed(seed)
-        return from_image(self.rand_augment(image))
+        return from_image(self.rand_augment(crop))
 
 
-def keep_a_bit(rand_augment: Any) -> None:
-    """At a high level timm's posterize asks for 0 bits, which Pillow refuses: here it keeps one."""
+def keep_one_posterize_bit(rand_augment: Any) -> None:
+    """Keep at least one bit in posterize: at high levels timm asks for 0 bits, which Pillow refuses."""
     for op in rand_augment.ops:
         if op.name.startswith("Posterize"):
-            op.level_fn = partial(_at_least_a_bit, op.level_fn)
+            op.level_fn = partial(_at_least_one_bit, op.level_fn)
 
 
-def _at_least_a_bit(level_fn: Callable, level: float, settings: dict) -> tuple[int]:
+def _at_least_one_bit(level_fn: Callable, level: float, settings: dict) -> tuple[int]:
     return (max(1, level_fn(level, settings)[0]),)
 
 
 @contextmanager
-def untouched_generators() -> Iterator[None]:
-    """What is drawn inside leaves no trace in the global generators of Python and NumPy."""
+def preserve_global_rng() -> Iterator[None]:
+    """Restore the state of the global generators of Python and NumPy afterwards."""
     before = random.getstate(), np.random.get_state()
     try:
         yield
@@ -155,6 +155,6 @@ def untouched_generators() -> Iterator[None]:
 
 
 def central_box(height: int, width: int, ratio: float) -> Box:
-    """The largest box of an aspect ratio, width over height, in the middle of an image of this size."""
+    """Return the largest central box with this aspect ratio (width over height) in an image of this size."""
     h, w = min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
     return (height - h) // 2, (width - w) // 2, h, w

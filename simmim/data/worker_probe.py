@@ -1,4 +1,4 @@
-"""How many loader processes pay? Measured, on this machine and these images."""
+"""Measurement of how many data-loader workers help, on this machine and these images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from simmim.data.sources import Source
 from simmim.data.transforms import RandomCrop
 
 ENOUGH = 0.95
+"""Fraction of the highest speed that the recommended number of workers must reach."""
 
 
 def probe(
@@ -21,19 +22,19 @@ def probe(
     workers: Sequence[int] | None = None,
     seconds: float = 5.0,
 ) -> dict[int, float]:
-    """Images per second from files to batches, for several numbers of worker processes.
+    """Measure loading speed in images/s for several numbers of worker processes.
 
-    The first batches, while processes start, do not count.
+    The first batches, during which processes start, are not counted.
 
     Args:
-        workers: which numbers; None for 0, 1, 2, 4 and so on up to the number of cores.
-        seconds: how long each of them is measured.
+        workers: numbers of workers to measure; None: 0, 1, 2, 4 and so on up to the number of cores.
+        seconds: duration of each measurement.
 
     Raises:
-        ValueError: too many broken images, or a batch of none.
+        ValueError: too many corrupt images, an empty source or an empty batch.
     """
     if batch_size < 1 or not len(source):
-        raise ValueError(f"a batch of {batch_size} out of {len(source)} images: both have to be at least 1")
+        raise ValueError(f"batch size {batch_size} with {len(source)} images: both must be at least 1")
     counts = workers if workers is not None else _doubling(os.cpu_count() or 1)
     speeds = {}
     for count in counts:
@@ -58,12 +59,12 @@ def probe(
 
 
 def format_probe(speeds: dict[int, float]) -> str:
-    """A table, and the least number of workers that comes near the best."""
+    """Format the speeds as a table that marks the smallest number of workers close to the highest speed."""
     best = max(speeds.values())
     enough = next(count for count, speed in speeds.items() if speed >= ENOUGH * best)
     lines = ["workers  images/s"]
     lines += [f"{count:>7}  {speed:>8.0f}{'  <-' if count == enough else ''}" for count, speed in speeds.items()]
-    lines.append(f"data.num_workers={enough} brings {speeds[enough]:.0f} images/s; faster training waits for data")
+    lines.append(f"data.num_workers={enough} loads {speeds[enough]:.0f} images/s; faster training would wait for data")
     return "\n".join(lines)
 
 

@@ -29,14 +29,14 @@ from simmim.data import (
     Shapes,
     Source,
     VideoDecoder,
-    few_labels,
     labelled_sources,
+    limit_labels,
     training_images,
 )
 from simmim.data.boxes import coco_sources, has_split, open_coco
 from simmim.data.loader import reason_of
 from simmim.data.segments import SegmentedSources, read_class_names, segmented_sources
-from simmim.data.sources import Files, Subset, validation_files, variants
+from simmim.data.sources import Files, Subset, imagenet_v2_parts, validation_files
 from simmim.metrics.average_precision import AveragePrecision
 from simmim.metrics.mean_iou import MeanIoU
 from simmim.rng import permutation
@@ -159,7 +159,7 @@ def open_sources(recipe: Recipe, stage: Stage, size: Pair | None = None) -> Sour
 
 def tests_of(stage: FinetuneStage) -> list[str]:
     """More places that a classifier is judged by."""
-    return [place for path in stage.labels.tests for place in variants(path)]
+    return [place for path in stage.labels.tests for place in imagenet_v2_parts(path)]
 
 
 def decoder_of(data: Data, channels: int, video: Video | None) -> Decoder:
@@ -253,7 +253,7 @@ def _share(source: Source, recipe: Recipe, stage: Stage) -> Source:
         order = torch.arange(count) if in_blocks else permutation(0, 0, count)
         return Subset(source, order[: images_of_fraction(recipe.data.fraction, count)].sort().values)
     if isinstance(stage, FinetuneStage) and stage.labels.labels_per_class is not None:
-        return few_labels(cast(LabelledSource, source), stage.labels.labels_per_class, recipe.seed)
+        return limit_labels(cast(LabelledSource, source), stage.labels.labels_per_class, recipe.seed)
     if isinstance(stage, SegmentStage) and stage.labels.images is not None:
         if stage.labels.images > count:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from simmim.config import Recipe
 from simmim.config.loading import dump_recipe, load_recipe
-from simmim.data.sources import is_name
+from simmim.data.sources import is_data_set_name
 from simmim.stages.initialization import FIXED
 from swin import SIZES, VideoConfig, import_encoder, load_description, load_encoder
 from swin.weights.serialization import DESCRIPTION
@@ -31,7 +31,7 @@ def make_recipe(
     if not data:
         raise ValueError("--encoder needs --data FOLDER, with one subfolder per class")
     place = Path(data).expanduser().resolve()
-    last = re.split("[:/]", data.rstrip("/"))[-1] if is_name(data) else place.stem if place.is_file() else place.name
+    last = re.split("[:/]", data.rstrip("/"))[-1] if is_data_set_name(data) else place.stem if place.is_file() else place.name
     name = name or "finetune_" + re.sub(r"[^\w.+-]+", "_", last)
     path = out / name / "recipe.yaml"
     if (encoder / DESCRIPTION).exists():
@@ -57,7 +57,7 @@ def make_recipe(
         {
             "name": name,
             "data": {
-                "path": data if is_name(data) else str(place),
+                "path": data if is_data_set_name(data) else str(place),
                 **pixels,
             },
             "encoder": {"name": size, **{field: getattr(config, field) for field in FIXED}},

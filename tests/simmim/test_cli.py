@@ -38,7 +38,7 @@ def test_pretraining_on_a_folder_with_a_broken_jpeg(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.path=/does/not/exist"], "'/does/not/exist' is not a folder, nor a file"),
+        (["data.path=/does/not/exist"], "'/does/not/exist' is not a folder, a file or a pattern"),
         (["data.path=''"], "the recipe names no images: set data.path="),
         (["data.path=builtin:cats"], "the only builtin data is builtin:shapes"),
         (["stages.pretrain.image_size=36"], "mask_patch_size 8 does not divide the image size 36 x 36"),

@@ -311,9 +311,9 @@ def test_what_cannot_be_is_said_at_the_start(tmp_path, monkeypatch):
     write_video(tmp_path / "a" / "a.mp4", count=2)
     (tmp_path / "b").mkdir()
     np.save(tmp_path / "b" / "b.npy", np.zeros((3, 9, 9), np.uint8))
-    with pytest.raises(ValueError, match=r"wanted are images, but .*a.mp4 is one of 1 videos"):
+    with pytest.raises(ValueError, match=r"expected images, found 1 videos, for example .*a.mp4"):
         Images(open_files(tmp_path / "a"))
-    with pytest.raises(ValueError, match=r"wanted are videos, but .*b.npy is one of 1 images"):
+    with pytest.raises(ValueError, match=r"expected videos, found 1 images, for example .*b.npy"):
         Images(open_files(tmp_path / "b"), VideoDecoder())
     with pytest.raises(ValueError, match="1 or 3 channels, but the encoder wants in_chans=4"):
         VideoDecoder(4)

@@ -32,7 +32,7 @@ from simmim.data import (
 )
 from simmim.data.loader import epoch_order
 from simmim.data.manifest import load_manifest
-from simmim.data.tables import BLOCKS_TOGETHER
+from simmim.data.tables import SHUFFLED_BLOCKS
 
 CLASSES = ("ant", "bee", "cow")
 NAMES = [f"{CLASSES[number % 3]}/{number:02d}.png" for number in range(22)]
@@ -270,9 +270,9 @@ def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
         assert sorted(order.tolist()) == list(range(22))
         together = stream.blocks[order]
         # In any stretch of the order only so many blocks are open, and each is visited in one go.
-        assert all(len(set(together[i : i + 4].tolist())) <= 2 * BLOCKS_TOGETHER for i in range(19))
+        assert all(len(set(together[i : i + 4].tolist())) <= 2 * SHUFFLED_BLOCKS for i in range(19))
         spans = [max(np.flatnonzero(together == b)) - min(np.flatnonzero(together == b)) for b in range(12)]
-        assert max(spans) < 2 * BLOCKS_TOGETHER
+        assert max(spans) < 2 * SHUFFLED_BLOCKS
     assert not torch.equal(epoch_order(3, 0, 22, stream.blocks), epoch_order(3, 1, 22, stream.blocks))
     assert LabelledImages(stream.files).classes == list(CLASSES)
     training, validation = split_validation(stream, 2)
@@ -346,13 +346,13 @@ def test_links_to_folders_are_followed_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.zip", b"PK\x03\x04 cut", "damaged or no archive"),
-        ("a.tar", b"no tar" * 300, "damaged or no archive"),
+        ("a.zip", b"PK\x03\x04 cut", "damaged or not an archive"),
+        ("a.tar", b"no tar" * 300, "damaged or not an archive"),
         ("a.tar.gz", b"\x1f\x8b", "unpack it"),
-        ("a.csv", b"colour,size\nred,3\n", "call the one with paths"),
+        ("a.csv", b"colour,size\nred,3\n", "name the path column"),
         ("a.csv", b"label,path\nred,a.png\nblue\n", "has a row without a path: blue"),
-        ("a.csv", b"path\n\xff.png\n", "is no text in UTF-8"),
-        ("a.csv", b"path\n" + 200_000 * b"a" + b".png\n", "is no table of paths"),
+        ("a.csv", b"path\n\xff.png\n", "is not UTF-8 text"),
+        ("a.csv", b"path\n" + 200_000 * b"a" + b".png\n", "is not a table of paths"),
         ("a.csv", b"youtube_id,time_start,time_end\nabc,,10\n", "row 2 of .* is abc, , 10: expected youtube_id"),
         ("a.csv", b"youtube_id,time_start,time_end\nabc\n", "row 2 of .* is abc: expected youtube_id"),
         ("a.txt", b"\n# nothing\n", "lists no images"),

@@ -1,4 +1,4 @@
-"""Every kind of file to the same kind of pixels, and only as much of it as a crop needs."""
+"""Tests of decoding: formats, color modes, orientation, and reduced decoding for crops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simmim.data.decode import BACKGROUND, from_image, to_image
 
 
 def smooth(height, width, seed=0):
-    """A photograph-like image: coarse colours, enlarged."""
+    """Make a smooth photograph-like image from enlarged random colors."""
     coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -27,9 +27,9 @@ def content(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def whole(data, decoder=None):
-    picture = (decoder or Decoder())(data)
-    return picture.crop((0, 0, *picture.size), picture.size)
+def decode_fully(data, decoder=None):
+    image = (decoder or Decoder())(data)
+    return image.crop((0, 0, *image.size), image.size)
 
 
 def pixels_of(image):
@@ -42,22 +42,22 @@ def psnr(a, b):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_is_taken_from_the_image_as_it_is_looked_at(orientation, flip):
+def test_crop_box_refers_to_the_image_after_exif_orientation(orientation, flip):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = content(smooth(60, 90), exif=exif)
     upright = pixels_of(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    picture = Decoder()(data)
-    assert picture.size == tuple(upright.shape[1:])
+    image_file = Decoder()(data)
+    assert image_file.size == tuple(upright.shape[1:])
     expected = upright[:, 5:35, 9:49]
     expected = expected.flip(-1) if flip else expected
-    assert torch.equal(picture.crop((5, 9, 30, 40), (30, 40), flip=flip), expected)
+    assert torch.equal(image_file.crop((5, 9, 30, 40), (30, 40), flip=flip), expected)
     half = TensorImage(expected.contiguous()).crop((0, 0, 30, 40), (15, 20))
-    assert (picture.crop((5, 9, 30, 40), (15, 20), flip=flip).int() - half.int()).abs().max() <= 1
+    assert (image_file.crop((5, 9, 30, 40), (15, 20), flip=flip).int() - half.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_resizing_agrees_with_pillow(interpolation):
+def test_resize_matches_pillow(interpolation):
     image = smooth(300, 400)
     box = (20, 30, 250, 310)
     ours = Decoder()(content(image)).crop(box, (96, 80), interpolation)
@@ -65,12 +65,12 @@ def test_resizing_agrees_with_pillow(interpolation):
     assert (ours.int() - pixels_of(theirs).int()).abs().max() <= 1
 
 
-def test_large_jpegs_are_reduced_while_they_are_decoded_and_nobody_sees_it():
+def test_large_jpegs_are_reduced_during_decoding_without_visible_difference():
     data = content(smooth(1500, 2000), "JPEG", quality=92)
     box, size = (100, 200, 1300, 1500), (160, 192)
-    picture = Decoder()(data)
-    reduced = picture.crop(box, size)
-    assert picture.image.size == (1000, 750)  # 1300 px hold 192 px twice and more at half, not at a quarter
+    image_file = Decoder()(data)
+    reduced = image_file.crop(box, size)
+    assert image_file.image.size == (1000, 750)  # 1300 px reduced by 2 are at least twice 192 px, reduced by 4 they are not
     full = TensorImage(pixels_of(Image.open(io.BytesIO(data)))).crop(box, size)
     assert psnr(reduced, full) > 50
     small = Decoder()(data)
@@ -78,77 +78,77 @@ def test_large_jpegs_are_reduced_while_they_are_decoded_and_nobody_sees_it():
     assert small.image.size == (2000, 1500)
 
 
-def test_images_of_more_than_one_block_of_memory():
+def test_images_larger_than_one_pillow_memory_block():
     image = smooth(2100, 2100)
     ours = Decoder()(content(image, compress_level=1)).crop((10, 20, 2090, 2080), (64, 64))
     assert (ours.int() - TensorImage(pixels_of(image)).crop((10, 20, 2090, 2080), (64, 64)).int()).abs().max() <= 1
-    assert torch.equal(whole(content(image, compress_level=1)), pixels_of(image))
+    assert torch.equal(decode_fully(content(image, compress_level=1)), pixels_of(image))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
-def test_every_mode_becomes_the_wanted_channels(mode, channels):
+def test_every_color_mode_is_converted_to_the_requested_channels(mode, channels):
     data = content(Image.new(mode, (8, 6), 1), "TIFF")
-    assert whole(data, Decoder(channels)).shape == (channels, 6, 8)
+    assert decode_fully(data, Decoder(channels)).shape == (channels, 6, 8)
     assert Decoder(channels)(data).crop((0, 1, 4, 5), (16, 12)).shape == (channels, 16, 12)
 
 
-def test_transparency_shows_the_background():
+def test_transparent_pixels_show_the_background():
     image = Image.new("RGBA", (8, 6), (200, 10, 10, 0))
     image.paste((0, 0, 255, 255), (0, 0, 4, 6))
     palette = image.quantize(4)
     for data in (content(image), content(palette, transparency=palette.getpixel((7, 0)))):
-        pixels = whole(data)
+        pixels = decode_fully(data)
         assert pixels[:, 0, 0].tolist() == [0, 0, 255]
         assert pixels[:, 0, 7].tolist() == list(BACKGROUND)
-    assert whole(content(image), Decoder(4))[:, 0, 7].tolist() == [200, 10, 10, 0]
+    assert decode_fully(content(image), Decoder(4))[:, 0, 7].tolist() == [200, 10, 10, 0]
 
 
-def test_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+def test_animations_are_decoded_to_their_first_frame():
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
         data = content(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-        assert whole(data)[:, 0, 0].tolist() == [255, 0, 0], kind
+        assert decode_fully(data)[:, 0, 0].tolist() == [255, 0, 0], kind
 
 
-def test_pages_of_a_tiff_are_channels_if_there_are_as_many():
+def test_tiff_pages_are_channels_if_their_number_matches():
     pages = [Image.fromarray(np.full((6, 8), 256 * value, np.uint16)) for value in (10, 20, 30, 40, 50)]
     data = content(pages[0], "TIFF", save_all=True, append_images=pages[1:])
-    assert whole(data, Decoder(5))[:, 0, 0].tolist() == [10, 20, 30, 40, 50]
-    assert whole(data, Decoder(1))[:, 0, 0].tolist() == [10]
+    assert decode_fully(data, Decoder(5))[:, 0, 0].tolist() == [10, 20, 30, 40, 50]
+    assert decode_fully(data, Decoder(1))[:, 0, 0].tolist() == [10]
     with pytest.raises(ValueError, match="expected 6"):
-        whole(data, Decoder(6))
+        decode_fully(data, Decoder(6))
 
 
 @pytest.mark.parametrize("channels_first", [True, False])
-def test_arrays_of_any_number_of_channels(channels_first):
+def test_arrays_may_have_any_number_of_channels(channels_first):
     array = np.random.default_rng(0).integers(0, 2**16, (13, 6, 8), dtype=np.uint16)
     stored = array if channels_first else array.transpose(1, 2, 0)
     npy, tiff = io.BytesIO(), io.BytesIO()
     np.save(npy, stored)
     tifffile.imwrite(tiff, stored, planarconfig="separate" if channels_first else "contig", photometric="minisblack")
     for data in (npy.getvalue(), tiff.getvalue()):
-        assert np.array_equal(whole(data, Decoder(13)).numpy(), array >> 8)
+        assert np.array_equal(decode_fully(data, Decoder(13)).numpy(), array >> 8)
     with pytest.raises(ValueError, match=r"expected 12 channels"):
-        whole(npy.getvalue(), Decoder(12))
+        decode_fully(npy.getvalue(), Decoder(12))
 
 
-def test_a_value_range_says_what_is_black_and_white():
+def test_value_range_maps_high_bit_depth_to_uint8():
     array = np.array([[[-5.0, 0.0, 5.0, 10.0, 20.0, np.nan]]], np.float32)
     npy = io.BytesIO()
     np.save(npy, array)
-    assert whole(npy.getvalue(), Decoder(1, (0.0, 10.0))).flatten().tolist() == [0, 0, 128, 255, 255, 0]
+    assert decode_fully(npy.getvalue(), Decoder(1, (0.0, 10.0))).flatten().tolist() == [0, 0, 128, 255, 255, 0]
     with pytest.raises(ValueError, match=r"data\.value_range"):
-        whole(npy.getvalue(), Decoder(1))
+        decode_fully(npy.getvalue(), Decoder(1))
     sixteen = content(Image.fromarray(np.full((4, 4), 4095, np.uint16)))
-    assert whole(sixteen, Decoder(1, (0, 4095))).unique().tolist() == [255]
-    assert whole(sixteen, Decoder(1)).unique().tolist() == [4095 >> 8]
+    assert decode_fully(sixteen, Decoder(1, (0, 4095))).unique().tolist() == [255]
+    assert decode_fully(sixteen, Decoder(1)).unique().tolist() == [4095 >> 8]
     eight = content(Image.new("L", (4, 4), 100))
-    assert whole(eight, Decoder(1, (0, 4095))).unique().tolist() == [100]
+    assert decode_fully(eight, Decoder(1, (0, 4095))).unique().tolist() == [100]
 
 
-def test_arrays_are_never_unpickled():
+def test_pickled_arrays_are_refused():
     file = io.BytesIO()
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
@@ -156,13 +156,13 @@ def test_arrays_are_never_unpickled():
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"\xff\xd8\xff\xe0", b"II*\0rubbish"])
-def test_what_is_no_image_is_said_to_be_none(data):
+def test_content_that_is_not_an_image_raises_with_a_message(data):
     with pytest.raises(Exception, match=r".+"):
-        whole(data)
+        decode_fully(data)
 
 
-def test_pixels_go_to_pillow_and_back():
-    """Four bytes of a file's pixels at once, or three of any other."""
+def test_pillow_conversion_round_trip():
+    """Both with interleaved RGBX pixels, as decoded files have, and with separate channels."""
     data = content(smooth(30, 40))
     crop = Decoder()(data).crop((2, 3, 20, 30), (10, 12))
     assert crop.stride(0) == 1

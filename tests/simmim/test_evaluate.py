@@ -157,7 +157,7 @@ def test_classes_that_are_called_by_numbers_are_matched_by_name(exports, tmp_pat
         Image.new("RGB", (40, 40)).save(tmp_path / name / "a.png")
     encoder = make_small()
     assert labelled_images(str(tmp_path), encoder, PIXELS, ["0", "3", "2"], 3).label(0) == 2
-    with pytest.raises(ValueError, match="holds classes that are not among the 2 known ones: 3"):
+    with pytest.raises(ValueError, match="has classes that are not among the 2 training classes: 3"):
         labelled_images(str(tmp_path), encoder, PIXELS, ["2", "4"], 2)
 
 

@@ -71,7 +71,7 @@ def test_every_strategy_masks_exactly_so_many(strategy):
         assert torch.equal(mask[7:9], generator(epoch[:2], index[7:9]))
         assert len({tuple(one.flatten().tolist()) for one in mask}) > 3
         assert not torch.equal(mask, generator(epoch + 1, index))
-    with pytest.raises(ValueError, match="at least one cell must be masked and one visible"):
+    with pytest.raises(ValueError, match="at least one mask patch must be masked and one visible"):
         MaskGenerator((32, 32), 16, 0.99, strategy=strategy)
 
 

@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
 import swin
-from simmim.data import RandAugmentedCrop, Shapes, few_labels
-from simmim.data.transforms import untouched_generators
+from simmim.data import RandAugmentedCrop, Shapes, limit_labels
+from simmim.data.transforms import preserve_global_rng
 from simmim.export.classifier import (
     Classifier,
     load_classifier,
@@ -147,7 +147,7 @@ def test_rand_augment_is_a_function_of_its_draws():
     random.seed(3)
     np.random.seed(3)
     before = random.getstate(), np.random.get_state()[1].tolist()
-    with untouched_generators():
+    with preserve_global_rng():
         first = [transform(image, u) for u in draws.tolist()]
     assert before == (random.getstate(), np.random.get_state()[1].tolist())  # the step's own draws are untouched
     random.seed(4)
@@ -160,15 +160,15 @@ def test_rand_augment_is_a_function_of_its_draws():
 
 def test_few_labels():
     source = Shapes(400, (8, 8))
-    chosen = few_labels(source, 5, seed=1)
+    chosen = limit_labels(source, 5, seed=1)
     labels = [chosen.label(number) for number in range(len(chosen))]
     assert sorted(labels) == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     names = {chosen.name(number) for number in range(len(chosen))}
     assert len(names) == 20
-    again, other = few_labels(source, 5, seed=1), few_labels(source, 5, seed=2)
+    again, other = limit_labels(source, 5, seed=1), limit_labels(source, 5, seed=2)
     assert names == {again.name(number) for number in range(20)} != {other.name(number) for number in range(20)}
     with pytest.raises(ValueError, match=r"has \d+ images, but labels_per_class is 300: lower it"):
-        few_labels(source, 300, seed=0)
+        limit_labels(source, 300, seed=0)
 
 
 def wide(classes: int) -> Classifier:

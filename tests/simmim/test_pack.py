@@ -161,11 +161,11 @@ def test_the_command_line(tmp_path, capsys):
     report = tmp_path / "bad.csv"
     check = ["data", "check", str(folder), "--report", str(report), "--num-workers", "1"]
     assert main(check) == 0 and not report.exists()
-    assert "22 good images, 0 broken" in capsys.readouterr().out
+    assert "22 valid images, 0 corrupt" in capsys.readouterr().out
     (folder / SORTED[0]).write_bytes(b"broken")
     assert main(check) == 1
     printed = capsys.readouterr().out
-    assert "21 good images, 1 broken" in printed and "1 x no kind of image" in printed
+    assert "21 valid images, 1 corrupt" in printed and "1 x unrecognized image format" in printed
     assert SORTED[0] in report.read_text()
     packed = tmp_path / "packed"
     assert main(["data", "pack", str(folder), str(packed), "--short-side", "24", "--num-workers", "2"]) == 0
@@ -180,7 +180,7 @@ def test_the_probe_counts_what_it_says(tmp_path):
     images = open_images(write_folder(tmp_path / "folder"))
     speeds = probe(images, RandomCrop((16, 16)), batch_size=8, workers=[0, 1], seconds=0.2)
     assert set(speeds) == {0, 1} and min(speeds.values()) > 0
-    with pytest.raises(ValueError, match="a batch of 0 out of 22"):
+    with pytest.raises(ValueError, match="batch size 0 with 22 images"):
         probe(images, RandomCrop((16, 16)), batch_size=0)
     text = format_probe({0: 100.0, 1: 240.0, 2: 470.0, 4: 480.0})
     assert "data.num_workers=2" in text and text.splitlines()[3].endswith("470  <-")

@@ -119,7 +119,7 @@ def test_what_has_no_counterpart_is_named_and_left_out(tmp_path):
 
 def test_empty_folders_and_channels_that_no_file_has(tmp_path):
     write_pair(tmp_path, "a", blocks(1))
-    with pytest.raises(ValueError, match="image files have 1, 3 or 4 channels, but the encoder wants in_chans=5"):
+    with pytest.raises(ValueError, match="image files have 1, 3 or 4 channels, but the encoder has in_chans=5"):
         opened(tmp_path, decoder=Decoder(5))
     (tmp_path / "annotations" / "a.png").unlink()
     with pytest.raises(ValueError, match=r"no images in .*annotations"):
@@ -193,7 +193,7 @@ def damage(path, kind):
         return "is 60 x 80 px, but its annotation 40 x 40"
     if kind == "bomb":
         Image.new("1", (15_000, 10_000)).save(path)
-        return "15000 x 10000 px, more than 89 megapixels"
+        return "15000 x 10000 px, exceeds the limit of 89 megapixels"
     if kind == "larger bomb":
         Image.new("1", (20_000, 10_000)).save(path)
         return "200000000 pixels"

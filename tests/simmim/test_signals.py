@@ -16,7 +16,7 @@ import torch
 from simmim import signals, stages
 from simmim.cli.main import main
 from simmim.data import Shapes
-from simmim.signals import Stopped, StopRequest, ignore_signals, obey_signals
+from simmim.signals import Stopped, StopRequest, ignore_signals, raise_on_signals
 from simmim.stages import initialization
 from simmim.training.optim import make_lr
 from tests.simmim.test_training import TINY, comparable_metrics, saved_state, tiny_recipe
@@ -81,7 +81,7 @@ def test_a_signal_in_the_last_step_leaves_evaluation_and_export_to_the_next_star
 def test_outside_of_the_loop_there_is_nothing_to_save(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simmim.stages.pretrain.judge", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
-    assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
+    assert "stopped by SIGTERM; run the same command again to resume" in capsys.readouterr().err
 
 
 def test_a_signal_while_an_image_is_decoded_is_not_its_fault(tmp_path, monkeypatch):
@@ -99,23 +99,23 @@ def test_a_signal_while_an_image_is_decoded_is_not_its_fault(tmp_path, monkeypat
 
 
 def test_a_signal_that_the_loop_has_not_seen_is_not_lost():
-    with obey_signals(), pytest.raises(Stopped, match="stopped by SIGUSR1"), StopRequest() as stop:
+    with raise_on_signals(), pytest.raises(Stopped, match="stopped by SIGUSR1"), StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR1)
         assert stop.reason() == "SIGUSR1"
 
 
 def test_handlers_are_as_before_afterwards():
-    before = [signal.getsignal(number) for number in (*signals.ASKS, signal.SIGINT)]
-    with obey_signals(), StopRequest():
+    before = [signal.getsignal(number) for number in (*signals.STOP_SIGNALS, signal.SIGINT)]
+    with raise_on_signals(), StopRequest():
         assert signal.getsignal(signal.SIGINT) not in before
-    assert [signal.getsignal(number) for number in (*signals.ASKS, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in (*signals.STOP_SIGNALS, signal.SIGINT)] == before
 
 
 def test_other_threads_may_train():
     reasons = []
 
     def train():
-        with obey_signals(), StopRequest() as stop:
+        with raise_on_signals(), StopRequest() as stop:
             reasons.append(stop.reason())
 
     thread = threading.Thread(target=train)
@@ -128,7 +128,7 @@ def test_the_end_of_a_launcher_is_noticed(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stop = StopRequest()
     assert stop.reason() is None
-    monkeypatch.setattr(signals, "PARENT", -1)  # it has ended before the loop began
+    monkeypatch.setattr(signals, "PARENT_PID", -1)  # it has ended before the loop began
     assert StopRequest().reason() == "the end of its launcher"
     monkeypatch.setattr(os, "getppid", lambda: -2)  # of no process, whoever has started this one
     assert stop.reason() == "the end of its launcher"
@@ -167,7 +167,7 @@ def test_what_ignores_signals_can_still_be_ended():
     child = os.fork()
     if child == 0:
         ignore_signals()
-        for number in (*signals.ASKS, signal.SIGINT):
+        for number in (*signals.STOP_SIGNALS, signal.SIGINT):
             signal.raise_signal(number)
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
