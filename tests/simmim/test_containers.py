@@ -1,4 +1,4 @@
-"""The same images in whatever they lie: the same names of classes, the same samples, the same pixels."""
+"""Tests of storage containers: every container gives the same classes, samples and pixels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.registry import _registry
 from PIL import Image
 
+from simmim.cli.main import main
 from simmim.data import (
     Decoder,
     LabelledImages,
@@ -38,13 +41,13 @@ CLASSES = ("ant", "bee", "cow")
 NAMES = [f"{CLASSES[number % 3]}/{number:02d}.png" for number in range(22)]
 
 
-def picture(number):
+def random_image(number):
     return np.random.default_rng(number).integers(0, 256, (30 + number % 5, 40, 3), dtype=np.uint8)
 
 
 def png(number):
     file = io.BytesIO()
-    Image.fromarray(picture(number)).save(file, "PNG")
+    Image.fromarray(random_image(number)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -117,7 +120,7 @@ def write_csv(path, folder):
 def containers(tmp_path_factory):
     home = tmp_path_factory.mktemp("containers")
     folder = write_folder(home / "folder")
-    places = {
+    paths = {
         "folder": folder,
         "zip": write_zip(home / "deflated.zip", names=NAMES[::-1]),
         "zip stored": write_zip(home / "stored.zip", zipfile.ZIP_STORED, "photos/"),
@@ -131,14 +134,14 @@ def containers(tmp_path_factory):
         "hf": f"hf:{home / 'saved'}",
     }
     datasets.config.HF_DATASETS_CACHE = Path(home / "cache")
-    return places
+    return paths
 
 
 ALL = ["folder", "zip", "zip stored", "tar", "tar shards", "pattern", "list", "csv", "parquet", "saved data set", "hf"]
 
 
 def digest(source, **arguments):
-    """Of all samples of three steps, in their order."""
+    """Hash all samples of three steps in their order."""
     arguments = {"seed": 3, "batch_size": 16, "micro_batch_size": 16, "end_step": 3} | arguments
     hashed = hashlib.sha256()
     for batch in training_batches(source, RandomCrop((16, 16)), **arguments):
@@ -149,7 +152,7 @@ def digest(source, **arguments):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_the_same_samples_and_pixels_from_every_container(containers, kind):
+def test_every_container_gives_the_same_samples_and_pixels(containers, kind):
     images, folder = open_images(containers[kind]), open_images(containers["folder"])
     assert len(images) == len(NAMES)
     assert digest(images) == digest(folder)
@@ -161,7 +164,7 @@ def test_the_same_samples_and_pixels_from_every_container(containers, kind):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar shards", "parquet"])
-def test_workers_change_nothing(containers, kind):
+def test_samples_do_not_depend_on_the_number_of_workers(containers, kind):
     images = open_images(containers[kind])
     alone = digest(images)
     for num_workers in (1, 2, 4):
@@ -169,7 +172,7 @@ def test_workers_change_nothing(containers, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "parquet"])
-def test_two_processes_see_what_one_sees_and_a_run_continues_with_the_next_sample(containers, kind):
+def test_samples_are_the_same_with_two_processes_and_after_resume(containers, kind):
     images = open_images(containers[kind])
     steps = {"seed": 3, "batch_size": 16, "micro_batch_size": 8}
 
@@ -181,12 +184,12 @@ def test_two_processes_see_what_one_sees_and_a_run_continues_with_the_next_sampl
 
     alone = samples(end_step=4)
     first, second = (samples(end_step=4, rank=rank, world_size=2, num_workers=rank) for rank in (0, 1))
-    shared = [pair for step in range(4) for share in (first, second) for pair in share[step * 8 : step * 8 + 8]]
-    assert shared == alone
+    merged = [pair for step in range(4) for part in (first, second) for pair in part[step * 8 : step * 8 + 8]]
+    assert merged == alone
     assert samples(start_step=3, end_step=4, num_workers=1) == alone[48:]  # in the middle of the third epoch
 
 
-def test_what_a_worker_that_is_started_afresh_receives(containers):
+def test_sources_can_be_pickled_for_spawned_workers(containers):
     folder = containers["folder"]
     for path in folder.rglob("*"):
         os.utime(path, (1e9, 1e9))
@@ -195,12 +198,12 @@ def test_what_a_worker_that_is_started_afresh_receives(containers):
         images = open_images(containers[kind])
         again = pickle.loads(pickle.dumps(images))
         assert again.fetch(5) == images.fetch(5) and again.name(5) == images.name(5)
-    assert len(pickle.dumps(open_images(folder))) < 600  # the place of the manifest, not its content
+    assert len(pickle.dumps(open_images(folder))) < 600  # the path of the manifest, not its content
     part = open_files(write_folder(folder.parent / "two", [f"{n}" for n in NAMES[:4]])).part("ant")
     assert pickle.loads(pickle.dumps(part)).fetch(1) == part.fetch(1)
 
 
-def test_names_lead_to_the_image(containers):
+def test_image_names_contain_their_container(containers):
     expected = {
         "folder": f"{containers['folder']}/{SORTED[3]}",
         "zip": f"{containers['zip']}/{SORTED[3]}",
@@ -211,7 +214,7 @@ def test_names_lead_to_the_image(containers):
         assert open_images(containers[kind]).name(3) == name
 
 
-def test_train_and_val_inside_an_archive(tmp_path):
+def test_train_and_val_parts_are_found_in_every_container(tmp_path):
     write_folder(tmp_path / "folder" / "train", NAMES[:14])
     write_folder(tmp_path / "folder" / "test", NAMES[14:])
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -223,15 +226,15 @@ def test_train_and_val_inside_an_archive(tmp_path):
     (tmp_path / "parquet").mkdir()
     write_parquet(tmp_path / "parquet" / "train-0.parquet", names=sorted(NAMES[:14]))
     write_parquet(tmp_path / "parquet" / "test-0.parquet", names=sorted(NAMES[14:]))
-    for place in ("folder", "a.zip", "shards", "parquet"):
-        training, validation = labelled_sources(tmp_path / place, Decoder(), 5)
-        assert (len(training), len(validation), list(validation.classes)) == (14, 8, list(CLASSES)), place
+    for container in ("folder", "a.zip", "shards", "parquet"):
+        training, validation = labelled_sources(tmp_path / container, Decoder(), 5)
+        assert (len(training), len(validation), list(validation.classes)) == (14, 8, list(CLASSES)), container
         assert [validation.label(n) for n in range(8)] == [CLASSES.index(n[:3]) for n in sorted(NAMES[14:])]
-        unlabelled, own = training_images(tmp_path / place, Decoder(), 5)
-        assert len(unlabelled) + len(own) == 14, place
+        unlabelled, own = training_images(tmp_path / container, Decoder(), 5)
+        assert len(unlabelled) + len(own) == 14, container
 
 
-def test_labels_of_web_dataset_shards(tmp_path):
+def test_labels_are_read_from_webdataset_shards(tmp_path):
     classes = {f"{name[:-4]}.cls": str(CLASSES.index(name[:3])).encode() for name in NAMES}
     flat = {name.replace("/", "_"): content for name, content in {**FILES, **classes}.items()}
     write_tar(tmp_path / "a.tar", names=[], **flat)
@@ -239,7 +242,7 @@ def test_labels_of_web_dataset_shards(tmp_path):
     assert labelled.classes == ["0", "1", "2"] and [labelled.label(n) for n in (0, 10, 21)] == [0, 1, 2]
 
 
-def test_arrays_in_one_file_and_one_by_one(tmp_path):
+def test_stacked_and_single_arrays_give_the_same_samples(tmp_path):
     array = np.random.default_rng(0).integers(0, 2**16, (20, 13, 24, 32), dtype=np.uint16)
     np.save(tmp_path / "stack.npy", array)
     np.save(tmp_path / "last.npy", array.transpose(0, 2, 3, 1))
@@ -255,7 +258,7 @@ def test_arrays_in_one_file_and_one_by_one(tmp_path):
         open_images(tmp_path / "table.npy")
 
 
-def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
+def test_stream_shuffles_within_few_row_groups_and_yields_every_sample(tmp_path):
     for shard in range(2):
         names = SORTED[shard * 11 : shard * 11 + 11]
         write_parquet(tmp_path / f"train-{shard}.parquet", 2, names)
@@ -268,10 +271,10 @@ def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
     for epoch in range(3):
         order = epoch_order(3, epoch, 22, stream.blocks)
         assert sorted(order.tolist()) == list(range(22))
-        together = stream.blocks[order]
-        # In any stretch of the order only so many blocks are open, and each is visited in one go.
-        assert all(len(set(together[i : i + 4].tolist())) <= 2 * SHUFFLED_BLOCKS for i in range(19))
-        spans = [max(np.flatnonzero(together == b)) - min(np.flatnonzero(together == b)) for b in range(12)]
+        blocks = stream.blocks[order]
+        # Only a few blocks are open at any position of the order, and each of them is open once.
+        assert all(len(set(blocks[i : i + 4].tolist())) <= 2 * SHUFFLED_BLOCKS for i in range(19))
+        spans = [max(np.flatnonzero(blocks == b)) - min(np.flatnonzero(blocks == b)) for b in range(12)]
         assert max(spans) < 2 * SHUFFLED_BLOCKS
     assert not torch.equal(epoch_order(3, 0, 22, stream.blocks), epoch_order(3, 1, 22, stream.blocks))
     assert LabelledImages(stream.files).classes == list(CLASSES)
@@ -281,20 +284,30 @@ def test_a_stream_reads_few_blocks_and_loses_no_sample(tmp_path):
         open_files(f"stream:{tmp_path}/folder/*/*.png")
 
 
+@pytest.mark.parametrize(("scheme", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs")])
+def test_missing_cloud_storage_package_is_named_in_one_line(scheme, package, extra, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)  # makes its import fail, even if it is installed
+    for cached in (scheme, package):  # file systems that fsspec has imported before
+        monkeypatch.delitem(_registry, cached, raising=False)
+    assert main(["data", "check", f"stream:{scheme}://bucket/train-*.parquet"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0 and f"pip install 'simmim[{extra}]'" in error and f"{scheme}://bucket" in error
+
+
 def settle(folder):
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (1e9, 1e9))
 
 
-def test_a_manifest_is_kept_until_anything_changes(tmp_path, monkeypatch):
+def test_manifest_is_cached_until_a_file_or_folder_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "cache"))
     folder = write_folder(tmp_path / "folder")
     open_files(folder)
-    assert not list(tmp_path.glob("cache/*/*"))  # just written: it may change again within the same tick of the clock
+    assert not list(tmp_path.glob("cache/*/*"))  # just written: it may change again with the same time stamp
     settle(folder)
     assert len(open_files(folder)) == 22
     (cached,) = tmp_path.glob("cache/manifests/*.arrow")
-    monkeypatch.setattr("simmim.data.sources.scan", None)  # the second start does not list the folder
+    monkeypatch.setattr("simmim.data.sources.scan", None)  # opening again does not list the folder
     assert [open_files(folder).name(n) for n in (0, 21)] == [f"{folder}/{SORTED[n]}" for n in (0, 21)]
     monkeypatch.undo()
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "cache"))
@@ -304,7 +317,7 @@ def test_a_manifest_is_kept_until_anything_changes(tmp_path, monkeypatch):
     (folder / "dog").mkdir()
     assert len(open_files(folder)) == 22
     settle(folder)
-    cached.write_bytes(cached.read_bytes()[:100])  # a damaged manifest is made anew
+    cached.write_bytes(cached.read_bytes()[:100])  # a damaged manifest is written again
     assert len(open_files(folder)) == 22 and load_manifest(cached) is not None
     archive = write_zip(tmp_path / "a.zip")
     os.utime(archive, (1e9, 1e9))
@@ -313,7 +326,7 @@ def test_a_manifest_is_kept_until_anything_changes(tmp_path, monkeypatch):
     assert len(open_files(archive)) == 5
 
 
-def test_a_manifest_of_a_relative_path_holds_from_anywhere(tmp_path, monkeypatch):
+def test_manifest_of_a_relative_path_is_valid_in_any_working_directory(tmp_path, monkeypatch):
     settle(write_folder(tmp_path / "folder"))
     archive = write_zip(tmp_path / "a.zip")
     os.utime(archive, (1e9, 1e9))
@@ -326,7 +339,7 @@ def test_a_manifest_of_a_relative_path_holds_from_anywhere(tmp_path, monkeypatch
         assert open_files(path).fetch(0) == FILES[SORTED[0]]
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "file"))
     folder = write_folder(tmp_path / "folder")
@@ -334,7 +347,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert digest(open_images(folder), num_workers=1)
 
 
-def test_links_to_folders_are_followed_once(tmp_path):
+def test_directory_symlinks_are_followed_once(tmp_path):
     folder = write_folder(tmp_path / "folder")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "a").symlink_to(folder)
@@ -357,20 +370,20 @@ def test_links_to_folders_are_followed_once(tmp_path):
         ("a.csv", b"youtube_id,time_start,time_end\nabc\n", "row 2 of .* is abc: expected youtube_id"),
         ("a.txt", b"\n# nothing\n", "lists no images"),
         ("a.parquet", b"PAR1", "cannot be opened"),
-        ("a.npy", b"\x93NUMPY", "not an array"),
-        ("a.jpg", b"\xff\xd8", "holds no set of images"),
+        ("a.npy", b"\x93NUMPY", "not a readable NumPy array"),
+        ("a.jpg", b"\xff\xd8", "not a supported image container"),
     ],
 )
-def test_files_that_hold_nothing_say_so(tmp_path, name, content, reason):
+def test_invalid_containers_are_refused_with_a_reason(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         open_files(tmp_path / name)
 
 
-def test_a_table_without_images(tmp_path):
+def test_tables_without_image_columns_and_empty_patterns_are_refused(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     for path in (tmp_path / "a.parquet", f"stream:{tmp_path / 'a.parquet'}"):
-        with pytest.raises(ValueError, match="no column of images"):
+        with pytest.raises(ValueError, match="no image column"):
             open_files(path)
-    with pytest.raises(ValueError, match="not a folder, nor a file or a pattern"):
+    with pytest.raises(ValueError, match="not a folder, a file or a pattern that matches files"):
         open_files(tmp_path / "*.tar")

@@ -70,7 +70,10 @@ def test_large_jpegs_are_reduced_during_decoding_without_visible_difference():
     box, size = (100, 200, 1300, 1500), (160, 192)
     image_file = Decoder()(data)
     reduced = image_file.crop(box, size)
-    assert image_file.image.size == (1000, 750)  # 1300 px reduced by 2 are at least twice 192 px, reduced by 4 they are not
+    assert image_file.image.size == (
+        1000,
+        750,
+    )  # 1300 px reduced by 2 are at least twice 192 px, reduced by 4 they are not
     full = TensorImage(pixels_of(Image.open(io.BytesIO(data)))).crop(box, size)
     assert psnr(reduced, full) > 50
     small = Decoder()(data)

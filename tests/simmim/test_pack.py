@@ -1,4 +1,4 @@
-"""Packing: the same samples from fewer and smaller files, whatever happens on the way; checking and probing."""
+"""Tests of packing into shards, checking data sets and probing worker counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def smooth(number, height=90, width=120):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_without_loss_training_sees_the_very_same(tmp_path):
+def test_lossless_packing_keeps_samples_and_pixels(tmp_path):
     folder = write_folder(tmp_path / "folder")
     result = pack(str(folder), tmp_path / "packed", Packing(short_side=0, quality=0, shard_images=5), num_workers=2)
     assert (result["images"], result["corrupt"], result["channels"]) == (22, 0, 3)
@@ -35,19 +35,19 @@ def test_without_loss_training_sees_the_very_same(tmp_path):
     images = open_images(tmp_path / "packed")
     assert digest(images, num_workers=1) == digest(open_images(folder))
     assert images.name(7) == f"{tmp_path}/packed/shard-00001.tar/{SORTED[7]}"
-    labelled, original = (LabelledImages(open_files(place)) for place in (tmp_path / "packed", folder))
+    labelled, original = (LabelledImages(open_files(path)) for path in (tmp_path / "packed", folder))
     assert [labelled.label(n) for n in range(22)] == [original.label(n) for n in range(22)]
     moved = shutil.move(tmp_path / "packed", tmp_path / "elsewhere")
     assert digest(open_images(moved)) == digest(open_images(folder))
     images = open_images(moved)
-    (moved / "index.arrow").unlink()  # then it is a set of shards like any other
+    (moved / "index.arrow").unlink()  # without its index it is an ordinary set of shards
     assert digest(open_images(moved)) == digest(open_images(folder))
     shards = str(moved / "*.tar")
     rows = datasets.load_dataset("webdataset", data_files=shards, split="train", cache_dir=tmp_path)
     assert rows[7]["json"]["name"] == SORTED[7] and rows[7]["png"].size == (40, images.read(7).shape[1])
 
 
-def test_larger_images_are_reduced_and_the_statistics_are_right(tmp_path):
+def test_large_images_are_reduced_and_statistics_match_the_packed_pixels(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(6):
         smooth(number, 90 + 10 * number).save(tmp_path / "photos" / f"{number}.jpg", quality=95)
@@ -69,7 +69,7 @@ def test_larger_images_are_reduced_and_the_statistics_are_right(tmp_path):
     assert 10 * math.log10(255**2 / difference) > 35
 
 
-def test_small_jpegs_are_not_encoded_again(tmp_path):
+def test_small_jpegs_are_copied_unchanged(tmp_path):
     (tmp_path / "photos").mkdir()
     smooth(0).save(tmp_path / "photos" / "0.jpg")
     exif = Image.Exif()
@@ -82,17 +82,17 @@ def test_small_jpegs_are_not_encoded_again(tmp_path):
     assert images.read(1).shape == (3, 120, 90)
 
 
-def test_packing_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
+def test_interrupted_packing_resumes_with_the_next_shard(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "folder")
     settings = Packing(short_side=16, shard_images=5)
     written = []
     encode = packing_module.encode
 
-    def fail(original, picture, packing):
+    def fail(original, image, packing):
         written.append(1)
         if len(written) == 13:
             raise KeyboardInterrupt
-        return encode(original, picture, packing)
+        return encode(original, image, packing)
 
     monkeypatch.setattr(packing_module, "encode", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +117,7 @@ def test_packing_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
         pack(str(folder), tmp_path / "full", settings)
 
 
-def test_broken_images_are_left_out_and_named(tmp_path):
+def test_corrupt_images_are_left_out_and_listed(tmp_path):
     folder = write_folder(tmp_path / "folder")
     for name in (SORTED[3], SORTED[11]):
         (folder / name).write_bytes(b"broken")
@@ -134,7 +134,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     assert not list((tmp_path / "nothing").iterdir())
 
 
-def test_a_table_with_two_parts_keeps_them_and_its_labels(tmp_path):
+def test_packing_keeps_train_and_val_and_labels_of_a_table(tmp_path):
     (tmp_path / "data").mkdir()
     write_parquet(tmp_path / "data" / "train-0.parquet", names=SORTED[:14])
     write_parquet(tmp_path / "data" / "validation-0.parquet", names=SORTED[14:])
@@ -145,7 +145,7 @@ def test_a_table_with_two_parts_keeps_them_and_its_labels(tmp_path):
 
 
 @pytest.mark.parametrize(("channels", "suffix"), [(1, "jpg"), (4, "png"), (13, "npy")])
-def test_any_number_of_channels(tmp_path, channels, suffix):
+def test_images_with_any_number_of_channels_are_packed(tmp_path, channels, suffix):
     array = np.random.default_rng(0).integers(0, 2**16, (3, channels, 60, 80), dtype=np.uint16)
     np.save(tmp_path / "stack.npy", array)
     pack(str(tmp_path / "stack.npy"), tmp_path / "packed", Packing(short_side=30, channels=channels))
@@ -156,7 +156,7 @@ def test_any_number_of_channels(tmp_path, channels, suffix):
     assert digest(images)
 
 
-def test_the_command_line(tmp_path, capsys):
+def test_check_and_pack_commands(tmp_path, capsys):
     folder = write_folder(tmp_path / "folder")
     report = tmp_path / "bad.csv"
     check = ["data", "check", str(folder), "--report", str(report), "--num-workers", "1"]
@@ -176,7 +176,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "nothing")]) == 2
 
 
-def test_the_probe_counts_what_it_says(tmp_path):
+def test_worker_probe_measures_and_recommends_a_worker_count(tmp_path):
     images = open_images(write_folder(tmp_path / "folder"))
     speeds = probe(images, RandomCrop((16, 16)), batch_size=8, workers=[0, 1], seconds=0.2)
     assert set(speeds) == {0, 1} and min(speeds.values()) > 0

@@ -1,4 +1,4 @@
-"""Whatever lies among the images: converted, or skipped, counted and named; never the end of a run."""
+"""Tests of unusual and corrupt input: converted, or skipped, counted and reported, without ending the run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def write_everything(folder: Path) -> None:
-    """24 plain images, one of each odd kind and one of each that is broken."""
+    """Write 24 ordinary images, one of each unusual kind and one of each kind of corrupt image."""
     folder.mkdir(parents=True)
     for number in range(24):
         noise(seed=number).save(folder / f"plain_{number:02d}.png")
@@ -73,23 +73,23 @@ def write_everything(folder: Path) -> None:
 
 @pytest.fixture
 def everything(tmp_path, monkeypatch):
-    """Opened, and then two files change: one vanishes, one may not be read (not even by root, as it were)."""
+    """Open a folder, then delete one file and make another unreadable, also for root."""
     folder = tmp_path / "photos"
     write_everything(folder)
     images = open_images(folder)
     (folder / "vanished.png").unlink()
     fetch = type(images.files).fetch
 
-    def refuse(self, number):
-        if self.name(number).endswith("denied.png"):
-            raise PermissionError(13, "Permission denied", self.name(number))
-        return fetch(self, number)
+    def refuse(self, index):
+        if self.name(index).endswith("denied.png"):
+            raise PermissionError(13, "Permission denied", self.name(index))
+        return fetch(self, index)
 
     monkeypatch.setattr(type(images.files), "fetch", refuse)
     return images
 
 
-def test_every_kind_has_its_outcome(everything):
+def test_unusual_images_are_read_and_corrupt_ones_reported_with_a_reason(everything):
     batches = evaluation_batches(everything, CenterCrop((16, 16)), batch_size=8)
     seen = sum(len(batch["image"]) for batch in batches)
     assert seen == 24 + len(GOOD) and len(everything) == seen + len(BAD)
@@ -99,18 +99,20 @@ def test_every_kind_has_its_outcome(everything):
         assert reason in found[name], found[name]
 
 
-def test_batches_keep_their_size(everything):
+def test_batches_keep_their_size_despite_corrupt_images(everything):
     steps = {"seed": 0, "batch_size": 12, "micro_batch_size": 6, "end_step": 6}
     alone = list(training_batches(everything, RandomCrop((16, 16)), **steps))
     assert all(batch["image"].shape == (6, 3, 16, 16) for batch in alone)
     assert {Path(name).name for batch in alone for name, _ in batch["corrupt"]} == BAD.keys()
-    shared = list(training_batches(everything, RandomCrop((16, 16)), num_workers=2, **steps))
-    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(alone, shared, strict=True))
+    by_workers = list(training_batches(everything, RandomCrop((16, 16)), num_workers=2, **steps))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(alone, by_workers, strict=True))
 
 
-def test_training_finishes_and_names_what_it_left_out(everything, tmp_path, monkeypatch, capsys):
+def test_training_finishes_and_lists_corrupt_images(everything, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simmim.data.sources.Images", lambda files, decoder: everything)
-    recipe = tiny_recipe(f"data.path={tmp_path / 'photos'}", "data.num_workers=1", "data.validation_images=0", *apart())
+    recipe = tiny_recipe(
+        f"data.path={tmp_path / 'photos'}", "data.num_workers=1", "data.validation_images=0", *without_exclusions()
+    )
     stages.run_stage(recipe, "pretrain", tmp_path / "runs")
     with (tmp_path / "runs/tiny/pretrain/bad_images.csv").open(newline="") as file:
         rows = {Path(name).name: reason for name, reason in csv.reader(file)}
@@ -119,14 +121,21 @@ def test_training_finishes_and_names_what_it_left_out(everything, tmp_path, monk
     assert "6 broken image(s) skipped so far" in capsys.readouterr().out
 
 
-def test_too_many_broken_images_end_the_run(tmp_path, capsys):
+def test_too_many_corrupt_images_end_the_run(tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(60):
         noise(seed=number).save(folder / f"{number:02d}.png")
         if number % 4 == 0:
             (folder / f"{number:02d}.png").write_bytes(b"broken")
-    arguments = ["demo", "--out", str(tmp_path / "runs"), f"data.path={folder}", "data.validation_images=0", *apart()]
+    arguments = [
+        "demo",
+        "--out",
+        str(tmp_path / "runs"),
+        f"data.path={folder}",
+        "data.validation_images=0",
+        *without_exclusions(),
+    ]
     assert main(["pretrain", *arguments, "name=strict", *small()]) == 2
     error = capsys.readouterr().err
     assert re.search(r"11 images could not be read.*max_corrupt_fraction.*\(10\).*bad_images\.csv", error)
@@ -134,8 +143,8 @@ def test_too_many_broken_images_end_the_run(tmp_path, capsys):
     assert "15 broken image(s)" in capsys.readouterr().out
 
 
-def apart():
-    """Nothing is held out for the stages with labels."""
+def without_exclusions():
+    """Use other data for the stages with labels, so that none of the images are excluded as their validation data."""
     return [f"stages.{name}.labels.path=elsewhere" for name in tiny_recipe().stages if name != "pretrain"]
 
 
@@ -156,7 +165,7 @@ def small():
     ]
 
 
-def test_the_limit_counts_what_other_processes_have_found(tmp_path):
+def test_corrupt_image_limit_counts_images_of_all_processes(tmp_path):
     first, second = (RunLog(tmp_path, is_main=main, max_corrupt=2) for main in (True, False))
     first.corrupt([("a", "x"), ("a", "x"), ("b", "x")])
     second.corrupt([("b", "x")])
@@ -164,7 +173,7 @@ def test_the_limit_counts_what_other_processes_have_found(tmp_path):
         second.corrupt([("c", "x")])
 
 
-def test_a_shard_that_is_cut_short(tmp_path):
+def test_truncated_shards_are_reported(tmp_path):
     def write(path, count):
         with tarfile.open(path, "w") as tar:
             for number in range(count):
@@ -175,15 +184,15 @@ def test_a_shard_that_is_cut_short(tmp_path):
 
     for name in ("a", "b"):
         write(tmp_path / f"{name}.tar", 6)
-    whole = (tmp_path / "b.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(whole[: 4 * (len(whole) // 10)])  # before anybody looks at it
+    valid = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(valid[: 4 * (len(valid) // 10)])  # before it is opened
     (tmp_path / "c.tar").write_bytes(b"")
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         archive.writestr("d_0.png", encoded(noise()))
     (tmp_path / "d.zip").write_bytes((tmp_path / "d.zip").read_bytes()[:-30])
     shutil.copy(tmp_path / "a.tar", tmp_path / "e.tar")
     images = open_images(tmp_path)
-    (tmp_path / "e.tar").write_bytes(whole[:2000])  # while training runs
+    (tmp_path / "e.tar").write_bytes(valid[:2000])  # after it was opened
     batches = evaluation_batches(images, CenterCrop((16, 16)), batch_size=4)
     seen = sum(len(batch["image"]) for batch in batches)
     corrupt = {name[len(str(tmp_path)) + 1 :].split("/")[0] for name in batches.corrupt}
@@ -194,7 +203,7 @@ def test_a_shard_that_is_cut_short(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_file_system_that_does_not_answer(tmp_path, num_workers):
+def test_reads_that_hang_time_out(tmp_path, num_workers):
     for number in range(8):
         noise(seed=number).save(tmp_path / f"{number}.png")
     images = open_images(tmp_path)
@@ -211,13 +220,13 @@ def test_a_file_system_that_does_not_answer(tmp_path, num_workers):
     }
 
 
-def test_reading_goes_on_when_every_thread_hangs():
+def test_reader_continues_when_all_its_threads_hang():
     release = threading.Event()
 
-    def fetch(number):
-        if number < 2 * THREADS:
+    def fetch(index):
+        if index < 2 * THREADS:
             release.wait()
-        return number
+        return index
 
     reader = Reader(fetch, timeout_s=0.05)
     results = []
@@ -231,12 +240,12 @@ def test_reading_goes_on_when_every_thread_hangs():
     assert results[: 2 * THREADS] == [None] * (2 * THREADS)
 
 
-def test_contents_come_in_order_whoever_is_first():
-    def fetch(number):
-        time.sleep(0.002 * (number % 5))
-        if number == 7:
+def test_reader_returns_contents_in_order():
+    def fetch(index):
+        time.sleep(0.002 * (index % 5))
+        if index == 7:
             raise OSError(5, "Input/output error")
-        return number
+        return index
 
     results = []
     for content in Reader(fetch).many(range(40)):
@@ -244,12 +253,12 @@ def test_contents_come_in_order_whoever_is_first():
             results.append(content())
         except OSError:
             results.append(-1)
-    assert results == [-1 if number == 7 else number for number in range(40)]
+    assert results == [-1 if index == 7 else index for index in range(40)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_memory_stays_flat(tmp_path):
-    """A worker sees many images, broken ones and replacements, and is no larger afterwards."""
+def test_worker_memory_does_not_grow(tmp_path):
+    """A worker reads many images, including corrupt ones and their replacements."""
     write_everything(tmp_path / "photos")
     images = open_images(tmp_path / "photos")
     batches = training_batches(
@@ -264,7 +273,7 @@ def test_memory_stays_flat(tmp_path):
     assert len(sizes) == 8 and max(sizes[4:]) < max(sizes[:3]) + 8, sizes  # MiB
 
 
-def test_a_manifest_costs_its_text_and_no_objects(tmp_path):
+def test_manifest_memory_is_close_to_its_text(tmp_path):
     from simmim.data.listing import Entry
     from simmim.data.manifest import Manifest, make_table
 

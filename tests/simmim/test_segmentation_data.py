@@ -193,7 +193,7 @@ def damage(path, kind):
         return "is 60 x 80 px, but its annotation 40 x 40"
     if kind == "bomb":
         Image.new("1", (15_000, 10_000)).save(path)
-        return "15000 x 10000 px, exceeds the limit of 89 megapixels"
+        return "15000 x 10000 px exceeds the limit of 89 megapixels"
     if kind == "larger bomb":
         Image.new("1", (20_000, 10_000)).save(path)
         return "200000000 pixels"

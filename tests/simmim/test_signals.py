@@ -1,4 +1,4 @@
-"""Signals end a run after a step, with everything saved, and a code that asks for another start."""
+"""Tests of stop signals: the run saves after the current step and exits with code 75, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.simmim.test_training import TINY, comparable_metrics, saved_state, ti
 
 
 def at_step(number: int, act, monkeypatch) -> None:
-    """Call ``act`` while a step is computed."""
+    """Call ``act`` while step ``number`` is computed."""
 
     def acting(**arguments):
         lr_at = make_lr(**arguments)
@@ -43,7 +43,7 @@ def send(*numbers: signal.Signals):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_after_the_step_and_asks_for_another_start(number, tmp_path, monkeypatch, capsys):
+def test_signal_saves_after_the_step_and_resume_is_bitwise_equal(number, tmp_path, monkeypatch, capsys):
     command = ["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path / "stopped")]
     with monkeypatch.context() as patch:
         at_step(5, send(number), patch)
@@ -61,14 +61,14 @@ def test_a_signal_saves_after_the_step_and_asks_for_another_start(number, tmp_pa
     assert events[0]["text"] == f"by {number.name}" and "time" in events[0]
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch, capsys):
+def test_second_ctrl_c_stops_immediately(tmp_path, monkeypatch, capsys):
     at_step(5, send(signal.SIGINT, signal.SIGINT), monkeypatch)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 130
     assert [path.name for path in (tmp_path / "tiny/pretrain/checkpoints").iterdir()] == ["step_00000003"]
     assert "the same command continues from the last checkpoint" in capsys.readouterr().err
 
 
-def test_a_signal_in_the_last_step_leaves_evaluation_and_export_to_the_next_start(tmp_path, monkeypatch):
+def test_signal_in_the_last_step_defers_evaluation_and_export_to_the_next_run(tmp_path, monkeypatch):
     command = ["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
         at_step(10, send(signal.SIGTERM), patch)
@@ -78,14 +78,14 @@ def test_a_signal_in_the_last_step_leaves_evaluation_and_export_to_the_next_star
     assert (tmp_path / "tiny/pretrain/export/encoder.json").exists()
 
 
-def test_outside_of_the_loop_there_is_nothing_to_save(tmp_path, monkeypatch, capsys):
+def test_signal_outside_the_training_loop_stops_immediately(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simmim.stages.pretrain.judge", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
     assert "stopped by SIGTERM; run the same command again to resume" in capsys.readouterr().err
 
 
-def test_a_signal_while_an_image_is_decoded_is_not_its_fault(tmp_path, monkeypatch):
-    """Held-out images, which have a start, are decoded in the training process; faults are named after images."""
+def test_signal_during_decoding_does_not_mark_the_image_as_corrupt(tmp_path, monkeypatch):
+    """Validation images, whose ``start`` is not 0, are decoded in the training process."""
     original = Shapes.decode
 
     def decode(self, content):
@@ -98,20 +98,20 @@ def test_a_signal_while_an_image_is_decoded_is_not_its_fault(tmp_path, monkeypat
     assert not (tmp_path / "tiny/pretrain/bad_images.csv").exists()
 
 
-def test_a_signal_that_the_loop_has_not_seen_is_not_lost():
+def test_signal_after_the_last_check_is_raised_on_exit():
     with raise_on_signals(), pytest.raises(Stopped, match="stopped by SIGUSR1"), StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR1)
         assert stop.reason() == "SIGUSR1"
 
 
-def test_handlers_are_as_before_afterwards():
+def test_signal_handlers_are_restored():
     before = [signal.getsignal(number) for number in (*signals.STOP_SIGNALS, signal.SIGINT)]
     with raise_on_signals(), StopRequest():
         assert signal.getsignal(signal.SIGINT) not in before
     assert [signal.getsignal(number) for number in (*signals.STOP_SIGNALS, signal.SIGINT)] == before
 
 
-def test_other_threads_may_train():
+def test_training_in_another_thread_is_possible():
     reasons = []
 
     def train():
@@ -124,22 +124,22 @@ def test_other_threads_may_train():
     assert reasons == [None]
 
 
-def test_the_end_of_a_launcher_is_noticed(monkeypatch):
+def test_end_of_the_launcher_is_a_reason_to_stop(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     stop = StopRequest()
     assert stop.reason() is None
-    monkeypatch.setattr(signals, "PARENT_PID", -1)  # it has ended before the loop began
+    monkeypatch.setattr(signals, "PARENT_PID", -1)  # the launcher ended before the loop began
     assert StopRequest().reason() == "the end of its launcher"
-    monkeypatch.setattr(os, "getppid", lambda: -2)  # of no process, whoever has started this one
+    monkeypatch.setattr(os, "getppid", lambda: -2)  # an ID that no process has
     assert stop.reason() == "the end of its launcher"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    alone = StopRequest()  # a shell that is left behind is no launcher
+    alone = StopRequest()  # the end of a shell, which is not a launcher, does not count
     monkeypatch.setattr(os, "getppid", lambda: 2)
     assert alone.reason() is None
 
 
-def test_loader_processes_pass_over_signals(tmp_path):
-    """A scheduler signals every process of a job, a terminal every process of the foreground."""
+def test_data_loader_workers_ignore_signals(tmp_path):
+    """Schedulers signal every process of a job, terminals every process of the foreground group."""
     script = (
         "import os, signal, sys\n"
         "from simmim.stages import initialization\n"
@@ -163,7 +163,7 @@ def test_loader_processes_pass_over_signals(tmp_path):
         assert "Traceback" not in result.stderr and f"stopped by {name} after step 5" in result.stderr
 
 
-def test_what_ignores_signals_can_still_be_ended():
+def test_ignore_signals_lets_the_process_continue():
     child = os.fork()
     if child == 0:
         ignore_signals()
