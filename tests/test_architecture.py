@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
@@ -24,7 +26,7 @@ LAYERS = [
     {"simmim.planning"},
     {"simmim.experiments", "simmim.benchmarks"},
     {"simmim.cli"},
-    {"tools"},
+    {"tools", "simmim.__main__"},
 ]
 SWIN_MAY_USE = {"torch", "einops", "safetensors", "triton", "swin"}
 FILES = [file for package in ("swin", "simmim", "tools") for file in sorted((ROOT / package).rglob("*.py"))]
@@ -142,8 +144,26 @@ def test_every_dependency_is_pinned_in_the_constraints():
     assert "://" not in (ROOT / "constraints.txt").read_text()
 
 
+def test_all_and_dev_hold_the_other_extras():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    everything, first_of_dev = (set(re.split(r"[\[\],]", extras[name][0])[1:-1]) for name in ("all", "dev"))
+    assert everything == set(extras) - {"all", "dev"}
+    assert first_of_dev == everything - {"s3", "gcs"}
+
+
 def test_every_package_is_shipped():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {module_of(file).removesuffix(".__init__") for file in FILES if file.name == "__init__.py"}
     assert set(setuptools["packages"]) == found | {"simmim.recipes"}
     assert setuptools["package-dir"] == {"simmim.recipes": "recipes"}
+    assert all(setuptools["package-data"][package] == ["py.typed"] for package in ("simmim", "swin"))
+    assert (ROOT / "simmim/py.typed").exists()
+
+
+def test_the_citation_and_the_workflow_fit_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"] and citation["license"] == project["license"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert [step["run"] for step in workflow["jobs"]["check"]["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)

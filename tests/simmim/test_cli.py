@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simmim import __version__
 from simmim.cli.main import main
 from tests.simmim.test_data import write_images
 from tests.simmim.test_training import ROOT, TINY
@@ -98,6 +99,17 @@ def test_the_tool_is_the_command(tmp_path):
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     assert not Path(tmp_path / "runs").exists()
+
+
+def test_the_package_is_a_command(tmp_path):
+    """``python -m simmim`` is what ``accelerate launch -m simmim`` starts."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "simmim"]
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    result = subprocess.run([*command, "--version"], **options)
+    assert (result.returncode, result.stdout) == (0, f"simmim {__version__}\n")
+    result = subprocess.run([*command, "show", "recipes/nothing.yaml"], **options)
+    assert result.returncode == 2 and "no recipe" in result.stderr  # the exit code is passed on
 
 
 def test_show_prints_what_can_be_run(capsys, tmp_path):
