@@ -1,0 +1,1 @@
+"""Speed and memory benchmarks, each against other implementations in the same run."""

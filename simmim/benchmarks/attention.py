@@ -1,8 +1,8 @@
-"""How fast is window attention alone? Ours beside the kernel and what torch brings: the same numbers, in turns.
+"""Speed of window attention alone: this project's implementations and PyTorch's, on the same inputs, in turns.
 
-Measured is one shifted block of every stage, forward and backward. Those that take windows get them cut already; the
-kernel finds them on the grid, which is in its time. Letters: b batch, h w token grid, n windows, t tokens per window,
-c channels, m heads, d head width.
+One shifted block of every stage is measured, forward and backward. Implementations that take windows get them already
+partitioned; the time of the kernel, which works on the token grid, includes finding them. Letters: b batch, h w token
+grid, n windows, t tokens per window, c channels, m heads, d head width.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from swin.triton_attention import attend_windows, available
 from swin.windows import WindowLayout, attention_mask, fit_windows, window_partition, window_reverse
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values side by side, factor ``(m, 1, 1)`` and bias ``(m, t, t)`` -> what is attended to."""
+"""Function of concatenated queries, keys and values, factor ``(m, 1, 1)`` and bias ``(m, t, t)`` -> output."""
 OURS = "chunks"
 
 
 @dataclass
 class Speed:
-    """Of one way at one setting; None where it failed."""
+    """Measurements of one implementation at one setting; None where it failed."""
 
     encoder: str
     image_size: int
@@ -44,24 +44,24 @@ class Speed:
     precision: str
     name: str
     stage_ms: list[float] | None = None
-    """Of one block of each stage."""
+    """Time of one block of each stage."""
     ms: float | None = None
-    """Of all blocks."""
+    """Time of all blocks."""
     ratio: float | None = None
-    """Ours in the time of one of these: above 1 ours is faster."""
+    """Time relative to ``chunks``: above 1, ``chunks`` is faster."""
     kept_bytes: int | None = None
-    """From forward to backward, by all blocks, beside what came in; with the output."""
+    """Bytes that all blocks keep from forward to backward: outputs included, inputs excluded."""
     output_difference: float | None = None
-    """From plain operations in double precision: the largest over the largest number there is."""
+    """Largest difference from the reference in double precision, relative to the largest value."""
     bias_difference: float | None = None
-    """Of its gradient."""
+    """The same for the gradient of the bias."""
     reason: str = ""
-    """Why it failed."""
+    """Reason of a failure."""
 
 
 @dataclass
 class Case:
-    """What a block's attention gets: ``qkv (b, h, w, 3 c)``, and the gradient ``(b, h, w, c)`` that comes back."""
+    """Inputs of a block's attention: ``qkv (b, h, w, 3 c)`` and the gradient of the output ``(b, h, w, c)``."""
 
     qkv: Tensor
     factor: Tensor
@@ -77,8 +77,8 @@ class Case:
 
 
 @dataclass
-class Way:
-    """One way to attend, with inputs of its own."""
+class Implementation:
+    """One implementation of attention with its own copy of the inputs."""
 
     attend: Attend
     inputs: list[Tensor]
@@ -88,12 +88,12 @@ class Way:
         return self.attend(*self.inputs)
 
     def backward(self, out: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of qkv, factor and bias."""
+        """Return the gradients of qkv, factor and bias."""
         return torch.autograd.grad(out, self.inputs, self.incoming)
 
 
 class Projected(WindowAttention):
-    """Whose tokens are queries, keys and values already."""
+    """Window attention without projections: its tokens already are queries, keys and values."""
 
     def __init__(self, num_heads: int, cosine: bool) -> None:
         nn.Module.__init__(self)
@@ -111,16 +111,21 @@ def attention_speed(
     precisions: Sequence[str],
     rounds: int,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
 ) -> list[Speed]:
-    """Measure every encoder at every image size and window; print a table and write it as JSON.
+    """Measure every encoder at every image and window size; print a table and write it as JSON.
 
     Args:
-        sizes: image in px and window in tokens.
-        out: a JSON file.
+        encoders: names of encoders.
+        sizes: pairs of image size in px and window size in tokens.
+        batch_size: images per step.
+        precisions: ``fp32`` and ``bf16``.
+        rounds: timed rounds; the median is reported.
+        out: JSON file to write.
+        echo: called with every line of output.
 
     Raises:
-        ValueError: an unknown encoder, or a window that is too large.
+        ValueError: an encoder is unknown, or a window is too large.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = [(name, make_config(name, image_size=px, window_size=side)) for name in encoders for px, side in sizes]
@@ -129,40 +134,40 @@ def attention_speed(
         for encoder, config in configs:
             grids = ", ".join(f"{h} x {w}" for h, w in config.grids())
             setting = encoder, config.image_size[0], config.window_size[0], batch_size, precision
-            say(f"{encoder} {setting[1]}/{setting[2]} x {batch_size} {precision} on {device.type}; grids {grids}")
+            echo(f"{encoder} {setting[1]}/{setting[2]} x {batch_size} {precision} on {device.type}; grids {grids}")
             stages = "".join(f"{f'stage {stage}, ms':>13}" for stage in range(len(config.depths)))
-            say(f"{'':<8}{stages}{'all blocks':>13}{'ours x':>8}{'kept MB':>10}{'output off':>12}{'bias off':>10}")
+            echo(f"{'':<8}{stages}{'all blocks':>13}{'ratio':>8}{'kept MB':>10}{'output diff':>13}{'bias diff':>11}")
             for speed in measure(setting, config, rounds, device):
-                say(line(speed))
+                echo(format_line(speed))
                 found.append(speed)
     if out is not None:
         out.write_text(json.dumps([asdict(speed) for speed in found], indent=2) + "\n", encoding="utf-8")
     return found
 
 
-def line(speed: Speed) -> str:
-    """Of the table."""
+def format_line(speed: Speed) -> str:
+    """Format a line of the table."""
     if speed.reason:
         return f"{speed.name:<8}  {speed.reason}"
     assert speed.stage_ms is not None and speed.kept_bytes is not None
     ratio = "-" if speed.ratio is None else f"{speed.ratio:.2f}"
     return (
         f"{speed.name:<8}{''.join(f'{ms:>13.2f}' for ms in speed.stage_ms)}{speed.ms:>13.2f}{ratio:>8}"
-        f"{speed.kept_bytes / 1e6:>10.1f}{speed.output_difference:>12.1e}{speed.bias_difference:>10.1e}"
+        f"{speed.kept_bytes / 1e6:>10.1f}{speed.output_difference:>13.1e}{speed.bias_difference:>11.1e}"
     )
 
 
 def measure(
     setting: tuple[str, int, int, int, str], config: SwinConfig, rounds: int, device: torch.device
 ) -> list[Speed]:
-    """Every way through all stages; one that fails in a stage is not asked again."""
+    """Measure every implementation in all stages; one that fails in a stage is skipped in later ones."""
     found: dict[str, Speed] = {}
     seconds: dict[str, list[list[float]]] = {}
     for stage, depth in enumerate(config.depths):
         case = make_case(config, stage, setting[3], setting[4], device)
-        expected = exact(case)
-        steps: dict[str, Way] = {}
-        for name, (function, on_grid) in ways(case).items():
+        expected = reference(case)
+        steps: dict[str, Implementation] = {}
+        for name, (function, on_grid) in implementations(case).items():
             speed = found.setdefault(name, Speed(*setting, name, [], 0.0, None, 0, 0.0, 0.0))
             if speed.reason:
                 continue
@@ -170,16 +175,16 @@ def measure(
                 way = make_way(function, case, on_grid)
                 off = differences(way, case, expected)
                 kept = kept_bytes(way, case)
-            except Exception as error:  # whatever a compiler or a driver may say; memory
+            except Exception as error:  # whatever a compiler or a driver may echo; memory
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 found[name] = Speed(*setting, name, reason=f"failed in stage {stage}: {reason}"[:200])
                 continue
             assert speed.kept_bytes is not None
-            speed.output_difference = max(speed.output_difference or 0.0, off[0])
-            speed.bias_difference = max(speed.bias_difference or 0.0, off[1])
+            speed.output_difference = max(speed.output_difference or 0.0, output_difference)
+            speed.bias_difference = max(speed.bias_difference or 0.0, bias_difference)
             speed.kept_bytes += depth * kept
-            steps[name] = way
-        for name, times in timed(steps, rounds, device).items():
+            steps[name] = implementation
+        for name, times in measure_times(steps, rounds, device).items():
             seconds.setdefault(name, []).append(times)
     for name, speed in found.items():
         if not speed.reason:
@@ -192,7 +197,7 @@ def measure(
 
 
 def total(seconds: list[list[float]], depths: Sequence[int]) -> list[float]:
-    """Of all blocks, for every round."""
+    """Return the seconds of all blocks for every round."""
     return [sum(depth * s for depth, s in zip(depths, stages, strict=True)) for stages in zip(*seconds, strict=True)]
 
 
@@ -206,7 +211,7 @@ def make_case(
     grid: Size | None = None,
     shifted: bool = True,
 ) -> Case:
-    """A block of a stage, with the temperatures (0.1 to 0.01) and biases (0 to 16) that Swin V2 may learn."""
+    """Make the inputs of a block, with temperatures (0.1 to 0.01) and biases (0 to 16) in Swin V2's range."""
     grid = config.grids()[stage] if grid is None else grid
     heads, channels = config.num_heads[stage], config.embed_dim * 2**stage
     windows, cosine = fit_windows(grid, config.window_size, shifted), config.attention == "cosine"
@@ -225,15 +230,15 @@ def make_case(
     )
 
 
-def make_way(function: Attend, case: Case, on_grid: bool) -> Way:
-    """Inputs are copies, on the grid or cut into windows."""
+def make_implementation(function: Attend, case: Case, on_grid: bool) -> Implementation:
+    """Give a function its own copy of the inputs, on the token grid or partitioned into windows."""
     qkv, incoming = (x if on_grid else window_partition(x, case.windows) for x in (case.qkv, case.incoming))
     inputs = [x.detach().clone().requires_grad_() for x in (qkv, case.factor, case.bias)]
-    return Way(function, inputs, incoming.contiguous())
+    return Implementation(function, inputs, incoming.contiguous())
 
 
-def ways(case: Case) -> dict[str, tuple[Attend, bool]]:
-    """By name: how to attend, and whether on the grid; ours first."""
+def implementations(case: Case) -> dict[str, tuple[Attend, bool]]:
+    """Return, by name, a function and whether it takes the token grid instead of windows; ``chunks`` comes first."""
     device, heads, mask, cosine = case.qkv.device, len(case.bias), case.mask, case.cosine
     plain = Projected(heads, cosine)
 
@@ -256,8 +261,10 @@ def ways(case: Case) -> dict[str, tuple[Attend, bool]]:
 
 
 def scaled(qkv: Tensor, factor: Tensor, cosine: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``(b n, m, t, d)`` for attention that knows products only: scaled in fp32, then in the
-    precision they came in, which is what makes it fast."""
+    """Return queries, keys and values ``(b n, m, t, d)`` for plain dot-product attention.
+
+    They are normalized and scaled in fp32 and then cast back to the input precision, which the fast kernels need.
+    """
     q, k, v = split_heads(qkv, 3, len(factor))
     q, k = at_least_fp32(q), at_least_fp32(k)
     if cosine:
@@ -266,7 +273,7 @@ def scaled(qkv: Tensor, factor: Tensor, cosine: bool) -> tuple[Tensor, Tensor, T
 
 
 def by_sdpa(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
-    """``scaled_dot_product_attention``; windows stand beside heads, so that the batch shares bias and mask."""
+    """Attend by ``scaled_dot_product_attention``; windows are merged with heads, so bias and mask need no batch."""
     n, scores = 1, bias[None]
     if mask is not None:
         n, scores = len(mask), bias.masked_fill(~mask[:, None], -math.inf)
@@ -276,7 +283,7 @@ def by_sdpa(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosi
 
 
 def by_flex(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
-    """``flex_attention``, compiled on a GPU; on a processor it has no gradient, and says so."""
+    """``flex_attention``, compiled on a GPU; on a processor it has no gradient, and echos so."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def score(logit: Tensor, window: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -284,51 +291,51 @@ def by_flex(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosi
         return logit if mask is None else torch.where(mask[window % len(mask), i, j], logit, -math.inf)
 
     function: Any = flex_attention
-    if qkv.is_cuda:  # never run piece by piece, which is what happens above the limit without fullgraph
+    if qkv.is_cuda:  # without fullgraph, calls above the recompile limit would silently run in eager mode
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         function = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     q, k, v = scaled(qkv, factor, cosine)
     return rearrange(function(q, k, v, score_mod=score, scale=1.0), "bn m t d -> bn t (m d)")
 
 
-def exact(case: Case) -> tuple[Tensor, ...]:
-    """Output ``(b, h, w, c)`` and gradients of qkv, factor and bias, by plain operations in double precision.
+def reference(case: Case) -> tuple[Tensor, ...]:
+    """Compute output ``(b, h, w, c)`` and gradients of qkv, factor and bias with reference code in double precision.
 
-    Image by image, or the logits of large batches would fill a GPU.
+    Images are processed one by one, because the logits of large batches would not fit a GPU.
     """
     attention, found = Projected(len(case.bias), case.cosine), []
     for qkv, incoming in zip(case.qkv.double().split(1), case.incoming.double().split(1), strict=True):
         one = Case(qkv, case.factor.double(), case.bias.double(), incoming, case.windows, case.mask, case.cosine)
-        way = make_way(
+        implementation = make_implementation(
             lambda qkv, factor, bias: attention.reference_attention(qkv, factor, bias, case.mask), one, False
         )
-        found.append(results(way, one))
+        found.append(results(implementation, one))
     outs, dqkvs, dfactors, dbiases = zip(*found, strict=True)
     return torch.cat(outs), torch.cat(dqkvs), torch.stack(dfactors).sum(dim=0), torch.stack(dbiases).sum(dim=0)
 
 
-def results(way: Way, case: Case) -> tuple[Tensor, ...]:
-    """As :func:`exact`."""
-    out = way.forward()
-    dqkv, dfactor, dbias = way.backward(out)
+def results(implementation: Implementation, case: Case) -> tuple[Tensor, ...]:
+    """Return output and gradients of an implementation, as :func:`reference` does."""
+    out = implementation.forward()
+    dqkv, dfactor, dbias = implementation.backward(out)
     out = out.detach()
     if out.ndim == 3:
         out, dqkv = window_reverse(out, case.windows, case.grid), window_reverse(dqkv, case.windows, case.grid)
     return out, dqkv, dfactor, dbias
 
 
-def differences(way: Way, case: Case, expected: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Of output and gradient of the bias: the largest, over the largest number there is."""
-    found = results(way, case)
+def differences(implementation: Implementation, case: Case, expected: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Return the largest differences of output and bias gradient, each relative to the largest expected value."""
+    found = results(implementation, case)
     out, bias = (float((found[i].double() - expected[i]).abs().max() / expected[i].abs().max()) for i in (0, -1))
     return out, bias
 
 
-def kept_bytes(way: Way, case: Case) -> int:
-    """What is there between forward and backward, beside what came in; with the output."""
-    if way.incoming.is_cuda:
+def kept_bytes(implementation: Implementation, case: Case) -> int:
+    """Return the bytes kept between forward and backward: output included, inputs excluded."""
+    if implementation.incoming.is_cuda:
         before = torch.cuda.memory_allocated()
-        out = way.forward()
+        out = implementation.forward()
         return torch.cuda.memory_allocated() - before
     storages: dict[int, int] = {}
 
@@ -337,21 +344,21 @@ def kept_bytes(way: Way, case: Case) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = way.forward()
+        out = implementation.forward()
     pack(out)
-    for given in (*way.inputs, case.mask):
+    for given in (*implementation.inputs, case.mask):
         if given is not None:
             storages.pop(given.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
-def timed(steps: dict[str, Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every round, in turns."""
+def measure_times(steps: dict[str, Implementation], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of every round; implementations take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, way in steps.items():
+        for name, implementation in steps.items():
             begin = time.perf_counter()
-            way.backward(way.forward())
+            implementation.backward(implementation.forward())
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)

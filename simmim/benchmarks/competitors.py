@@ -1,6 +1,6 @@
-"""SimMIM around the encoders of others, as their users would build it: what speed is measured against.
+"""SimMIM with the encoders of other libraries, built as their users would: baselines of the step benchmark.
 
-Each takes normalised images ``(b, c, H, W)`` and a token mask ``(b, h, w)``, True = masked, and gives the loss.
+Each maps normalized images ``(b, c, H, W)`` and a token mask ``(b, h, w)``, True = masked, to the loss.
 Letters: b batch, h w token grid, c channels.
 """
 
@@ -23,11 +23,11 @@ from swin import SwinConfig
 from swin.weights.state_dict_names import from_native
 
 Encode = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""An encoder, images, token mask and mask token -> features ``(b, h, w, c)``."""
+"""Function of an encoder, images, token mask and mask token -> features ``(b, h, w, c)``."""
 
 
 class Baseline(nn.Module):
-    """A mask token, somebody's encoder, one layer that draws every pixel, L1 on the masked ones (official SimMIM)."""
+    """SimMIM as in the official code: mask token, any encoder, one layer that predicts all pixels, masked L1."""
 
     def __init__(self, encoder: nn.Module, encode: Encode, ours: SimMIM) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Baseline(nn.Module):
             self.head.bias.copy_(ours.head.bias)  # type: ignore[union-attr, arg-type]
 
     def forward(self, images: Tensor, token_mask: Tensor) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         features = self.encode(self.encoder, images, token_mask, self.mask_token)
         prediction = F.pixel_shuffle(self.head(rearrange(features, "b h w c -> b c h w")), self.stride)
         mask = expand_mask(token_mask, self.token)[:, None]
@@ -49,21 +49,22 @@ class Baseline(nn.Module):
 
 
 def make_baseline(name: str, ours: SimMIM) -> nn.Module:
-    """With the same weights.
+    """Build a baseline with the weights of ``ours``.
 
     Args:
-        name: ``timm``, ``transformers``, or ``FILE.py:FUNCTION`` of whoever has another code. The function takes the
-            encoder's settings and state under their official names, as dictionaries, and gives either an encoder with
-            ``forward_features(images, token_mask, mask_token) -> (b, h, w, c)``, or a module like :class:`Rival`,
-            which says so by an attribute ``is_complete = True``.
+        name: ``timm``, ``transformers``, or ``FILE.py:FUNCTION`` for other code. The function is called with the
+            encoder's settings and state under their official names, as dictionaries. It returns either an encoder with
+            ``forward_features(images, token_mask, mask_token) -> (b, h, w, c)``, or a complete module like
+            :class:`Baseline`, marked by an attribute ``is_complete = True``.
+        ours: the model whose weights are copied.
 
     Raises:
-        ValueError: an unknown name, or a file that is not there or has no such function.
+        ValueError: the name is unknown, the file does not exist or has no such function, or the encoder is not Swin V2.
     """
     config = ours.encoder.config
     if name in ("timm", "transformers") and config.norm != "res-post":
         raise ValueError(
-            f"{name} is compared as Swin V2: leave it out of --baselines, or measure an encoder swinv2_..."
+            f"the baseline {name} is Swin V2 only: remove it from --baselines, or give an encoder swinv2_..."
         )
     if name == "timm":
         return Baseline(_timm(config, ours), _encode_timm, ours)
@@ -71,15 +72,15 @@ def make_baseline(name: str, ours: SimMIM) -> nn.Module:
         return Baseline(_transformers(config, ours), _encode_transformers, ours)
     file, colon, function = name.rpartition(":")
     if not colon:
-        raise ValueError(f"unknown rival {name!r}: expected timm, transformers or FILE.py:FUNCTION")
+        raise ValueError(f"unknown baseline {name!r}: expected timm, transformers or FILE.py:FUNCTION")
     if not Path(file).is_file():
-        raise ValueError(f"rival {name!r}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location("rival", file)
+        raise ValueError(f"baseline {name!r}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location("baseline", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, function):
-        raise ValueError(f"{file} has no {function}")
+        raise ValueError(f"baseline {name!r}: {file} has no function {function}")
     theirs: Any = getattr(module, function)(config.to_dict(), dict(ours.encoder.state_dict()))
     return theirs if getattr(theirs, "is_complete", False) else Baseline(theirs, _encode_other, ours)
 

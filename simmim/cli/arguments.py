@@ -1,4 +1,4 @@
-"""What commands of the command line have in common."""
+"""Arguments and argument types shared by several commands."""
 
 from __future__ import annotations
 
@@ -12,45 +12,51 @@ import yaml
 def add_command(
     commands: argparse._SubParsersAction, name: str, *, help: str, examples: str
 ) -> argparse.ArgumentParser:
-    """A command whose help ends with examples, shown as they are written."""
-    return commands.add_parser(name, help=help, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Add a command whose help ends with ``examples``, printed verbatim."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def as_count(text: str) -> int:
-    """A whole number above 0."""
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
     return int(text)
 
 
 def as_fraction(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     try:
-        number = float(text)
+        fraction = float(text)
     except ValueError:
-        number = -1.0
-    if not 0 <= number <= 1:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
-    return number
+    return fraction
 
 
 def as_size(text: str) -> int | tuple[int, ...]:
-    """``192`` or ``192x256``, height first."""
+    """Parse ``192`` or ``192x256`` (height first)."""
     if not all(side.isdecimal() for side in text.split("x")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one number or HEIGHTxWIDTH")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer or HEIGHTxWIDTH")
     sides = tuple(int(side) for side in text.split("x"))
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} sides: expected one number or HEIGHTxWIDTH")
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} sides: expected an integer or HEIGHTxWIDTH")
     return sides[0] if len(sides) == 1 else sides
 
 
 def split_options(given: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Places, and what has the form ``key=value``, its value read as YAML.
+    """Split arguments into paths and ``key=value`` options, whose values are parsed as YAML.
 
     Raises:
-        ValueError: a value that is no YAML, or no place.
+        ValueError: a value is not valid YAML, or there is no path, or an empty one.
     """
-    options, places = {}, []
+    options, paths = {}, []
     for text in given:
         key, sign, value = text.partition("=")
         if sign and key.isidentifier():
@@ -59,26 +65,32 @@ def split_options(given: list[str]) -> tuple[list[str], dict[str, Any]]:
             except yaml.YAMLError as error:
                 raise ValueError(f"{text!r} is not valid YAML: {' '.join(str(error).split())}") from None
         else:
-            places.append(text)
-    if not all(places):
-        raise ValueError("a place without a name: give a folder, or . for this one")
-    if not places:
-        raise ValueError(f"no data: {', '.join(given)} are options")
-    return places, options
+            paths.append(text)
+    if not all(paths):
+        raise ValueError("got an empty path: give a folder, or . for the current one")
+    if not paths:
+        raise ValueError(f"no data given, only the options {', '.join(given)}: give a path as well")
+    return paths, options
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """The recipe and what is changed of it."""
+    """Add the recipe and its overrides."""
     nargs = "?" if optional else None
     parser.add_argument("recipe", nargs=nargs, help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override values of the recipe")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that trains takes beside its recipe."""
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
+    """Add the options of every command that trains."""
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="parent of the run folders (default: runs)")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
-        help="default: what accelerate is configured for; else bf16 on processors that multiply it, and fp32",
+        help="default: the setting of accelerate; else bf16 on CPUs with bf16 instructions, fp32 elsewhere",
     )
+
+
+def add_seeds(parser: argparse.ArgumentParser, default: list[int]) -> None:
+    """Add ``--seeds``, the seeds that an experiment is repeated with."""
+    text = f"seeds to repeat the experiment with (default: {' '.join(map(str, default))})"
+    parser.add_argument("--seeds", type=int, nargs="+", default=default, metavar="N", help=text)

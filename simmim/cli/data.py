@@ -1,4 +1,4 @@
-"""``simmim data``: check, pack and probe images before training."""
+"""``simmim data``: check, pack and benchmark images before training."""
 
 from __future__ import annotations
 
@@ -10,52 +10,54 @@ from typing import Any
 from simmim.cli.arguments import add_command
 
 EXAMPLES = """examples:
-  simmim data check /data/photos                       # every image decoded once; broken ones named
+  simmim data check /data/photos                       # decode every image once; list corrupt ones
   simmim data pack /data/photos packed                 # short side 256 px, JPEG 90: decodes several times faster
-  simmim data pack /data/photos packed --short-side 0 --quality 0      # as they are, in a few large files
+  simmim data pack /data/photos packed --short-side 0 --quality 0      # unchanged, in a few large files
   simmim data pack hf:cifar10 packed
-  simmim data probe packed                             # how many loader processes pay
+  simmim data probe packed                             # how many data-loader workers help
 
-PATH is whatever data.path of a recipe may be. An interrupted pack continues with the same command.
+PATH is anything that data.path of a recipe accepts. Run the same command again to resume an interrupted pack.
 """
 
 
 def add_data(commands: Any) -> None:
-    """Add the command and what it can do."""
+    """Add ``simmim data`` and its actions."""
     data = add_command(
         commands,
         "data",
         examples=EXAMPLES,
-        help="check, pack and probe images",
+        help="check images, pack them into shards, or benchmark loading them",
     )
     actions = data.add_subparsers(required=True, metavar="ACTION")
-    check = _add(actions, "check", _check, "decode every image once: what is broken, how large, mean and std")
-    check.add_argument("--report", type=Path, default=Path("bad_images.csv"), help="default: %(default)s")
-    pack = _add(actions, "pack", _pack, "write images into shards: smaller, faster to decode, few files")
-    pack.add_argument("out", type=Path, help="a new folder; a recipe then takes data.path=OUT")
-    pack.add_argument("--short-side", type=int, metavar="PX", help="reduce larger images to it (default: 256; 0: none)")
-    pack.add_argument("--quality", type=int, metavar="Q", help="of JPEG (default: 90; 0: without loss)")
-    pack.add_argument("--shard-images", type=int, metavar="N", help="images in each shard (default: 2048)")
-    probe = _add(actions, "probe", _probe, "images per second for several numbers of loader processes")
+    check = _add(actions, "check", _check, "decode every image once and report corrupt images, sizes, mean and std")
+    check.add_argument(
+        "--report", type=Path, default=Path("bad_images.csv"), help="list of corrupt images (default: %(default)s)"
+    )
+    pack = _add(actions, "pack", _pack, "write images into a few large shards that are smaller and decode faster")
+    pack.add_argument("out", type=Path, help="new folder; use it as data.path=OUT")
+    pack.add_argument("--short-side", type=int, metavar="PX", help="downscale larger images (default: 256; 0: never)")
+    pack.add_argument("--quality", type=int, metavar="Q", help="JPEG quality (default: 90; 0: lossless)")
+    pack.add_argument("--shard-images", type=int, metavar="N", help="images per shard (default: 2048)")
+    probe = _add(actions, "probe", _probe, "measure images per second for several numbers of data-loader workers")
     probe.add_argument("--image-size", type=int, default=192, metavar="PX", help="default: %(default)s")
     probe.add_argument("--batch-size", type=int, default=128, metavar="N", help="default: %(default)s")
-    probe.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each number (default: %(default)s)")
+    probe.add_argument("--seconds", type=float, default=5.0, metavar="S", help="per setting (default: %(default)s)")
 
 
-def _add(actions: Any, name: str, run: Any, meaning: str) -> argparse.ArgumentParser:
-    parser = actions.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
-    parser.add_argument("path", metavar="PATH", help="a folder, archive, list, table or name, as data.path of a recipe")
+def _add(actions: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser = actions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser.add_argument("path", metavar="PATH", help="anything that data.path of a recipe accepts")
     parser.add_argument("--in-chans", type=int, default=3, metavar="N", help="channels (default: 3)")
     parser.add_argument(
         "--value-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="black and white in files of more than 8 bits",
+        help="values shown as black and white in files of more than 8 bits",
     )
     if name != "probe":
         cores = os.cpu_count() or 1
-        parser.add_argument("--num-workers", type=int, default=cores, metavar="N", help="default: all cores")
+        parser.add_argument("--num-workers", type=int, default=cores, metavar="N", help="default: one per core")
     parser.set_defaults(run=run, overrides=[])
     return parser
 
@@ -76,7 +78,7 @@ def _check(arguments: argparse.Namespace) -> int:
     summary = check(_images(arguments), arguments.report, num_workers=arguments.num_workers)
     print(format_summary(summary))
     if summary.corrupt:
-        print(f"named in {arguments.report}")
+        print(f"listed in {arguments.report}")
     return 1 if summary.corrupt else 0
 
 
@@ -91,11 +93,13 @@ def _pack(arguments: argparse.Namespace) -> int:
     )
     result = pack(arguments.path, arguments.out, packing, num_workers=arguments.num_workers)
     before, after = (result[f"bytes_{when}"] / 1e6 for when in ("before", "after"))
-    print(f"{result['images']:,} images, {before:,.1f} MB -> {after:,.1f} MB; {result['corrupt']} broken ones left out")
+    print(
+        f"{result['images']:,} images, {before:,.1f} MB -> {after:,.1f} MB; {result['corrupt']} corrupt images left out"
+    )
     if result["corrupt"]:
-        print(f"named in {arguments.out / 'bad_images.csv'}")
+        print(f"listed in {arguments.out / 'bad_images.csv'}")
     mean, std = (",".join(f"{value:g}" for value in result[name]) for name in ("mean", "std"))
-    print(f"data.path={arguments.out}\nof these images: data.mean=[{mean}] data.std=[{std}]")
+    print(f"data.path={arguments.out}\nstatistics of these images: data.mean=[{mean}] data.std=[{std}]")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``simmim evaluate``, ``probe`` and ``predict``: the command line of judging and showing."""
+"""``simmim evaluate``, ``simmim probe`` and ``simmim predict``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simmim.cli.arguments import add_command, as_count, as_fraction, as_size, sp
 
 EVALUATE_EXAMPLES = """examples:
   simmim evaluate runs/b/finetune/export /data/imagenet
-  simmim evaluate runs/b/finetune/export /data/imagenetv2          (a row for each of its variants)
+  simmim evaluate runs/b/finetune/export /data/imagenetv2          (one row per variant)
   simmim evaluate runs/k400/finetune/export /data/k400 views=4 crops=3
   simmim evaluate runs/ade/segment/export /data/ADEChallengeData2016 window='[512, 512]' scales='[0.75, 1, 1.25]' flip=true
   simmim evaluate runs/coco/detect/export /data/coco short_px=1000 long_px=1600 soft_nms=linear
@@ -24,43 +24,50 @@ PREDICT_EXAMPLES = """examples:
 """
 
 
-def add_judge(commands: argparse._SubParsersAction) -> None:
-    """All three commands."""
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Add all three commands."""
     evaluate = add_command(
         commands,
         "evaluate",
         examples=EVALUATE_EXAMPLES,
-        help="accuracy of a classifier, mean IoU of a segmenter, average precision of a detector",
+        help="measure the accuracy of a classifier, mean IoU of a segmenter or average precision of a detector",
     )
-    evaluate.add_argument("encoder", type=Path, help="an export, or the file of a classifier of another project")
+    evaluate.add_argument("encoder", type=Path, help="an export, or a classifier checkpoint of another project")
+    evaluate.add_argument("data", nargs="+", help="one or more labelled data sets, and inference options as key=value")
     evaluate.add_argument(
-        "data", nargs="+", help="labelled images, one or several; and options of the export: key=value"
-    )
-    evaluate.add_argument(
-        "--batch-size", type=as_count, metavar="N", help="default: 64 of a classifier, 1 of a detector"
+        "--batch-size", type=as_count, metavar="N", help="default: 64 for classifiers, 1 for detectors"
     )
     evaluate.set_defaults(run=_evaluate, overrides=[])
     probe = commands.add_parser(
-        "probe", help="k-NN, few-shot, linear probe and effective rank of frozen features, stage by stage"
+        "probe",
+        help="measure k-NN, few-shot and linear accuracy and effective rank of the frozen features of every stage",
     )
-    probe.add_argument("encoder", type=Path, help="an export, or the file of another project")
+    probe.add_argument("encoder", type=Path, help="an export, or a checkpoint of another project")
     probe.add_argument("data", help="a folder with one subfolder per class, hf:NAME, or builtin:shapes")
     probe.add_argument("--batch-size", type=as_count, default=64, metavar="N", help="default: 64")
     probe.set_defaults(run=_probe, overrides=[])
     for parser in (evaluate, probe):
         parser.add_argument("--num-workers", type=int, default=2, metavar="N", help="default: 2")
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     shown = add_command(
         commands,
         "predict",
         examples=PREDICT_EXAMPLES,
-        help="a picture of every image with its classes, label map or objects; and all of it as JSON",
+        help="draw the predicted classes, label map or objects of every image, and write them as JSON",
     )
     shown.add_argument("encoder", type=Path, help="the export of a classifier, a segmenter or a detector")
-    shown.add_argument("data", nargs="+", metavar="IMAGES", help="as data.path of a recipe; and options: key=value")
-    shown.add_argument("--images", type=as_count, metavar="N", help="so many of the first (default: all)")
-    shown.add_argument("--least-score", type=as_fraction, default=0.5, metavar="S", help="of objects (default: 0.5)")
-    shown.add_argument("--out", type=Path, default=Path("predictions"), help="a folder (default: %(default)s)")
+    shown.add_argument(
+        "data", nargs="+", metavar="IMAGES", help="anything that data.path accepts, and inference options as key=value"
+    )
+    shown.add_argument("--images", type=as_count, metavar="N", help="process only the first N images (default: all)")
+    shown.add_argument(
+        "--least-score",
+        type=as_fraction,
+        default=0.5,
+        metavar="S",
+        help="lowest score of a drawn object (default: 0.5)",
+    )
+    shown.add_argument("--out", type=Path, default=Path("predictions"), help="output folder (default: %(default)s)")
     shown.set_defaults(run=_predict, overrides=[])
     for parser in (evaluate, probe, shown):
         parser.add_argument("--image-size", type=as_size, metavar="PX", help="default: as the encoder was trained")
@@ -77,34 +84,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from simmim.data.sources import imagenet_v2_parts, is_data_set_name
     from simmim.evaluation.dispatch import evaluate_export
 
-    paths, options = split_options([*arguments.data, *arguments.overrides])
+    given, options = split_options([*arguments.data, *arguments.overrides])
     rows = {}
-    task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
-    places = [place for path in paths for place in imagenet_v2_parts(path)]
-    for place in places:  # before the first is judged, which may take hours
-        if not is_data_set_name(place) and not glob(str(Path(place).expanduser())):
-            raise ValueError(f"there is no {place!r}: expected labelled images, or options as key=value")
-    for place in places:
-        rows[place] = evaluate_export(arguments.encoder, place, options, **task)
-    lines = ["  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) for numbers in rows.values()]
-    if len(places) > 1:
-        names = [Path(place).name for place in rows]
+    settings = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
+    paths = [path for each in given for path in imagenet_v2_parts(each)]
+    for path in paths:  # check all before evaluating the first, which may take hours
+        if not is_data_set_name(path) and not glob(str(Path(path).expanduser())):
+            raise ValueError(f"there is no {path!r}: expected labelled images, or options as key=value")
+    for path in paths:
+        rows[path] = evaluate_export(arguments.encoder, path, options, **settings)
+    lines = ["  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) for metrics in rows.values()]
+    if len(paths) > 1:
+        names = [Path(path).name for path in rows]
         names = names if len(set(names)) == len(names) else list(rows)
         lines = [f"{name}: {line}" for name, line in zip(names, lines, strict=True)]
-    return _tell("\n".join(lines), rows if len(places) > 1 else rows[places[0]], arguments.json)
+    return _print_results("\n".join(lines), rows if len(paths) > 1 else rows[paths[0]], arguments.json)
 
 
 def _probe(arguments: argparse.Namespace) -> int:
     from simmim.evaluation.classification import format_probe, probe
 
     if arguments.overrides:
-        raise ValueError(f"simmim probe has no options such as {arguments.overrides[0]!r}: simmim probe --help")
-    task = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
-    rows = probe(arguments.encoder, arguments.data, **task)
-    return _tell(format_probe(rows), rows, arguments.json)
+        raise ValueError(
+            f"simmim probe takes no key=value options, got {arguments.overrides[0]!r}: see simmim probe --help"
+        )
+    settings = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **_given(arguments)}
+    rows = probe(arguments.encoder, arguments.data, **settings)
+    return _print_results(format_probe(rows), rows, arguments.json)
 
 
-def _tell(text: str, results: Any, file: Path | None) -> int:
+def _print_results(text: str, results: Any, file: Path | None) -> int:
     if os.environ.get("RANK", "0") == "0":
         from simmim.evaluation.classification import write_results
 
@@ -119,7 +128,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     paths, options = split_options([*arguments.data, *arguments.overrides])
     if len(paths) != 1:
-        raise ValueError(f"expected one place with images, got {len(paths)}: {', '.join(paths)}")
+        raise ValueError(f"expected one path with images, got {len(paths)}: {', '.join(paths)}")
     count = predict(
         arguments.encoder,
         paths[0],
@@ -129,5 +138,5 @@ def _predict(arguments: argparse.Namespace) -> int:
         least_score=arguments.least_score,
         **_given(arguments),
     )
-    print(f"{count} picture(s) and {LINES} in {arguments.out}")
+    print(f"{count} image(s) and {LINES} in {arguments.out}")
     return 0

@@ -1,1 +1,1 @@
-"""Experiments that a user can repeat: each answers one question of the papers in small."""
+"""Small, repeatable experiments on the questions of the SimMIM and Swin V2 papers."""

@@ -1,12 +1,13 @@
-"""Which parts of SimMIM matter? Losses, pixels, heads and target resolutions, end to end (arXiv 2111.09886, section 4).
+"""Ablations of SimMIM: losses, predicted pixels, heads and target resolutions (arXiv 2111.09886, section 4).
 
-Every arm is the recipe with one value of ``target`` replaced: pretrained and fine-tuned under several seeds, and
-compared with the recipe as it is. A difference is claimed only where its interval leaves zero out.
+Every variant is the recipe with one setting of ``target`` replaced. It is pretrained and fine-tuned with several seeds
+and compared with the unchanged recipe. A difference is reported only if its confidence interval excludes zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from math import gcd
 from pathlib import Path
 from statistics import mean
@@ -27,11 +28,11 @@ from simmim.experiments.trials import (
 from simmim.training.distributed import make_accelerator
 
 BASELINE = "recipe"
-COLOURS = {"higher": "tab:green", "lower": "tab:red"}
+COLORS = {"higher": "tab:green", "lower": "tab:red"}
 
 
 def default_variants(recipe: Recipe) -> list[str]:
-    """The values that the paper compares and the recipe does not have; resolutions of the target by halves."""
+    """Return the settings that the paper compares and the recipe does not use; target resolutions in powers of 2."""
     _, stage = pretraining_of(recipe)
     variants = {
         "loss": ["l1", "l2", "smooth_l1"],
@@ -49,60 +50,63 @@ def default_variants(recipe: Recipe) -> list[str]:
     return chosen
 
 
-def tasks(
+def ablations(
     recipe: Recipe,
     out: Path,
     variants: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     *,
     precision: str | None = None,
-    say: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
 ) -> dict[str, list[Outcome]]:
-    """Pretrain and fine-tune every arm; write ``objectives.txt``, ``.json`` and ``.png``.
+    """Pretrain and fine-tune every variant; write ``ablations.txt``, ``ablations.json`` and ``ablations.png``.
 
-    What is finished is not done again: the same call continues an interrupted one.
+    Finished runs are skipped, so the same call resumes an interrupted one.
 
     Args:
-        out: everything goes into ``out / recipe.name / objectives``.
-        arms: each a ``key=value`` of ``target``; None for those of the paper.
+        recipe: a recipe with a pretraining stage and a classifier stage that starts from it.
+        out: everything is written to ``out / recipe.name / ablations``.
+        variants: each a ``key=value`` of ``target``; None for those of the paper.
+        seeds: every variant is trained once per seed.
+        precision: ``fp32``, ``bf16`` or None for the default.
+        echo: called with every line of output.
 
     Returns:
-        The outcome of every seed, by arm; the recipe as it is comes first.
+        The outcomes of all seeds by variant; the unchanged recipe comes first.
 
     Raises:
-        ValueError: a recipe without the stages, values that are refused, or seeds that are.
+        ValueError: the recipe lacks these stages, or a setting or a seed is invalid.
     """
     check_seeds(seeds)
     name, _ = pretraining_of(recipe)
-    folder = out / recipe.name / "objectives"
+    folder = out / recipe.name / "ablations"
     recipes = {BASELINE: make_variant(recipe, [])}
     for variant in default_variants(recipe) if variants is None else variants:
         recipes[variant] = make_variant(recipe, [f"stages.{name}.target.{variant}"])
     outcomes: dict[str, list[Outcome]] = {variant: [] for variant in recipes}
-    for number, seed in enumerate(seeds):
-        for place, variant in enumerate(outcomes, start=number * len(outcomes) + 1):
-            say(f"{variant}, seed {seed} ({place} of {len(seeds) * len(outcomes)})")
-            index_of_variant = folder / f"{variant.replace('=', '_')}_seed_{seed}"
-            outcomes[variant].append(run_variant(recipes[variant], seed, index_of_variant, precision))
+    for run, (seed, variant) in enumerate(product(seeds, recipes), start=1):
+        echo(f"{variant}, seed {seed} ({run} of {len(seeds) * len(recipes)})")
+        run_folder = folder / f"{variant.replace('=', '_')}_seed_{seed}"
+        outcomes[variant].append(run_variant(recipes[variant], seed, run_folder, precision))
     if make_accelerator(precision).is_main_process:
         content = {
             "seeds": list(seeds),
-            "arms": {variant: [o._asdict() for o in each] for variant, each in outcomes.items()},
+            "variants": {variant: [o._asdict() for o in each] for variant, each in outcomes.items()},
         }
-        write_results(folder, "objectives", format_table(outcomes, seeds), content, draw(outcomes), say)
+        write_results(folder, "ablations", format_table(outcomes, seeds), content, draw(outcomes), echo)
     return outcomes
 
 
 def differences(outcomes: dict[str, list[Outcome]], variant: str) -> list[float]:
-    """Top-1 of an arm less that of the recipe, seed by seed."""
-    return [ours.top1 - base.top1 for ours, base in zip(outcomes[variant], outcomes[BASELINE], strict=True)]
+    """Return the top-1 of a variant minus that of the recipe, per seed."""
+    return [own.top1 - base.top1 for own, base in zip(outcomes[variant], outcomes[BASELINE], strict=True)]
 
 
 def format_table(outcomes: dict[str, list[Outcome]], seeds: Sequence[int]) -> str:
-    """One line an arm: accuracy, its difference to the recipe with an interval, loss and speed of pretraining."""
+    """Format one line per variant: accuracy, difference to the recipe with its interval, pretraining loss and speed."""
     width = max(map(len, outcomes)) + 2
     lines = [
-        f"held-out top-1 after fine-tuning, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}; difference to the "
+        f"validation top-1 after fine-tuning, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}; difference to the "
         "recipe, paired by seed",
         f"{'':<{width}}{'top-1':>14}{'difference':>12}{'95 % interval':>18}  {'verdict':<18}"
         f"{'masked L1':>10}{'images/s':>10}",
@@ -118,28 +122,30 @@ def format_table(outcomes: dict[str, list[Outcome]], seeds: Sequence[int]) -> st
             line += f"{100 * mean(gains):>+12.1f}{span:>18}  {verdict(interval):<18}"
         rate = mean(o.images_per_s for o in each)
         lines.append(f"{line}{mean(o.masked_l1 for o in each):>10.4f}{rate:>10.0f}")
-    lines.append("masked L1 is of each arm's own target: compare it only where downsample and norm_window are equal")
+    lines.append(
+        "masked L1 is measured on each variant's own target: compare it only for equal downsample and norm_window"
+    )
     return "\n".join(lines)
 
 
 def draw(outcomes: dict[str, list[Outcome]]) -> Figure:
-    """Differences to the recipe: a dot each seed, a bar for the interval; grey where it holds zero."""
+    """Plot the differences to the recipe: a dot per seed, a bar for the interval, gray if it contains zero."""
     variants = [variant for variant in outcomes if variant != BASELINE]
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(variants)), layout="constrained")
     axis = figure.subplots()
     for row, variant in enumerate(variants):
         gains = [100 * gain for gain in differences(outcomes, variant)]
         interval = mean_interval(gains)
-        colour = COLOURS.get(verdict(interval), "grey")
+        color = COLORS.get(verdict(interval), "gray")
         if interval:
-            axis.plot(interval, [row, row], color=colour, linewidth=3, alpha=0.5, solid_capstyle="butt")
-        axis.plot(gains, [row] * len(gains), ".", color=colour)
-        axis.plot(mean(gains), row, "|", color=colour, markersize=16)
+            axis.plot(interval, [row, row], color=color, linewidth=3, alpha=0.5, solid_capstyle="butt")
+        axis.plot(gains, [row] * len(gains), ".", color=color)
+        axis.plot(mean(gains), row, "|", color=color, markersize=16)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(variants)), variants)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     base = mean(o.top1 for o in outcomes[BASELINE])
-    axis.set_xlabel(f"held-out top-1 after fine-tuning, points above the recipe ({100 * base:.1f} %)")
-    axis.set_title("dots: seeds; bars: 95 % interval of the mean, grey where it holds zero")
+    axis.set_xlabel(f"validation top-1 after fine-tuning, points above the recipe ({100 * base:.1f} %)")
+    axis.set_title("dots: seeds; bars: 95 % interval of the mean, gray if it contains zero")
     return figure

@@ -1,7 +1,7 @@
-"""Why the norm moved: how activations grow from block to block, and how fast each kind can learn (Swin V2, figure 2).
+"""Growth of activations from block to block, by norm placement (Swin V2, figure 2).
 
-With the norm before a branch (V1) every branch adds to the main branch what its weights make of it, and the sum
-grows with depth. With the norm after the branch (V2) what is added has variance 1, whatever the weights are.
+With the norm before a branch (V1), every branch adds an output of unbounded scale, and the residual sum grows with
+depth. With the norm after the branch (V2), every branch adds an output of variance 1, whatever its weights are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEAN, STD = [0.49, 0.49, 0.49], [0.3, 0.3, 0.3]
 
 @dataclass(frozen=True)
 class Plan:
-    """Small enough for two cores; as deep as the paper's models."""
+    """Settings of the experiment: narrow enough for two cores, as deep as the paper's models."""
 
     depths: tuple[int, ...] = (2, 2, 18, 2)
     embed_dim: int = 32
@@ -56,7 +56,7 @@ class Plan:
     seeds: int = 2
 
     def __post_init__(self) -> None:
-        """Raises ValueError: a number below 1, or a rate that is not above 0."""
+        """Raise ValueError if a count is below 1 or a learning rate is not above 0."""
         for name in ("embed_dim", "image_size", "window_size", "batch_size", "steps", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,42 +65,45 @@ class Plan:
 
 
 class Profile(NamedTuple):
-    """Of one model: root mean square and variance of the main branch after every block."""
+    """Root mean square and variance of the residual stream after every block of one model."""
 
     variant: str
     lr: float
-    """0: at random initialisation, norm weights 1."""
+    """Learning rate; 0: at random initialization with all norm weights 1."""
     seed: int
     rms: list[float]
     variance: list[float]
     loss: float
-    """Mean of the last tenth of the steps; not a number where training blew up."""
+    """Mean over the last tenth of the steps; NaN if training diverged."""
 
     @property
     def ratio(self) -> float:
-        """Largest over smallest amplitude."""
+        """Largest RMS divided by the smallest."""
         return max(self.rms) / min(self.rms)
 
 
-def activations(plan: Plan, out: Path, say: Callable[[str], None] = print) -> list[Profile]:
-    """Profiles at initialisation and after training at every rate; writes a table, their numbers and a figure."""
+def activations(plan: Plan, out: Path, echo: Callable[[str], None] = print) -> list[Profile]:
+    """Measure profiles at initialization and after training at every learning rate.
+
+    Writes ``activations.txt``, ``activations.json`` and ``activations.png`` to ``out``.
+    """
     profiles = []
-    kinds = [(variant, lr, seed) for variant in VARIANTS for lr in (0.0, *plan.lrs) for seed in range(plan.seeds)]
-    for variant, lr, seed in tqdm(kinds, unit="model", disable=None):
+    models = [(variant, lr, seed) for variant in VARIANTS for lr in (0.0, *plan.lrs) for seed in range(plan.seeds)]
+    for variant, lr, seed in tqdm(models, unit="model", disable=None):
         profiles.append(run(plan, variant, lr, seed))
     table = format_table(plan, profiles)
-    say(table)
+    echo(table)
     out.mkdir(parents=True, exist_ok=True)
     (out / "activations.txt").write_text(table + "\n", encoding="utf-8")
     content = {"plan": asdict(plan), "profiles": [profile._asdict() for profile in profiles]}
     (out / "activations.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     draw(plan, profiles).savefig(out / "activations.png", dpi=100)
-    say(f"table  {out / 'activations.txt'}\nfigure  {out / 'activations.png'}")
+    echo(f"table  {out / 'activations.txt'}\nfigure  {out / 'activations.png'}")
     return profiles
 
 
 def run(plan: Plan, variant: str, lr: float, seed: int) -> Profile:
-    """One model: initialised, trained if there is a rate, and looked at."""
+    """Initialize one model, train it if ``lr`` is not 0, and measure its profile."""
     torch.manual_seed(derive_seed("step", seed, 0))
     config = make_config(
         "swinv2_tiny",
@@ -129,7 +132,7 @@ def run(plan: Plan, variant: str, lr: float, seed: int) -> Profile:
 
 
 def train(plan: Plan, task: SimMIM, lr: float, seed: int) -> float:
-    """Masked pretraining at a constant rate after a tenth of warm-up; the loss at the end."""
+    """Pretrain at a constant rate after warming up for a tenth of the steps, and return the final loss."""
     size = (plan.image_size, plan.image_size)
     accelerator = Accelerator()
     optimizer = make_optimizer(task, task.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
@@ -159,16 +162,16 @@ def train(plan: Plan, task: SimMIM, lr: float, seed: int) -> float:
 
 @torch.no_grad()
 def profile(task: SimMIM, batch: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Root mean square, and mean over tokens of the variance over channels, after every block."""
+    """Measure the RMS, and the variance over channels averaged over tokens, after every block."""
     rms: list[float] = []
     variance: list[float] = []
 
-    def look(_: nn.Module, __: tuple, tokens: Tensor) -> None:
+    def record(_: nn.Module, __: tuple, tokens: Tensor) -> None:
         rms.append(tokens.square().mean().sqrt().item())
         variance.append(tokens.var(dim=-1).mean().item())
 
     blocks = [module for module in task.modules() if isinstance(module, SwinBlock)]
-    hooks = [block.register_forward_hook(look) for block in blocks]
+    hooks = [block.register_forward_hook(record) for block in blocks]
     task.reconstruct(*task.inputs(to_device(batch, task.mean.device)))
     for hook in hooks:
         hook.remove()
@@ -176,41 +179,41 @@ def profile(task: SimMIM, batch: dict[str, Any]) -> tuple[list[float], list[floa
 
 
 def format_table(plan: Plan, profiles: Sequence[Profile]) -> str:
-    """Amplitude at the last block of the longest stage, ratio of largest to smallest, and loss; every seed."""
+    """Format the RMS after the last block of the longest stage, the ratio of largest to smallest RMS, and the loss."""
     deepest = sum(plan.depths[: plan.depths.index(max(plan.depths)) + 1]) - 1
     lines = [
         f"depths {' '.join(map(str, plan.depths))}, {plan.embed_dim} channels, {plan.image_size} px; "
         f"{plan.steps} steps of {plan.batch_size}; every seed",
-        f"{'':28}{'rate':>8}  {'rms after block ' + str(deepest + 1):24}{'largest / smallest':24}loss",
+        f"{'':28}{'lr':>8}  {'rms after block ' + str(deepest + 1):24}{'largest / smallest':24}loss",
     ]
     for variant in VARIANTS:
         for lr in (0.0, *plan.lrs):
             some = [p for p in profiles if (p.variant, p.lr) == (variant, lr)]
-            cells = [
+            columns = [
                 ", ".join(f"{p.rms[deepest]:.3g}" for p in some),
                 ", ".join(f"{p.ratio:.3g}" for p in some),
                 ", ".join(f"{p.loss:.3f}" for p in some) if lr else "",
             ]
-            lines.append(f"{variant:28}{f'{lr:g}' if lr else 'ones *':>8}  {cells[0]:24}{cells[1]:24}{cells[2]}")
-    lines.append("* at random initialisation with all norm weights 1; training starts with those of res-post-norm at 0")
+            lines.append(f"{variant:28}{f'{lr:g}' if lr else 'ones *':>8}  {columns[0]:24}{columns[1]:24}{columns[2]}")
+    lines.append("* at random initialization with all norm weights 1; in training, those of res-post-norm start at 0")
     return "\n".join(lines)
 
 
 def draw(plan: Plan, profiles: Sequence[Profile]) -> Figure:
-    """Amplitude over blocks: at initialisation, and after training at every rate."""
+    """Plot the RMS over blocks: at initialization, and after training at every learning rate."""
     figure = Figure(figsize=(4.2 * (1 + len(plan.lrs)), 4), layout="constrained")
     axes = figure.subplots(1, 1 + len(plan.lrs), sharey=True, squeeze=False)[0]
     for axis, lr in zip(axes, (0.0, *plan.lrs), strict=True):
-        for number, variant in enumerate(VARIANTS):
+        for color, variant in enumerate(VARIANTS):
             for one in (p for p in profiles if (p.variant, p.lr) == (variant, lr)):
                 label = variant if one.seed == 0 else None
-                axis.plot(range(1, len(one.rms) + 1), one.rms, color=f"C{number}", linewidth=1, label=label)
+                axis.plot(range(1, len(one.rms) + 1), one.rms, color=f"C{color}", linewidth=1, label=label)
         ends = [sum(plan.depths[: stage + 1]) + 0.5 for stage in range(len(plan.depths) - 1)]
         for end in ends:
-            axis.axvline(end, color="grey", linewidth=0.5, linestyle=":")
-        title = f"after {plan.steps} steps at {lr:g}" if lr else "at initialisation, norm weights 1"
+            axis.axvline(end, color="gray", linewidth=0.5, linestyle=":")
+        title = f"after {plan.steps} steps at {lr:g}" if lr else "at initialization, norm weights 1"
         axis.set(title=title, xlabel="block", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("root mean square of the main branch")
+    axes[0].set_ylabel("root mean square of the residual stream")
     axes[0].legend(fontsize=8)
     return figure

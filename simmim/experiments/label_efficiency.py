@@ -1,8 +1,8 @@
-"""Does pretraining help where labels are few? The arms of a recipe, over several seeds.
+"""Label efficiency: pretraining against training from scratch on few labels, over several seeds.
 
-Stages that start from the pretrained encoder are compared with those that start from scratch on the
-same labels with the same budget: images, batch size and epochs. Stages of transfer show what a larger
-image does to the position bias, before and after they are trained.
+Stages that start from the pretrained encoder are compared with stages that start from scratch, on the same labels and
+with the same budget: image size, batch size and epochs. Transfer stages show the effect of a larger image on the
+position bias, before and after fine-tuning.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from simmim.stages.initialization import geometry
 from simmim.training.distributed import make_accelerator
 from swin import load_encoder
 
-BICUBIC = "as it is, bias table resampled"
-CONTINUOUS = "as it is, continuous bias"
-TUNED = "fine-tuned there"
+BICUBIC = "not fine-tuned, bias table resampled"
+CONTINUOUS = "not fine-tuned, continuous bias"
+TUNED = "fine-tuned at the larger size"
 
 
 class Pair(NamedTuple):
@@ -43,12 +43,12 @@ class Pair(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Held-out top-1, or of segmentation mean IoU, of every seed."""
+    """Validation metric of every seed: top-1, mean IoU for segmentation, box AP for detection."""
 
     accuracy: dict[str, list[float]]
     """By stage."""
     transfers: dict[str, dict[str, list[float]]]
-    """By stage of kind transfer, then by what was done to the encoder."""
+    """By transfer stage, then by treatment of the encoder: ``BICUBIC``, ``CONTINUOUS`` or ``TUNED``."""
 
 
 def label_efficiency(
@@ -57,18 +57,22 @@ def label_efficiency(
     seeds: Sequence[int] = (0, 1, 2),
     *,
     precision: str | None = None,
-    say: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
 ) -> Findings:
-    """Pretrain once, repeat the stages with labels for every seed, and write the table and the page.
+    """Pretrain once, run the stages with labels for every seed, and write a table and a page.
 
-    What is finished is not done again, so the same call continues an interrupted one. The table and the
-    page are of the seeds of the last call.
+    Finished stages are skipped, so the same call resumes an interrupted one. The table and the page cover the seeds
+    of the last call.
 
     Args:
-        out: as for :func:`simmim.stages.run`; seeds go into ``out / recipe.name / seeds``.
+        recipe: the stages to run and compare.
+        out: parent of the run folder, as for :func:`simmim.stages.run`; seeds are in ``out / recipe.name / seeds``.
+        seeds: seeds of the stages with labels.
+        precision: ``fp32``, ``bf16`` or None for the default.
+        echo: called with every line of output.
 
     Raises:
-        ValueError: a recipe without anything to compare, a seed given twice, or a stage that cannot run.
+        ValueError: the recipe has no stages to compare, a seed is repeated, or a stage cannot run.
     """
     check_seeds(seeds)
     pairs = find_pairs(recipe)
@@ -84,26 +88,26 @@ def label_efficiency(
             final = final_of(folder / "seeds" / part.name / name, stage)
             findings.accuracy.setdefault(name, []).append(final)
             if stage.kind == "transfer" and stage.init_from in part.stages:
-                judged = evaluate_transfer(part, name, folder / "seeds", precision)
-                for what, top1 in {**judged, TUNED: final}.items():
-                    findings.transfers.setdefault(name, {}).setdefault(what, []).append(top1)
+                untrained = evaluate_transfer(part, name, folder / "seeds", precision)
+                for treatment, top1 in {**untrained, TUNED: final}.items():
+                    findings.transfers.setdefault(name, {}).setdefault(treatment, []).append(top1)
     if make_accelerator(precision).is_main_process:
         titles = dict.fromkeys(measure_of(recipe.stages[pair.pretrained]).title for pair in pairs)
         table = format_table(pairs, findings, seeds, " or ".join(titles))
-        say(table)
+        echo(table)
         (folder / "label_efficiency.txt").write_text(table + "\n", encoding="utf-8")
         content = {"seeds": list(seeds), "pairs": [pair._asdict() for pair in pairs], **findings._asdict()}
         (folder / "label_efficiency.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         draw_page(folder, recipe, [tuple(pair) for pair in pairs], findings.transfers, seeds)
-        say(f"table  {folder / 'label_efficiency.txt'}\npage   {folder / 'page.png'}")
+        echo(f"table  {folder / 'label_efficiency.txt'}\npage   {folder / 'page.png'}")
     return findings
 
 
 def find_pairs(recipe: Recipe) -> list[Pair]:
-    """The stages that can be compared: the same labels and the same budget, from pretraining and from scratch.
+    """Return the pairs of stages with equal labels and budget, one from pretraining and one from scratch.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no such pair.
     """
     controls = {
         _budget(recipe, stage): name
@@ -136,7 +140,7 @@ def _budget(recipe: Recipe, stage: Supervised) -> tuple[Any, ...]:
 
 
 def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
-    """The stages with labels alone, under another seed; they start from the encoders pretrained by ``recipe``."""
+    """Return the stages with labels under another seed; they start from the encoders pretrained by ``recipe``."""
     stages = {}
     for name, stage in recipe.stages.items():
         start = recipe.start_of(name)
@@ -148,10 +152,10 @@ def with_seed(recipe: Recipe, seed: int, out: Path) -> Recipe:
 
 
 def evaluate_transfer(recipe: Recipe, name: str, out: Path, precision: str | None) -> dict[str, float]:
-    """Top-1 of the classifier that a transfer starts from, at the size of the transfer, untrained.
+    """Return the top-1 of the classifier that a transfer starts from, at the transfer's size, without fine-tuning.
 
-    With its continuous bias, and with the same biases kept as a table that is resampled bicubically, as
-    for Swin V1.
+    Evaluated with its continuous position bias, and with the bias as a table that is resampled bicubically as in
+    Swin V1.
     """
     stage = recipe.stages[name]
     assert isinstance(stage, FinetuneStage)
@@ -161,30 +165,30 @@ def evaluate_transfer(recipe: Recipe, name: str, out: Path, precision: str | Non
     validation = cast(LabelledSource, make_sources(recipe, name, size).validation)
     accuracies = {}
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
-    ways = {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}
+    biases = {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}
     if encoder.config.position_bias == "table":
-        del ways[CONTINUOUS]
-    how: dict[str, Any] = {"interpolation": stage.crop.interpolation, "batch_size": stage.micro_batch_size}
-    how |= about_video(stage.video)
-    for what, bias in ways.items():
+        del biases[CONTINUOUS]
+    options: dict[str, Any] = {"interpolation": stage.crop.interpolation, "batch_size": stage.micro_batch_size}
+    options |= about_video(stage.video)
+    for treatment, bias in biases.items():
         larger = load_encoder(export, image_size=size, window_size=window, position_bias=bias)
-        accuracies[what] = evaluate_with_head(
-            larger, classifier, validation, pixels, make_accelerator(precision), **how
+        accuracies[treatment] = evaluate_with_head(
+            larger, classifier, validation, pixels, make_accelerator(precision), **options
         )["top1"]
     return accuracies
 
 
 def format_table(pairs: Sequence[Pair], findings: Findings, seeds: Sequence[int], measure: str = "top-1") -> str:
-    """Mean ± standard deviation over the seeds in percent; differences are paired by seed."""
-    lines = [f"held-out {measure}, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}"]
+    """Format mean ± standard deviation over the seeds in percent; differences are paired by seed."""
+    lines = [f"validation {measure}, %, mean ± s.d. of seeds {', '.join(map(str, seeds))}"]
     width = max(len(name) for pair in pairs for name in (pair.title, *findings.transfers)) + 2
     lines.append(f"{'':<{width}}{'pretrained':>16}{'from scratch':>16}{'difference':>16}")
     for pair in pairs:
         first, second = findings.accuracy[pair.pretrained], findings.accuracy[pair.scratch]
         gains = [a - b for a, b in zip(first, second, strict=True)]
-        cells = "".join(f"{percent(values):>16}" for values in (first, second, gains))
-        lines.append(f"{pair.title:<{width}}{cells}")
-    for name, ways in findings.transfers.items():
+        columns = "".join(f"{percent(values):>16}" for values in (first, second, gains))
+        lines.append(f"{pair.title:<{width}}{columns}")
+    for name, treatments in findings.transfers.items():
         lines.append(name)
-        lines += [f"  {percent(values):>14}  {what}" for what, values in ways.items()]
+        lines += [f"  {percent(values):>14}  {treatment}" for treatment, values in treatments.items()]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""How low is a masked loss that needs no learning? Trivial predictors on the images of a recipe.
+"""Loss baselines: the masked loss of predictors that learn nothing, on the images of a recipe.
 
-Losses of different mask patches, ratios and targets cannot be compared with each other; each has its
-own anchors. A trained model that does not beat them has learned nothing useful.
+Losses with different mask patch sizes, ratios or targets cannot be compared with each other, so each has its own
+baselines. A trained model that is not better than they are has learned nothing useful.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from simmim.tasks.simmim import mean_of_squares, normalize_locally
 BATCH = 16
 
 
-class Anchor(NamedTuple):
-    """Losses of one kind of mask: L1 over masked pixels, in units of ``data.std``."""
+class Baseline(NamedTuple):
+    """Baseline losses of one kind of mask: L1 over masked pixels, in units of ``data.std``."""
 
     mask_patch_size: int
     ratio: float
     average_distance: float
-    """AvgDist, px; SimMIM found 10 to 20 best at 192 px."""
+    """AvgDist, px; SimMIM found 10 to 20 px best at 192 px (section 4.1.2)."""
     zero: float
     mean_of_visible: float
     nearest_visible: float
     zero_normalized: float | None
-    """Predicting 0 where the target is normalised over ``target.norm_window``."""
+    """Loss of predicting 0 if the target is normalized over ``target.norm_window``, else None."""
 
 
 def loss_baselines(
@@ -48,60 +48,62 @@ def loss_baselines(
     ratios: Sequence[float] | None = None,
     *,
     images: int = 120,
-    say: Callable[[str], None] = print,
-) -> list[Anchor]:
-    """Judge predictors that learn nothing on held-out images; write ``loss_baselines.txt`` and ``.json``.
+    echo: Callable[[str], None] = print,
+) -> list[Baseline]:
+    """Evaluate predictors that learn nothing on validation images; write ``loss_baselines.txt`` and ``.json``.
 
     Args:
-        out: the files go into ``out / recipe.name``.
-        mask_patch_sizes, ratios: every mixture of the two; None for that of the recipe alone.
-        images: at most so many are looked at.
+        recipe: a recipe with a pretraining stage on images.
+        out: the files are written to ``out / recipe.name``.
+        mask_patch_sizes, ratios: every combination is evaluated; None for the value of the recipe.
+        images: maximum number of images.
+        echo: called with every line of output.
 
     Raises:
-        ValueError: no stage of pretraining, no images, or masks that do not fit the image.
+        ValueError: there is no pretraining stage, there are no images, or the masks do not fit the image.
     """
     pretraining = [(name, stage) for name, stage in recipe.stages.items() if isinstance(stage, PretrainStage)]
     name, stage = next(((name, stage) for name, stage in pretraining if stage.video is None), ("", None))
     if images < 1:
         raise ValueError(f"--images must be at least 1, got {images}")
     if stage is None:
-        raise ValueError(f"{recipe.name} has no stage of pretraining on images: it has {', '.join(recipe.stages)}")
+        raise ValueError(f"{recipe.name} has no pretraining stage on images, only {', '.join(recipe.stages)}")
     wanted = [
         (size, ratio, MaskGenerator(stage.image_size, size, ratio, seed=recipe.seed, strategy=stage.mask.strategy))
         for size in mask_patch_sizes or [stage.mask.patch_size]
         for ratio in ratios or [stage.mask.ratio]
     ]
     batches = load_batches(recipe, name, images)
-    anchors = [
-        Anchor(size, ratio, *measure(batches, generator, stage.target.norm_window, stage.target.downsample))
+    baselines = [
+        Baseline(size, ratio, *measure(batches, generator, stage.target.norm_window, stage.target.downsample))
         for size, ratio, generator in tqdm(wanted, unit="mask", disable=None)
     ]
-    table = format_table(anchors, recipe, stage, sum(len(pixels) for pixels, _ in batches))
-    say(table)
+    table = format_table(baselines, recipe, stage, sum(len(pixels) for pixels, _ in batches))
+    echo(table)
     folder = out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loss_baselines.txt").write_text(table + "\n", encoding="utf-8")
-    content = json.dumps([anchor._asdict() for anchor in anchors], indent=2)
+    content = json.dumps([baseline._asdict() for baseline in baselines], indent=2)
     (folder / "loss_baselines.json").write_text(content + "\n", encoding="utf-8")
-    say(f"table  {folder / 'loss_baselines.txt'}")
-    return anchors
+    echo(f"table  {folder / 'loss_baselines.txt'}")
+    return baselines
 
 
 def load_batches(recipe: Recipe, name: str, images: int) -> list[tuple[Tensor, Tensor]]:
-    """Normalised images ``(b, c, H, W)`` and their numbers ``(b,)``: held out, or of training where none are."""
+    """Return normalized images ``(b, c, H, W)`` and their indices ``(b,)``: of the validation part if there is one."""
     stage, sources = recipe.stages[name], make_sources(recipe, name)
     assert isinstance(stage, PretrainStage)
     source = sources.validation or sources.training
-    some = Subset(source, list(range(min(images, len(source)))))
+    subset = Subset(source, list(range(min(images, len(source)))))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
-    views = make_views(some, CenterCrop(stage.image_size, stage.crop.interpolation), BATCH, False)
+    views = make_views(subset, CenterCrop(stage.image_size, stage.crop.interpolation), BATCH, False)
     return [((batch["image"] / 255 - mean) / std, batch["index"]) for batch in views]
 
 
 def measure(
     batches: Sequence[tuple[Tensor, Tensor]], generator: MaskGenerator, norm_window: int | None, downsample: int = 1
 ) -> tuple[float, float, float, float, float | None]:
-    """AvgDist, and the losses in the order of :class:`Anchor`; every image weighs the same."""
+    """Return AvgDist and the losses in the order of :class:`Baseline`; every image has the same weight."""
     sums, count = [0.0] * 5, 0
     for images, index in batches:
         mask = expand_mask(generator(torch.zeros_like(index), index), generator.mask_patch_size)[:, None]
@@ -112,30 +114,30 @@ def measure(
             (copy_nearest_visible(images, mask), images),
             (zeros, normalize_locally(images, norm_window) if norm_window else images),
         ]
-        numbers = [sum(average_distance(one[0]) for one in mask) / len(mask)]
+        values = [sum(average_distance(one[0]) for one in mask) / len(mask)]
         for pair in pairs:
             predicted, target = (mean_of_squares(x, downsample) for x in pair)
-            numbers.append(masked_l1(predicted, target, mask).item())
-        sums = [total + number * len(images) for total, number in zip(sums, numbers, strict=True)]
+            values.append(masked_l1(predicted, target, mask).item())
+        sums = [total + value * len(images) for total, value in zip(sums, values, strict=True)]
         count += len(images)
     distance, zero, mean, nearest, normalized = (total / count for total in sums)
     return distance, zero, mean, nearest, None if norm_window is None else normalized
 
 
-def format_table(anchors: Sequence[Anchor], recipe: Recipe, stage: PretrainStage, images: int) -> str:
-    """One line for each kind of mask; that of the recipe is marked."""
+def format_table(baselines: Sequence[Baseline], recipe: Recipe, stage: PretrainStage, images: int) -> str:
+    """Format one line per kind of mask; that of the recipe is marked."""
     height, width = stage.image_size
     window = stage.target.norm_window
     heads = ["mask patch", "ratio", "AvgDist", "zero", "mean of visible", "nearest visible"]
-    heads += [f"zero, normalised over {window} px"] if window else []
+    heads += [f"zero, normalized over {window} px"] if window else []
     lines = [
-        f"L1 on masked pixels without learning: {images} images of {recipe.data.path}, {height} x {width} px",
+        f"masked L1 of predictors that learn nothing: {images} images of {recipe.data.path}, {height} x {width} px",
         "  ".join(heads),
     ]
-    for anchor in anchors:
-        cells = [f"{anchor.mask_patch_size} px", f"{anchor.ratio:g}", f"{anchor.average_distance:.1f} px"]
-        cells += [f"{value:.4f}" for value in anchor[3:] if value is not None]
-        line = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
-        is_own = (anchor.mask_patch_size, anchor.ratio) == (stage.mask.patch_size, stage.mask.ratio)
+    for baseline in baselines:
+        columns = [f"{baseline.mask_patch_size} px", f"{baseline.ratio:g}", f"{baseline.average_distance:.1f} px"]
+        columns += [f"{value:.4f}" for value in baseline[3:] if value is not None]
+        line = "  ".join(f"{column:>{len(head)}}" for column, head in zip(columns, heads, strict=True))
+        is_own = (baseline.mask_patch_size, baseline.ratio) == (stage.mask.patch_size, stage.mask.ratio)
         lines.append(f"{line}  <- {recipe.name}" if is_own else line)
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How laboratories say and keep what they found."""
+"""Output files and number formats of experiments."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from matplotlib.figure import Figure
 
 
 def write_results(
-    folder: Path, name: str, table: str, content: dict[str, Any], figure: Figure, say: Callable[[str], None]
+    folder: Path, name: str, table: str, content: dict[str, Any], figure: Figure, echo: Callable[[str], None]
 ) -> None:
-    """Say the table; write it, the numbers behind it and their figure to ``name.txt``, ``name.json``, ``name.png``."""
-    say(table)
+    """Print the table; write table, data and figure to ``name.txt``, ``name.json`` and ``name.png`` in ``folder``."""
+    echo(table)
     (folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     figure.savefig(folder / f"{name}.png", dpi=120)
-    say(f"table    {folder / name}.txt\npicture  {folder / name}.png")
+    echo(f"table   {folder / name}.txt\nfigure  {folder / name}.png")
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean and standard deviation: ``81.3 ± 0.4``"""
+    """Format mean and standard deviation in percent: ``81.3 ± 0.4``."""
     spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * mean(values):.1f}{spread}"

@@ -1,14 +1,14 @@
-"""Which position bias survives a larger window? Table 1 of Swin V2 (arXiv 2111.09883) in small.
+"""Window transfer: position biases when windows become larger (Swin V2, arXiv 2111.09883, table 1).
 
-Three classifiers that differ in nothing but their position bias are trained at one window size.
-Each then works on larger images with windows enlarged in proportion: as it is, and after some steps
-of fine-tuning.
+Three classifiers that differ only in their position bias are trained at one window size. Each is then evaluated on
+larger images with windows enlarged in proportion, without and with some steps of fine-tuning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -33,16 +33,16 @@ from swin import SwinEncoder, make_config, transfer
 VARIANTS = {"log_cpb": "log-spaced CPB", "linear_cpb": "linear-spaced CPB", "table": "table, bicubic"}
 FACTORS = (1.0, 1.5, 2.0, 3.0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-VALIDATION = 500
-SMALLEST_CROP = 0.25  # of the area; training has to show what enlarging does: everything larger
+VALIDATION_IMAGES = 500
+SMALLEST_CROP = 0.25  # fraction of the area: training must include objects as large as in enlarged images
 
-Cell = tuple[str, float, bool]
-"""Arm, factor, and whether it was fine-tuned there."""
+Setting = tuple[str, float, bool]
+"""Variant, factor by which image and window are enlarged, and fine-tuned or not."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Image and window are those of training, in px and tokens; the patch is 4 px."""
+    """Settings of the experiment; image size in px and window size in tokens of 4 px are those of training."""
 
     data: str = "builtin:shapes"
     seeds: int = 3
@@ -56,16 +56,16 @@ class Plan:
     embed_dim: int = 32
 
     def __post_init__(self) -> None:
-        """Raises ValueError: numbers that no encoder can be built of."""
+        """Raise ValueError if no encoder can be built with these settings."""
         for name in ("seeds", "image_size", "window_size", "steps", "finetune_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(self.lr, self.finetune_lr) <= 0:
-            raise ValueError(f"rates must be above 0, got {self.lr} and {self.finetune_lr}")
+            raise ValueError(f"learning rates must be above 0, got {self.lr} and {self.finetune_lr}")
         if self.image_size % 8 or self.window_size % 2:
             raise ValueError(
-                f"images are enlarged 1.5 times, so an image size that is a multiple of 8 and an even window are "
-                f"needed, got {self.image_size} and {self.window_size}"
+                f"image and window are enlarged 1.5 times: the image size must be a multiple of 8 and the window size "
+                f"even, got {self.image_size} and {self.window_size}"
             )
         if self.window_size * 4 > self.image_size:
             raise ValueError(
@@ -73,40 +73,38 @@ class Plan:
             )
 
 
-def window_transfer(plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[Cell, list[float]]:
-    """Train, enlarge and judge every arm; write ``table.txt``, ``table.json`` and ``table.png``.
+def window_transfer(plan: Plan, out: Path, echo: Callable[[str], None] = print) -> dict[Setting, list[float]]:
+    """Train, enlarge and evaluate every variant; write ``table.txt``, ``table.json`` and ``table.png`` to ``out``.
 
-    What is finished is not done again: the same call continues an interrupted one.
+    Finished runs are skipped, so the same call resumes an interrupted one.
 
     Returns:
-        For every cell of the table the top-1 accuracy of each seed.
+        The top-1 accuracy of each seed for every setting.
 
     Raises:
-        ValueError: data without labels, or a folder that was made with another plan.
+        ValueError: the data has no labels, or ``out`` holds runs of another plan.
     """
     accelerator = Accelerator()
-    cells: dict[Cell, list[float]] = {}
-    for seed in range(plan.seeds):
-        for variant in VARIANTS:
-            say(
-                f"{VARIANTS[variant]}, seed {seed} ({seed * len(VARIANTS) + list(VARIANTS).index(variant) + 1} of {plan.seeds * len(VARIANTS)})"
-            )
-            for cell, accuracy in _evaluate_variant(
-                plan, variant, seed, out / f"{variant}_seed{seed}", accelerator
-            ).items():
-                cells.setdefault(cell, []).append(accuracy)
-                tuned = "fine-tuned" if cell[2] else "as it is"
-                say(f"  window x {cell[1]:g} {tuned}: {accuracy:.1%}")
+    accuracies: dict[Setting, list[float]] = {}
+    for run, (seed, variant) in enumerate(product(range(plan.seeds), VARIANTS), start=1):
+        echo(f"{VARIANTS[variant]}, seed {seed} ({run} of {plan.seeds * len(VARIANTS)})")
+        found = _evaluate_variant(plan, variant, seed, out / f"{variant}_seed{seed}", accelerator)
+        for setting, accuracy in found.items():
+            accuracies.setdefault(setting, []).append(accuracy)
+            tuned = "fine-tuned" if setting[2] else "not fine-tuned"
+            echo(f"  window x {setting[1]:g} {tuned}: {accuracy:.1%}")
     content = [
-        {"arm": variant, "factor": factor, "fine_tuned": tuned, "top1": values}
-        for (variant, factor, tuned), values in cells.items()
+        {"variant": variant, "factor": factor, "fine_tuned": tuned, "top1": values}
+        for (variant, factor, tuned), values in accuracies.items()
     ]
-    results = {"plan": asdict(plan), "cells": content}
-    write_results(out, "table", format_table(plan, cells), results, draw(plan, cells), say)
-    return cells
+    results = {"plan": asdict(plan), "accuracies": content}
+    write_results(out, "table", format_table(plan, accuracies), results, draw(plan, accuracies), echo)
+    return accuracies
 
 
-def _evaluate_variant(plan: Plan, variant: str, seed: int, folder: Path, accelerator: Accelerator) -> dict[Cell, float]:
+def _evaluate_variant(
+    plan: Plan, variant: str, seed: int, folder: Path, accelerator: Accelerator
+) -> dict[Setting, float]:
     training, _ = _sources(plan)
     torch.manual_seed(derive_seed("step", seed, 0))
     config = make_config(
@@ -120,7 +118,7 @@ def _evaluate_variant(plan: Plan, variant: str, seed: int, folder: Path, acceler
     )
     trained = Classification(SwinEncoder(config), training.classes, mean=MEAN, std=STD)
     top1 = _train(plan, trained, 1.0, seed, folder / "x1", accelerator)
-    cells: dict[Cell, float] = {(variant, 1.0, False): top1}
+    accuracies: dict[Setting, float] = {(variant, 1.0, False): top1}
     for factor in FACTORS[1:]:
         larger = transfer(
             trained.encoder.cpu(),
@@ -130,13 +128,13 @@ def _evaluate_variant(plan: Plan, variant: str, seed: int, folder: Path, acceler
         task = Classification(larger, training.classes, mean=MEAN, std=STD)
         task.head.load_state_dict(trained.head.state_dict())
         task.to(accelerator.device)
-        cells[variant, factor, False] = _top1(plan, task, factor, accelerator)
-        cells[variant, factor, True] = _train(plan, task, factor, seed, folder / f"x{factor:g}", accelerator)
-    return cells
+        accuracies[variant, factor, False] = _top1(plan, task, factor, accelerator)
+        accuracies[variant, factor, True] = _train(plan, task, factor, seed, folder / f"x{factor:g}", accelerator)
+    return accuracies
 
 
 def _train(plan: Plan, task: Classification, factor: float, seed: int, folder: Path, accelerator: Accelerator) -> float:
-    """Train at ``factor`` times the size, or continue, and give the held-out accuracy."""
+    """Train at ``factor`` times the size, or resume, and return the validation accuracy."""
     is_first = factor == 1.0
     steps, lr = (plan.steps, plan.lr) if is_first else (plan.finetune_steps, plan.finetune_lr)
     training, _ = _sources(plan)
@@ -148,7 +146,7 @@ def _train(plan: Plan, task: Classification, factor: float, seed: int, folder: P
         load_checkpoint(checkpoint, task, optimizer)
     model, optimizer = accelerator.prepare(task, optimizer)
     if start < steps:
-        shown = _views(plan, factor, 16)
+        preview = _views(plan, factor, 16)
         with StopRequest() as stop:
             fit(
                 accelerator,
@@ -186,7 +184,7 @@ def _train(plan: Plan, task: Classification, factor: float, seed: int, folder: P
                 evaluate_every_steps=steps,
                 checkpoint_every_steps=100,
                 validation=[],
-                preview=next(iter(shown)),
+                preview=next(iter(preview)),
             )
     return _top1(plan, task, factor, accelerator)
 
@@ -202,46 +200,48 @@ def _views(plan: Plan, factor: float, batch_size: int) -> Batches:
 
 
 def _sources(plan: Plan) -> tuple[LabelledSource, LabelledSource]:
-    """The same pictures for every window, as photographs are: resized to what is asked."""
+    """Open training and validation data; built-in images have one size and are resized like photographs."""
     if plan.data == "builtin:shapes":
         size = _size(plan, 2)
-        return Shapes(plan.steps * plan.batch_size, size), Shapes(VALIDATION, size, validation=True)
-    return labelled_sources(plan.data, Decoder(3), VALIDATION)
+        return Shapes(plan.steps * plan.batch_size, size), Shapes(VALIDATION_IMAGES, size, validation=True)
+    return labelled_sources(plan.data, Decoder(3), VALIDATION_IMAGES)
 
 
 def _size(plan: Plan, factor: float) -> tuple[int, int]:
     return (round(plan.image_size * factor),) * 2
 
 
-def format_table(plan: Plan, cells: dict[Cell, list[float]]) -> str:
-    """Rows are arms, columns windows; ``without / with`` fine-tuning, mean ± standard deviation in percent."""
+def format_table(plan: Plan, accuracies: dict[Setting, list[float]]) -> str:
+    """Format variants as rows and windows as columns: mean ± s.d. in percent, without / with fine-tuning."""
     heads = [f"W{plan.window_size * factor:g} I{plan.image_size * factor:g}" for factor in FACTORS]
-    lines = [f"{'top-1 %, as it is / fine-tuned':<32}" + "".join(f"{head:>26}" for head in heads)]
+    lines = [f"{'top-1 %, not fine-tuned / fine-tuned':<38}" + "".join(f"{head:>26}" for head in heads)]
     for variant, name in VARIANTS.items():
         texts = [
             " / ".join(
-                percent(cells[variant, factor, tuned]) for tuned in (False, True) if (variant, factor, tuned) in cells
+                percent(accuracies[variant, factor, tuned])
+                for tuned in (False, True)
+                if (variant, factor, tuned) in accuracies
             )
             for factor in FACTORS
         ]
-        lines.append(f"{name:<32}" + "".join(f"{text:>26}" for text in texts))
+        lines.append(f"{name:<38}" + "".join(f"{text:>26}" for text in texts))
     return "\n".join(lines)
 
 
-def draw(plan: Plan, cells: dict[Cell, list[float]]) -> Figure:
-    """Accuracy over the window, one line per arm, a dot per seed; left as it is, right fine-tuned."""
+def draw(plan: Plan, accuracies: dict[Setting, list[float]]) -> Figure:
+    """Plot accuracy over the window, one line per variant, a dot per seed; left without, right with fine-tuning."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for tuned, axis, title in zip((False, True), axes, ("without fine-tuning", "fine-tuned"), strict=True):
-        for number, (variant, name) in enumerate(VARIANTS.items()):
-            values = [cells[variant, factor, tuned and factor > 1] for factor in FACTORS]
-            axis.plot(FACTORS, [100 * mean(v) for v in values], color=f"C{number}", label=name)
+        for color, (variant, name) in enumerate(VARIANTS.items()):
+            values = [accuracies[variant, factor, tuned and factor > 1] for factor in FACTORS]
+            axis.plot(FACTORS, [100 * mean(v) for v in values], color=f"C{color}", label=name)
             for factor, seeds in zip(FACTORS, values, strict=True):
-                axis.plot([factor] * len(seeds), [100 * v for v in seeds], ".", color=f"C{number}", alpha=0.6)
+                axis.plot([factor] * len(seeds), [100 * v for v in seeds], ".", color=f"C{color}", alpha=0.6)
         axis.set_xticks(FACTORS, [f"{plan.window_size * f:g}\n{plan.image_size * f:g} px" for f in FACTORS])
         axis.set_title(title)
         axis.grid(alpha=0.3)
         axis.set_xlabel(f"window (tokens) and image; trained at {plan.window_size} and {plan.image_size} px")
-    axes[0].set_ylabel("held-out top-1, %")
+    axes[0].set_ylabel("validation top-1, %")
     axes[0].legend()
     return figure
