@@ -172,10 +172,10 @@ def measure(
             if speed.reason:
                 continue
             try:
-                way = make_way(function, case, on_grid)
-                off = differences(way, case, expected)
-                kept = kept_bytes(way, case)
-            except Exception as error:  # whatever a compiler or a driver may echo; memory
+                implementation = make_implementation(function, case, on_grid)
+                output_difference, bias_difference = differences(implementation, case, expected)
+                kept = kept_bytes(implementation, case)
+            except Exception as error:  # compilers, drivers and allocators raise many types
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 found[name] = Speed(*setting, name, reason=f"failed in stage {stage}: {reason}"[:200])
                 continue
@@ -283,7 +283,7 @@ def by_sdpa(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosi
 
 
 def by_flex(qkv: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
-    """``flex_attention``, compiled on a GPU; on a processor it has no gradient, and echos so."""
+    """Attend by ``flex_attention``, compiled on GPUs; on CPUs it has no gradient and raises."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def score(logit: Tensor, window: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:

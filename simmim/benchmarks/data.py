@@ -1,4 +1,4 @@
-"""How fast do images become batches? The loaders of others and ours on the same images, on one core, in one run."""
+"""Speed of data loading: this project's and other loaders on the same images, on one core, in one run."""
 
 from __future__ import annotations
 
@@ -36,44 +36,46 @@ SCALE, FINETUNE_SCALE = (0.67, 1.0), (0.08, 1.0)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 Speeds = dict[str, list[float]]
 Batches = Iterator[int]
-"""Makes a batch for each number it gives: of the images in it."""
+"""Iterator that loads a batch and returns the number of its images."""
 
 
 def data_speed(
-    path: Path, *, rounds: int = 30, images: int = 250, files: int = 60_000, say: Callable[[str], None] = print
+    path: Path, *, rounds: int = 30, images: int = 250, files: int = 60_000, echo: Callable[[str], None] = print
 ) -> dict[str, Speeds]:
-    """Print images per second and core with ratios, bytes per image, the price of shortcuts, and start-up times.
+    """Print images per second and core, bytes per image, the loss of quality by faster decoding, and start-up times.
 
     Args:
-        path: a folder of photographs; at most ``images`` of them are used, through links.
-        rounds: contenders take turns so often, with a batch each; medians count.
-        files: in the tree whose start-up is measured.
+        path: a folder of photographs.
+        rounds: batches per loader; loaders take turns, and medians are reported.
+        images: maximum number of photographs; they are used through symbolic links.
+        files: number of files in the tree whose start-up is measured.
+        echo: called with every line of output.
 
     Returns:
-        Images per CPU second of every contender in every round, for pretraining and for fine-tuning.
+        Images per CPU second of every loader in every round, for pretraining and for fine-tuning.
 
     Raises:
-        ValueError: no images, or fewer than a batch.
+        ValueError: there are fewer images than a batch has.
     """
     source = open_files(path)
     if len(source) < BATCH:
-        raise ValueError(f"{path} holds {len(source)} images: {BATCH} are the least to measure with")
+        raise ValueError(f"{path} holds {len(source)} images: the benchmark needs at least {BATCH}")
     with TemporaryDirectory() as home, _one_core(), _own_cache(Path(home)):
         folder = Path(home) / "photos" / "all"
         folder.mkdir(parents=True)
-        for number in range(min(images, len(source))):
-            name = Path(source.name(number))
-            (folder / f"{number:06d}{name.suffix}").symlink_to(name.resolve())
+        for index in range(min(images, len(source))):
+            name = Path(source.name(index))
+            (folder / f"{index:06d}{name.suffix}").symlink_to(name.resolve())
         pack(str(folder), Path(home) / "packed", Packing())
         results = {
-            "pretraining, 192 px": _race(_pretraining(folder, Path(home) / "packed"), rounds),
-            f"fine-tuning, 224 px, {RAND_AUGMENT}": _race(_finetuning(folder, Path(home) / "packed"), rounds),
+            "pretraining, 192 px": _compare(_pretraining(folder, Path(home) / "packed"), rounds),
+            f"fine-tuning, 224 px, {RAND_AUGMENT}": _compare(_finetuning(folder, Path(home) / "packed"), rounds),
         }
         for task, speeds in results.items():
-            say(format_speeds(task, speeds))
-        say(format_bytes())
-        say(format_losses(folder, Path(home) / "packed"))
-        say(format_start_up(Path(home) / "tree", files))
+            echo(format_speeds(task, speeds))
+        echo(format_bytes())
+        echo(format_losses(folder, Path(home) / "packed"))
+        echo(format_start_up(Path(home) / "tree", files))
     return results
 
 
@@ -101,7 +103,10 @@ def _pretraining(folder: Path, packed: Path) -> dict[str, Batches]:
 
 
 def _finetuning(folder: Path, packed: Path) -> dict[str, Batches]:
-    """Erasing and normalisation: by timm in its loader, or on the device in its prefetcher; ours on the device."""
+    """Build loaders of fine-tuning.
+
+    timm erases and normalizes in its loader, or on the device in its prefetcher; this project does it on the device.
+    """
 
     def theirs(use_prefetcher: bool) -> Dataset:
         transform: Any = create_transform(
@@ -147,13 +152,13 @@ def _ours(path: Path, crop: RandomCrop, erasing: Any = None) -> Batches:
         yield len(batch["image"])
 
 
-def _race(contenders: dict[str, Batches], rounds: int) -> Speeds:
-    """Images per second of processor time; batch by batch in turns, so that what disturbs one disturbs all."""
-    speeds: Speeds = {name: [] for name in contenders}
-    for batches in contenders.values():  # warm up
+def _compare(loaders: dict[str, Batches], rounds: int) -> Speeds:
+    """Measure images per CPU second; loaders take turns batch by batch, so disturbances affect all of them."""
+    speeds: Speeds = {name: [] for name in loaders}
+    for batches in loaders.values():  # warm up
         next(batches)
     for _ in tqdm(range(rounds), unit="round", disable=None):
-        for name, batches in contenders.items():
+        for name, batches in loaders.items():
             begin = time.process_time()
             count = next(batches)
             speeds[name].append(count / (time.process_time() - begin))
@@ -161,7 +166,7 @@ def _race(contenders: dict[str, Batches], rounds: int) -> Speeds:
 
 
 def format_speeds(task: str, speeds: Speeds) -> str:
-    """Medians, and medians of the ratios within each round, with their quartiles."""
+    """Format medians, and the medians and quartiles of the ratios within each round."""
     first = next(iter(speeds.values()))
     lines = [
         f"{task}: images per second and core, medians of {len(first)} batches of {BATCH} in turns; "
@@ -174,45 +179,45 @@ def format_speeds(task: str, speeds: Speeds) -> str:
 
 
 def format_bytes() -> str:
-    """What travels to the device for one image of pretraining."""
+    """Format the bytes that are sent to the device per image of pretraining."""
     official = sum(t.nbytes for t in (torch.zeros(3, 192, 192), torch.zeros(48, 48, dtype=torch.int64))) + 8
     ours = torch.zeros(3, 192, 192, dtype=torch.uint8).nbytes + 16
     return f"bytes to the device per image at 192 px: official {official:,}, simmim {ours:,} ({official / ours:.2f}x)"
 
 
 def format_losses(folder: Path, packed: Path) -> str:
-    """What shortcuts cost, dB: crops of packed images, and of large JPEGs that are reduced while decoded."""
+    """Format the PSNR of packed images, and of large JPEGs that are downscaled while decoding, in dB."""
     raw, small, crop = open_images(folder), open_images(packed), RandomCrop((192, 192), SCALE)
     draws = uniform(
         "crop", 0, torch.zeros(len(raw), dtype=torch.int64), torch.arange(len(raw)), crop.num_draws
     ).tolist()
     packed_losses, reduced_losses, ratios = [], [], []
-    for number in range(0, len(raw), 5):  # the whole image: a crop falls between other pixels once they are fewer
-        pictures = [images.decode(images.fetch(number)) for images in (raw, small)]
-        packed_losses.append(psnr(*(picture.crop((0, 0, *picture.size), (192, 192)) for picture in pictures)))
-    for number in range(0, len(raw), 25):
-        content = _enlarged(raw.fetch(number))
+    for index in range(0, len(raw), 5):  # complete images, because crops of resized images start at other positions
+        pair = [images.decode(images.fetch(index)) for images in (raw, small)]
+        packed_losses.append(psnr(*(image.crop((0, 0, *image.size), (192, 192)) for image in pair)))
+    for index in range(0, len(raw), 25):
+        content = _enlarged(raw.fetch(index))
         begin = time.process_time()
-        reduced = crop(Decoder()(content), draws[number])
+        reduced = crop(Decoder()(content), draws[index])
         middle = time.process_time()
-        full = crop(TensorImage(full_image(Decoder()(content))), draws[number])
+        full = crop(Pixels(whole(Decoder()(content))), draws[index])
         ratios.append((time.process_time() - middle) / (middle - begin))
         reduced_losses.append(psnr(full, reduced))
     return (
-        f"packed against original, at 192 px: median {statistics.median(packed_losses):.1f} dB, "
-        f"least {min(packed_losses):.1f}\n"
-        f"JPEGs of 12 megapixels reduced while decoded: median {statistics.median(reduced_losses):.1f} dB, "
-        f"least {min(reduced_losses):.1f}; {statistics.median(ratios):.1f} x faster than decoded completely"
+        f"packed images against originals, at 192 px: median {statistics.median(packed_losses):.1f} dB, "
+        f"minimum {min(packed_losses):.1f}\n"
+        f"JPEGs of 12 megapixels downscaled while decoding: median {statistics.median(reduced_losses):.1f} dB, "
+        f"minimum {min(reduced_losses):.1f}; {statistics.median(ratios):.1f} x faster than full decoding"
     )
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two uint8 images, dB."""
+    """Return the peak signal-to-noise ratio of two uint8 images, dB."""
     return 10 * float(np.log10(255**2 / max(1e-9, (a.float() - b.float()).square().mean().item())))
 
 
 def _enlarged(content: Any) -> bytes:
-    """A photograph of 12 megapixels, made of a smaller one."""
+    """Enlarge a photograph to 12 megapixels."""
     with Image.open(io.BytesIO(content)) as image:
         file = io.BytesIO()
         image.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
@@ -220,14 +225,14 @@ def _enlarged(content: Any) -> bytes:
 
 
 def format_start_up(tree: Path, files: int) -> str:
-    """Seconds to open a tree of so many files in folders of a thousand."""
-    for number in tqdm(range(files), unit="file", desc="start-up: making a tree", disable=None):
-        if number % 1000 == 0:
-            folder = tree / f"n{number // 1000:05d}"
+    """Measure and format the seconds to open a tree of ``files`` files in folders of 1000."""
+    for index in tqdm(range(files), unit="file", desc="start-up: creating files", disable=None):
+        if index % 1000 == 0:
+            folder = tree / f"n{index // 1000:05d}"
             folder.mkdir(parents=True)
-        (folder / f"{number:08d}.jpg").touch()
+        (folder / f"{index:08d}.jpg").touch()
     for folder in [tree, *tree.iterdir()]:
-        os.utime(folder, (1e9, 1e9))  # what has just changed is not trusted to be complete, and listed again
+        os.utime(folder, (1e9, 1e9))  # recently modified folders are always listed again, so make them look old
     openers: dict[str, Callable[[], Any]] = {
         "torchvision ImageFolder": lambda: ImageFolder(str(tree), allow_empty=True),
         "timm ImageDataset": lambda: ImageDataset(str(tree)),
@@ -247,7 +252,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _with_mask(image: Tensor) -> tuple[Tensor, np.ndarray]:
-    """60 % of 6 x 6 cells of 32 px, as tokens of 4 px."""
+    """Mask 60 % of 6 x 6 patches of 32 px, in tokens of 4 px."""
     mask = np.zeros(36, dtype=int)
     mask[np.random.permutation(36)[:22]] = 1
     return image, mask.reshape(6, 6).repeat(8, axis=0).repeat(8, axis=1)
@@ -255,7 +260,7 @@ def _with_mask(image: Tensor) -> tuple[Tensor, np.ndarray]:
 
 @contextmanager
 def _own_cache(home: Path) -> Iterator[None]:
-    """Nothing of the user's is used or left."""
+    """Use a temporary cache instead of the user's."""
     before = os.environ.get("SIMMIM_CACHE")
     os.environ["SIMMIM_CACHE"] = str(home / "cache")
     try:

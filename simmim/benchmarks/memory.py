@@ -1,6 +1,6 @@
-"""What does saving memory cost? Bytes of a pretraining step as planned and as the allocator gives them out, and time.
+"""Memory options: estimated and measured bytes of a pretraining step, and the time they cost.
 
-On a GPU the bytes are those of its caching allocator; on a processor those that torch's profiler sees.
+On GPUs, bytes are those of the caching allocator; on CPUs, those of PyTorch's profiler.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ MEMORY_OPTIONS: tuple[tuple[Checkpointing, int], ...] = (
 
 
 class Cost(NamedTuple):
-    """Of one way to save memory."""
+    """Measurements of one memory option."""
 
     encoder: str
     size: int
     precision: str
     checkpointing: Checkpointing
     chunks: int
-    planned: float
-    """Bytes beside weights and gradients."""
+    estimated: float
+    """Estimated peak bytes of a step without weights and gradients."""
     measured: int
+    """Measured peak bytes of a step without weights and gradients."""
     time: float
-    """Median of the ratios to a step that saves nothing, in turns."""
+    """Time relative to a step with the first option; median over rounds."""
 
 
 def memory_costs(
@@ -53,52 +54,57 @@ def memory_costs(
     precisions: Sequence[str],
     rounds: int,
     memory_options: Sequence[tuple[Checkpointing, int]] = MEMORY_OPTIONS,
-    say: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
 ) -> list[Cost]:
-    """Measure every encoder at every image size and window, and print a line for each way to save memory.
+    """Measure every encoder at every image and window size, and print a line per memory option.
 
     Args:
-        sizes: image in px and window in tokens.
-        savers: checkpointing and chunks; times are relative to the first.
+        encoders: names of encoders.
+        sizes: pairs of image size in px and window size in tokens.
+        batch_size: images per step.
+        precisions: ``fp32`` and ``bf16``.
+        rounds: timed rounds; the median is reported.
+        memory_options: pairs of checkpointing and attention chunks; times are relative to the first.
+        echo: called with every line of output.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say(f"{'':<28}{'checkpointing':>14}{'chunks':>8}{'planned MB':>12}{'measured MB':>13}{'ratio':>7}{'time':>7}")
+    echo(f"{'':<28}{'checkpointing':>14}{'chunks':>8}{'estimate MB':>12}{'measured MB':>13}{'ratio':>7}{'time':>7}")
     found = []
     for name in encoders:
         for size, window in sizes:
             task = make_task(name, size, window).to(device).train()
             for precision in precisions:
                 times: list[list[float]] = [[] for _ in memory_options]
-                for number in range(rounds + 1):
-                    for place, (kind, chunks) in enumerate(memory_options):
+                for round_index in range(rounds + 1):
+                    for option, (kind, chunks) in enumerate(memory_options):
                         task.encoder.save_memory(checkpointing=kind, attention_chunks=chunks)
                         begin = time.perf_counter()
                         step(task, batch_size, precision)
-                        if number:  # the first round makes tables and compiles kernels
-                            times[place].append(time.perf_counter() - begin)
-                for place, (kind, chunks) in enumerate(memory_options):
+                        if round_index:  # the first round builds tables and compiles kernels
+                            times[option].append(time.perf_counter() - begin)
+                for option, (kind, chunks) in enumerate(memory_options):
                     task.encoder.save_memory(checkpointing=kind, attention_chunks=chunks)
-                    planned = footprint(task, kind, chunks, precision=precision, device=device.type)
-                    ratios = [own / plain for own, plain in zip(times[place], times[0], strict=True)]
+                    estimated = footprint(task, kind, chunks, precision=precision, device=device.type)
+                    ratios = [own / plain for own, plain in zip(times[option], times[0], strict=True)]
                     measured = measured_bytes(task, batch_size, precision)
-                    cost = Cost(name, size, precision, kind, chunks, planned.of(batch_size), measured, median(ratios))
-                    say(
-                        f"{f'{name} {size}/{window} {precision}':<28}{kind:>14}{chunks:>8}{cost.planned / 1e6:>12.1f}"
-                        f"{measured / 1e6:>13.1f}{cost.planned / measured:>7.3f}{cost.time:>7.2f}"
+                    cost = Cost(name, size, precision, kind, chunks, estimated.of(batch_size), measured, median(ratios))
+                    echo(
+                        f"{f'{name} {size}/{window} {precision}':<28}{kind:>14}{chunks:>8}{cost.estimated / 1e6:>12.1f}"
+                        f"{measured / 1e6:>13.1f}{cost.estimated / measured:>7.3f}{cost.time:>7.2f}"
                     )
                     found.append(cost)
     return found
 
 
 def make_task(encoder: str, size: int, window: int, drop_path: float = 0.1) -> SimMIM:
-    """SimMIM at 60 % of cells of 32 px."""
+    """Build SimMIM with 60 % of patches of 32 px masked."""
     built = make_encoder(encoder, image_size=size, window_size=window, drop_path=drop_path)
     masks = MaskGenerator((size, size), MASK_PATCH_SIZE, 0.6)
     return SimMIM(built, masks, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def step(task: SimMIM, batch_size: int, precision: str) -> None:
-    """A micro-step on noise: its gradients are added to those that are there."""
+    """Run forward and backward on noise; gradients accumulate."""
     device, config = task.mean.device, task.encoder.config
     batch = {
         "image": torch.randint(0, 256, (batch_size, config.in_chans, *config.input_size), dtype=torch.uint8),
@@ -114,7 +120,7 @@ def step(task: SimMIM, batch_size: int, precision: str) -> None:
 
 
 def peak_of_gpu(run: Callable[[], object]) -> int:
-    """Bytes at its highest point, above what was allocated before."""
+    """Return the peak of the bytes allocated by ``run``."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -122,10 +128,10 @@ def peak_of_gpu(run: Callable[[], object]) -> int:
 
 
 def measured_bytes(task: SimMIM, batch_size: int, precision: str) -> int:
-    """At the highest point of a step, beside weights and gradients."""
+    """Return the peak bytes of a step without weights and gradients."""
     for parameter in task.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    step(task, batch_size, precision)  # tables of positions are made once
+    step(task, batch_size, precision)  # builds position tables, which are kept
     gc.collect()
     if task.mean.device.type == "cuda":
         return peak_of_gpu(lambda: step(task, batch_size, precision))
@@ -133,8 +139,8 @@ def measured_bytes(task: SimMIM, batch_size: int, precision: str) -> int:
         step(task, batch_size, precision)
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
+    current = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak

@@ -1,7 +1,7 @@
-"""How fast is a training step? Ours beside those of others: the same weights, images and masks, in turns.
+"""Speed of a training step: this project and other implementations on the same weights, images and masks, in turns.
 
-A step is forward, backward and AdamW. Ratios of one round are of seconds that lie together, so what the machine does
-beside it falls on all of them; the median of the rounds is what is said.
+A step is forward, backward and AdamW. Ratios are computed within a round, so that other load on the machine affects
+all implementations alike; the median over rounds is reported.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from simmim.training.optim import make_optimizer
 from swin.triton_attention import available
 
 Step = Callable[[], Tensor]
-"""One training step -> its loss."""
+"""Function that runs one training step and returns its loss."""
 
 
 @dataclass
 class Speed:
-    """Of one implementation at one setting."""
+    """Measurements of one implementation at one setting."""
 
     encoder: str
     image_size: int
@@ -41,14 +41,14 @@ class Speed:
     precision: str
     name: str
     loss: float
-    """Of the first step, where weights are the same."""
+    """Loss of the first step, with equal weights."""
     seconds: float
     ratio: float
-    """Steps of ours in the time of one of these: above 1 ours is faster."""
+    """Time relative to this project: above 1, this project is faster."""
     saved_bytes: int
-    """What autograd keeps for the backward pass, beside the weights; on a GPU the highest point of a step."""
-    share_of_limit: float
-    """Of the rate of matrix products that was measured beside it."""
+    """Bytes that autograd keeps for the backward pass, without weights; on GPUs the peak of a step."""
+    fraction_of_limit: float
+    """FLOP/s relative to those of matrix products, measured in the same run."""
 
 
 def step_speed(
@@ -61,27 +61,32 @@ def step_speed(
     compiled: bool,
     rounds: int,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
 ) -> list[Speed]:
-    """Measure every encoder at every image size and window; print a table and write it as JSON.
+    """Measure every encoder at every image and window size; print a table and write it as JSON.
 
     Args:
-        sizes: image in px and window in tokens.
-        rivals: see :func:`simmim.benchmarks.competitors.make_baseline`.
-        compiled: also through ``torch.compile``, ours block by block as recipes have it, theirs as a whole.
-        out: a JSON file.
+        encoders: names of encoders.
+        sizes: pairs of image size in px and window size in tokens.
+        batch_size: images per step.
+        precisions: ``fp32`` and ``bf16``.
+        baselines: names for :func:`simmim.benchmarks.competitors.make_baseline`.
+        compiled: also measure with ``torch.compile``: this project block by block as in recipes, baselines in one.
+        rounds: timed rounds; the median is reported.
+        out: JSON file to write.
+        echo: called with every line of output.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: list[Speed] = []
     for precision in precisions:
         limit = product_rate(device, precision)
-        say(f"{device.type}, {torch.get_num_threads()} thread(s), {precision}: products at {limit / 1e9:,.0f} GFLOP/s")
-        say(f"{'':<34}{'':<22}{'loss':>9}{'s a step':>10}{'ours x':>9}{'kept MB':>10}{'of limit':>10}")
+        echo(f"{device.type}, {torch.get_num_threads()} thread(s), {precision}: products at {limit / 1e9:,.0f} GFLOP/s")
+        echo(f"{'':<34}{'':<22}{'loss':>9}{'s / step':>10}{'ratio':>9}{'kept MB':>10}{'of limit':>10}")
         for encoder in encoders:
             for size, window in sizes:
                 torch.manual_seed(0)
-                task = awake(make_task(encoder, size, window, drop_path=0.0))
-                # Two operations are a multiply-add, and the backward pass has two products for each of the forward.
+                task = perturb(make_task(encoder, size, window, drop_path=0.0))
+                # A multiply-add is two operations, and the backward pass has two products for each forward one.
                 work = 2 * 3 * flops(task, "none").forward * batch_size
                 steps = make_steps(task, baselines, compiled, batch_size, precision, device)
                 measured = compare(steps, rounds, device)
@@ -101,9 +106,9 @@ def step_speed(
                         work / median(seconds) / limit,
                     )
                     title = f"{encoder} {size}/{window} x {batch_size} {precision}"
-                    say(
+                    echo(
                         f"{title:<34}{name:<22}{loss:>9.4f}{speed.seconds:>10.3f}{speed.ratio:>9.2f}"
-                        f"{kept / 1e6:>10.0f}{speed.share_of_limit:>10.0%}"
+                        f"{kept / 1e6:>10.0f}{speed.fraction_of_limit:>10.0%}"
                     )
                     found.append(speed)
     if out is not None:
@@ -112,8 +117,8 @@ def step_speed(
 
 
 @torch.no_grad()
-def awake(task: SimMIM) -> SimMIM:
-    """Fresh blocks add nothing: with other weights every part is seen in the loss."""
+def perturb(task: SimMIM) -> SimMIM:
+    """Add noise to all parameters, because blocks output zero at initialization and would not affect the loss."""
     for parameter in task.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     return task.train()
@@ -127,7 +132,7 @@ def make_steps(
     precision: str,
     device: torch.device,
 ) -> dict[str, Step]:
-    """The same step by everybody, by name; ours first."""
+    """Build the same step by every implementation, by name; this project comes first."""
     task = task.to(device)
     config, masks = task.encoder.config, task.masks
     images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
@@ -139,7 +144,7 @@ def make_steps(
         own, own.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8
     )
 
-    def ours(fused: bool, is_compiled: bool) -> Step:  # a step hardly moves the weights, so all share them
+    def ours(fused: bool, is_compiled: bool) -> Step:  # steps barely change the weights, so all may share them
 
         def forward(images: Tensor, mask: Tensor) -> Tensor:
             own.encoder.use_kernel(fused).use_compiler(is_compiled)
@@ -150,14 +155,14 @@ def make_steps(
     for is_compiled in (False, True) if compiled else (False,):
         suffix = ", compiled" if is_compiled else ""
         steps["simmim" + suffix] = ours(False, is_compiled)
-        if available(device) and not is_compiled:  # what is compiled attends by plain operations
+        if available(device) and not is_compiled:  # compiled blocks do not use the kernel
             steps["simmim, kernel"] = ours(True, False)
         for name in baselines:
             module = make_baseline(name, task).to(device).train()
             forward = torch.compile(module) if is_compiled else module
-            optimizer_of_theirs = torch.optim.AdamW(module.parameters(), weight_decay=0.05)
+            their_optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.05)
             title = Path(name.partition(":")[0]).stem + suffix
-            steps[title] = make_step(forward, optimizer_of_theirs, images, token_mask, precision)
+            steps[title] = make_step(forward, their_optimizer, images, token_mask, precision)
     return steps
 
 
@@ -168,7 +173,7 @@ def make_step(
     mask: Tensor,
     precision: str,
 ) -> Step:
-    """Forward, backward, AdamW at a rate that changes nothing that can be seen."""
+    """Build a step of forward, backward and AdamW, with a learning rate too small to change the loss."""
     for group in optimizer.param_groups:
         group["lr"] = 1e-9
 
@@ -186,7 +191,7 @@ def make_step(
 
 
 def compare(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, tuple[float, list[float], int]]:
-    """Loss, seconds of every round and bytes kept, by name."""
+    """Return, by name, the loss, the seconds of every round and the bytes kept."""
     first = {name: (float(step()), kept_bytes(step, device)) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -198,7 +203,7 @@ def compare(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
 
 
 def kept_bytes(step: Step, device: torch.device) -> int:
-    """What a step keeps for its backward pass; on a GPU its highest point above what was there before."""
+    """Return the bytes that a step keeps for its backward pass; on GPUs the peak of the step."""
     if device.type == "cuda":
         return peak_of_gpu(step)
     storages: dict[int, int] = {}
