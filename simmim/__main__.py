@@ -1,4 +1,4 @@
-"""Run the command line: ``python -m simmim`` is the same as ``simmim``, and can be started by ``accelerate launch -m``."""
+"""Run the command line as ``python -m simmim``, which ``accelerate launch -m simmim`` can start."""
 
 import sys
 

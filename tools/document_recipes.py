@@ -1,4 +1,4 @@
-"""Writes recipes/README.md: every key of a recipe, from the schema. ``python tools/document_recipes.py``"""
+"""Write recipes/README.md, the reference of all recipe keys, from the schema: ``python tools/document_recipes.py``."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`accelerate launch tools/evaluate.py EXPORT DATA`: the same as `simmim evaluate`, on several processes."""
+"""Run ``simmim evaluate`` on several processes: ``accelerate launch tools/evaluate.py EXPORT DATA``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch tools/finetune.py RECIPE --stage NAME [key.path=value ...]`: the same as `simmim finetune`."""
+"""Run ``simmim finetune`` on several processes: ``accelerate launch tools/finetune.py RECIPE --stage NAME``."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Writes videos of shapes that sink or rise: ``python tools/paint_clips.py painted --photos PHOTOS``
+"""Paint videos of shapes that sink or rise: ``python tools/paint_clips.py painted --photos PHOTOS``
 
-They are those of builtin:shapes, discs, squares, triangles and crosses of four textures, in front of a still photograph
-(``--photos FOLDER``) or of soft noise. ``OUT/train`` and ``OUT/val`` hold a folder per class, which is the texture and
-how it moves: of the latter no frame alone tells anything. The same arguments give the same videos. Needs PyAV.
+The shapes are those of builtin:shapes: discs, squares, triangles and crosses in four textures, on a still photograph
+(``--photos FOLDER``) or on smooth noise. ``OUT/train`` and ``OUT/val`` hold one folder per class. A class is a texture
+and a direction of motion, which a single frame does not show. The same arguments give the same videos. Needs PyAV.
 """
 
 from __future__ import annotations
@@ -16,37 +16,35 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run by its path
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run by its path, so the root is not on sys.path
 
 from simmim.data import MovingShapes
 from simmim.data.decode import to_image
-from tools.paint_objects import add_place, background, photographs
+from tools.paint_objects import add_output_options, background, photographs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write ``OUT/train`` and ``OUT/val``."""
-    parser = argparse.ArgumentParser(
-        description="Videos of painted shapes that sink or rise; --size is an even number."
-    )
-    add_place(parser, size_px=24)
-    parser.add_argument("--videos", type=int, default=8000, help="to train on (default: 8000)")
-    parser.add_argument("--val-videos", type=int, default=400, help="default: 400")
+    parser = argparse.ArgumentParser(description="Paint videos of shapes that sink or rise; --size must be even.")
+    add_output_options(parser, size_px=24)
+    parser.add_argument("--videos", type=int, default=8000, help="training videos (default: 8000)")
+    parser.add_argument("--val-videos", type=int, default=400, help="validation videos (default: 400)")
     arguments = parser.parse_args(argv)
     size, seed = arguments.size, arguments.seed
     photos = photographs(arguments.photos)
-    for place, (split, count) in enumerate((("train", arguments.videos), ("val", arguments.val_videos))):
-        rng = np.random.default_rng([seed, place])
+    for part, (split, count) in enumerate((("train", arguments.videos), ("val", arguments.val_videos))):
+        rng = np.random.default_rng([seed, part])
         shapes = MovingShapes((seed + 1) * count, (size, size), validation=split == "val")
-        for number in range(seed * count, (seed + 1) * count):
-            folder = arguments.out / split / shapes.classes[shapes.label(number)].replace(", ", "_")
+        for index in range(seed * count, (seed + 1) * count):
+            folder = arguments.out / split / shapes.classes[shapes.label(index)].replace(", ", "_")
             folder.mkdir(parents=True, exist_ok=True)
-            scene = pil_to_tensor(background(size, photos[place::2], rng)) / 255
-            video, _ = shapes.paint(number, scene)
-            write(folder / f"{number:06d}.avi", [to_image(frame) for frame in video.unbind(1)])
+            scene = pil_to_tensor(background(size, photos[part::2], rng)) / 255
+            video, _ = shapes.paint(index, scene)
+            write(folder / f"{index:06d}.avi", [to_image(frame) for frame in video.unbind(1)])
 
 
 def write(path: Path, frames: list[Image.Image]) -> None:
-    """As JPEG, frame by frame: any of them is decoded without the others."""
+    """Write a video as motion JPEG, of which every frame can be decoded on its own."""
     import av
 
     with av.open(str(path), "w") as file:

@@ -1,7 +1,7 @@
-"""Writes pictures of painted shapes in the layout of COCO: ``python tools/paint_objects.py shapes --images 400``
+"""Paint images of shapes in the COCO layout: ``python tools/paint_objects.py shapes --images 400``
 
-Each has one to three discs, squares, triangles and crosses of random colour, size and rotation, whose outlines are
-known exactly, on photographs (``--photos FOLDER``) or on soft noise. The same arguments give the same pictures.
+Each image has one to three discs, squares, triangles or crosses of random color, size and rotation with exactly known
+outlines, on photographs (``--photos FOLDER``) or on smooth noise. The same arguments give the same images.
 """
 
 from __future__ import annotations
@@ -20,50 +20,52 @@ ATTEMPTS, GAP_PX = 20, 2
 
 def main() -> None:
     """Write ``OUT/train`` and ``OUT/val`` with their annotations."""
-    parser = argparse.ArgumentParser(description="Pictures of painted shapes in the layout of COCO.")
-    add_place(parser, size_px=64)
-    parser.add_argument("--images", type=int, default=400, help="to train on (default: 400)")
-    parser.add_argument("--val-images", type=int, default=100, help="default: 100")
+    parser = argparse.ArgumentParser(description="Paint images of shapes in the COCO layout.")
+    add_output_options(parser, size_px=64)
+    parser.add_argument("--images", type=int, default=400, help="training images (default: 400)")
+    parser.add_argument("--val-images", type=int, default=100, help="validation images (default: 100)")
     arguments = parser.parse_args()
     photos = photographs(arguments.photos)
-    for number, (split, count) in enumerate((("train", arguments.images), ("val", arguments.val_images))):
-        rng = np.random.default_rng([arguments.seed, number])
-        write_split(arguments.out, split, count, arguments.size, photos[number::2], rng)
+    for part, (split, count) in enumerate((("train", arguments.images), ("val", arguments.val_images))):
+        rng = np.random.default_rng([arguments.seed, part])
+        write_split(arguments.out, split, count, arguments.size, photos[part::2], rng)
 
 
-def add_place(parser: argparse.ArgumentParser, size_px: int) -> None:
-    """Where pictures are written to, how large, and in front of what."""
-    parser.add_argument("out", type=Path, help="a folder, new or empty")
-    parser.add_argument("--size", type=int, default=size_px, metavar="PX", help="side (default: %(default)s)")
-    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="backgrounds: every other photograph for val")
-    parser.add_argument("--seed", type=int, default=0)
+def add_output_options(parser: argparse.ArgumentParser, size_px: int) -> None:
+    """Add the output folder, the image size, the backgrounds and the seed."""
+    parser.add_argument("out", type=Path, help="output folder, new or empty")
+    parser.add_argument(
+        "--size", type=int, default=size_px, metavar="PX", help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--photos", type=Path, metavar="FOLDER", help="backgrounds; every second photograph is used for val"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
 def photographs(folder: Path | None) -> list[Path]:
-    """All files of a folder by name; none without one."""
+    """Return all files of a folder sorted by name; none if ``folder`` is None."""
     return sorted(file for file in folder.iterdir() if file.is_file()) if folder else []
 
 
 def write_split(out: Path, split: str, count: int, size: int, photos: list[Path], rng: np.random.Generator) -> None:
-    """So many pictures, and ``annotations/{split}.json``."""
+    """Write ``count`` images and ``annotations/{split}.json``."""
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     (out / split).mkdir(exist_ok=True)
     images, annotations = [], []
-    for number in range(count):
-        picture, objects = paint(background(size, photos, rng), rng)
-        name = f"{number:06d}.png"
-        picture.save(out / split / name)
-        images.append({"id": number, "file_name": name, "height": size, "width": size})
-        annotations += [
-            {"id": len(annotations) + place, "image_id": number, **own} for place, own in enumerate(objects)
-        ]
-    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+    for index in range(count):
+        image, objects = paint(background(size, photos, rng), rng)
+        name = f"{index:06d}.png"
+        image.save(out / split / name)
+        images.append({"id": index, "file_name": name, "height": size, "width": size})
+        annotations += [{"id": id_, "image_id": index, **each} for id_, each in enumerate(objects, len(annotations))]
+    categories = [{"id": id_, "name": name} for id_, name in enumerate(CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (out / "annotations" / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def background(size: int, photos: list[Path], rng: np.random.Generator) -> Image.Image:
-    """A random square of a photograph, or noise of two scales."""
+    """Crop a random square of a photograph, or make noise of two scales."""
     if photos:
         with Image.open(photos[rng.integers(len(photos))]) as photo:
             side = int(min(photo.size) * rng.uniform(0.4, 1))
@@ -74,9 +76,9 @@ def background(size: int, photos: list[Path], rng: np.random.Generator) -> Image
     return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
 
 
-def paint(picture: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
-    """Shapes that do not touch each other, and what COCO says of them."""
-    size, draw, objects = picture.width, ImageDraw.Draw(picture), []
+def paint(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
+    """Paint shapes that do not touch each other, and return the image and their COCO annotations."""
+    size, draw, objects = image.width, ImageDraw.Draw(image), []
     boxes: list[np.ndarray] = []
     for _ in range(rng.integers(1, 4)):
         for _ in range(ATTEMPTS):
@@ -101,21 +103,21 @@ def paint(picture: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, 
                 "segmentation": [corners.flatten().tolist()],
             }
         )
-    return picture, objects
+    return image, objects
 
 
 def outline(kind: int, radius: float, angle: float) -> np.ndarray:
-    """Corners ``(n, 2)`` around the origin, none farther away than ``radius``."""
+    """Return the corners ``(n, 2)`` of a shape around the origin, at a distance of at most ``radius``."""
     if CLASSES[kind] == "cross":
-        variant = 1 / 3
-        corners = [(variant, 1), (variant, variant), (1, variant), (1, -variant), (variant, -variant), (variant, -1)]
-        shape = np.array([*corners, *((-x, -y) for x, y in corners)]) / math.hypot(1, variant)
+        width = 1 / 3
+        corners = [(width, 1), (width, width), (1, width), (1, -width), (width, -width), (width, -1)]
+        shape = np.array([*corners, *((-x, -y) for x, y in corners)]) / math.hypot(1, width)
     else:
         count = {"disc": 24, "square": 4, "triangle": 3}[CLASSES[kind]]
-        turns = 2 * math.pi * np.arange(count) / count
-        shape = np.stack([np.cos(turns), np.sin(turns)], axis=1)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    return radius * shape @ turn.T
+        angles = 2 * math.pi * np.arange(count) / count
+        shape = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return radius * shape @ rotation.T
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`accelerate launch tools/pretrain.py RECIPE [key.path=value ...]`: the same as `simmim pretrain`."""
+"""Run ``simmim pretrain`` on several processes: ``accelerate launch tools/pretrain.py RECIPE [key.path=value ...]``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch tools/run.py RECIPE [key.path=value ...]`: the same as `simmim run`."""
+"""Run ``simmim run`` on several processes: ``accelerate launch tools/run.py RECIPE [key.path=value ...]``."""
 
 import sys
 

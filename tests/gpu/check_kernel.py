@@ -17,9 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmim.benchmarks.attention import attention_speed, exact, make_case, make_way, results, ways
+from simmim.benchmarks.attention import (
+    attention_speed,
+    implementations,
+    make_case,
+    make_implementation,
+    reference,
+    results,
+)
 from simmim.benchmarks.memory import make_task
-from simmim.benchmarks.step import awake, make_step, step_speed
+from simmim.benchmarks.step import make_step, perturb, step_speed
 from simmim.tasks.simmim import SimMIM
 from swin import SwinConfig
 from swin.config import make_config
@@ -43,10 +50,10 @@ def agreement(config: SwinConfig, precision: str, device: torch.device) -> dict[
         kinds = {"plain": ((h, w), False), "shifted": ((h, w), True), "shifted, padded": ((h - h // 6, w - 1), True)}
         for kind, (grid, shifted) in kinds.items():
             case = make_case(config, stage, IMAGES, precision, device, grid=grid, shifted=shifted)
-            expected = exact(case)
+            expected = reference(case)
             for name in ("kernel", "chunks"):
-                function, on_grid = ways(case)[name]
-                off = distances(results(make_way(function, case, on_grid), case), expected)
+                function, on_grid = implementations(case)[name]
+                off = distances(results(make_implementation(function, case, on_grid), case), expected)
                 worst = found.setdefault(kind, {}).setdefault(name, [0.0] * len(off))
                 # max() would lose what is not a number.
                 worst[:] = [y if not y <= x else x for x, y in zip(worst, off, strict=True)]
@@ -177,6 +184,6 @@ if __name__ == "__main__":
     print(machine)
     disagree = check_agreement(folder, gpu, ["swinv2_tiny", "swinv2_base"], SIZES)
     torch.manual_seed(0)
-    disagree += check_losses(folder, gpu, awake(make_task("swinv2_tiny", 192, 12, 0.0)), 32)
+    disagree += check_losses(folder, gpu, perturb(make_task("swinv2_tiny", 192, 12, 0.0)), 32)
     check_speed(folder)
     sys.exit(1 if disagree else 0)

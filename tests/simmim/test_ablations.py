@@ -1,4 +1,4 @@
-"""Laboratories that compare variations of a recipe claim no more than their seeds allow."""
+"""Experiments that compare variants of a recipe report only differences that their seeds support."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def test_objectives_end_to_end(recipe, tmp_path, capsys):
+def test_ablations_end_to_end(recipe, tmp_path, capsys):
     command = ["experiment", "ablations", str(recipe), "--out", str(tmp_path)]
     short = ["--variants", "head=inverse_swin", "downsample=4", "--seeds", "0", "1", "2"]
     assert main([*command, *short]) == 0
     printed = capsys.readouterr().out
-    folder = tmp_path / "few/objectives"
-    content = json.loads((folder / "objectives.json").read_text())
-    assert list(content["arms"]) == ["recipe", "head=inverse_swin", "downsample=4"]
-    assert [len(each) for each in content["arms"].values()] == [3, 3, 3]
+    folder = tmp_path / "few/ablations"
+    content = json.loads((folder / "ablations.json").read_text())
+    assert list(content["variants"]) == ["recipe", "head=inverse_swin", "downsample=4"]
+    assert [len(each) for each in content["variants"].values()] == [3, 3, 3]
     summary = json.loads((folder / "downsample_4_seed_1/finetune_32/summary.json").read_text())
-    assert content["arms"]["downsample=4"][1]["top1"] == summary["validation_top1"]
-    assert (folder / "objectives.txt").read_text().strip() in printed
-    assert (folder / "objectives.png").stat().st_size > 5_000
-    assert not (folder / "recipe_seed_0/scratch_32").exists()  # what is not compared is not trained
-    # What was trained is what was asked for, and comes back from its export.
+    assert content["variants"]["downsample=4"][1]["top1"] == summary["validation_top1"]
+    assert (folder / "ablations.txt").read_text().strip() in printed
+    assert (folder / "ablations.png").stat().st_size > 5_000
+    assert not (folder / "recipe_seed_0/scratch_32").exists()  # stages that are not compared are not trained
+    # The exports contain the requested heads and target resolutions.
     drawn = load_simmim(folder / "head_inverse_swin_seed_0/pretrain/export")
     assert type(drawn.head).__name__ == "InverseSwin" and drawn.downsample == 1
     assert load_simmim(folder / "downsample_4_seed_0/pretrain/export").downsample == 4
-    # Nothing is done again.
+    # Finished stages are skipped.
     before = (folder / "recipe_seed_2/pretrain/metrics.jsonl").stat().st_mtime_ns
     assert main([*command, *short]) == 0
     assert (folder / "recipe_seed_2/pretrain/metrics.jsonl").stat().st_mtime_ns == before
@@ -67,7 +67,7 @@ def test_mistakes_are_named_before_anything_is_trained(arguments, message, recip
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_the_arms_of_the_paper():
+def test_default_variants_are_those_of_the_paper():
     demo = load_recipe("demo")
     assert ablations.default_variants(demo) == [
         *("loss=l2", "loss=smooth_l1", "pixels=all", "head=mlp", "head=inverse_swin", "downsample=2", "downsample=4")
@@ -77,7 +77,7 @@ def test_the_arms_of_the_paper():
     assert {"loss=l1", "downsample=1"} < set(ablations.default_variants(coarse))
     alone = load_recipe("simmim_swinv2_b")
     only = alone.model_copy(update={"stages": {"pretrain": alone.stages["pretrain"]}})
-    with pytest.raises(ValueError, match="no stage with labels that starts from a stage of pretraining"):
+    with pytest.raises(ValueError, match="no classifier stage that starts from a pretraining stage"):
         trials.find_stages(only)
 
 
@@ -85,13 +85,13 @@ def test_intervals_are_those_of_the_tables():
     # Student's t: mean 2, s.d. 1, three values: 2 ± 4.303 / sqrt(3).
     low, high = trials.mean_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 2.4843, 2 + 2.4843), abs=1e-3)
-    assert trials.mean_interval([0.2, 0.2]) is None  # two may agree by chance
+    assert trials.mean_interval([0.2, 0.2]) is None  # two values may agree by chance
     assert trials.verdict((0.1, 0.2)) == "higher" and trials.verdict((-0.2, -0.1)) == "lower"
-    assert trials.verdict((-0.1, 0.1)) == "not told apart" and trials.verdict(None) == "needs more seeds"
-    # They hold the truth as often as they say.
+    assert trials.verdict((-0.1, 0.1)) == "inconclusive" and trials.verdict(None) == "needs more seeds"
+    # 95 % of the intervals contain the true mean.
     draws = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    held = sum(low < 0 < high for low, high in map(trials.mean_interval, draws.tolist()))
-    assert abs(held / 4000 - 0.95) < 0.012
+    contained = sum(low < 0 < high for low, high in map(trials.mean_interval, draws.tolist()))
+    assert abs(contained / 4000 - 0.95) < 0.012
 
 
 def test_correlations():
@@ -103,7 +103,7 @@ def test_correlations():
     assert trials.pearson([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == (pytest.approx(-1.0), None)
 
 
-def test_a_table_claims_only_what_is_told_apart():
+def test_the_table_reports_only_significant_differences():
     def outcomes(*top1):
         return [Outcome(value, 0.5, 100.0) for value in top1]
 
@@ -116,66 +116,68 @@ def test_a_table_claims_only_what_is_told_apart():
         (0, 1, 2),
     ).splitlines()
     assert "higher" in table[3] and "+10.3" in table[3] and "8.9 to +11.8" in table[3]
-    assert "not told apart" in table[4]
+    assert "inconclusive" in table[4]
 
 
 def test_data_scaling_end_to_end(recipe, tmp_path, capsys):
     command = ["experiment", "data-scaling", str(recipe), "--out", str(tmp_path)]
-    grid = ["--shares", "0.3", "1", "--sizes", "embed_dim=4", "embed_dim=8", "--lengths", "0.5", "1"]
+    grid = ["--fractions", "0.3", "1", "--sizes", "embed_dim=4", "embed_dim=8", "--lengths", "0.5", "1"]
     assert main([*command, *grid]) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "few/data_scaling"
-    cells = json.loads((folder / "data_scaling.json").read_text())["cells"]
-    assert [(cell["share"], cell["size"], cell["length"]) for cell in cells][:3] == [
+    points = json.loads((folder / "data_scaling.json").read_text())["points"]
+    assert [(point["fraction"], point["size"], point["length"]) for point in points][:3] == [
         (0.3, "embed_dim=4", 0.5),
         (0.3, "embed_dim=4", 1.0),
         (0.3, "embed_dim=8", 0.5),
     ]
-    # The length is in steps, whatever the share.
+    # The length is in steps for every fraction.
     steps = {
-        (share, length): json.loads(
-            (folder / f"share_{share}_embed_dim_4_length_{length}_seed_0/pretrain/metrics.jsonl")
+        (fraction, length): json.loads(
+            (folder / f"fraction_{fraction}_embed_dim_4_length_{length}_seed_0/pretrain/metrics.jsonl")
             .read_text()
             .splitlines()[-1]
         )["step"]
-        for share in ("0.3", "1")
+        for fraction in ("0.3", "1")
         for length in ("0.5", "1")
     }
     assert steps["0.3", "1"] == steps["1", "1"] and steps["0.3", "0.5"] == steps["1", "0.5"]
     assert steps["1", "1"] == 2 * steps["1", "0.5"]
-    assert "correlation (Pearson)" in printed and "all shares" in printed
+    assert "correlation (Pearson)" in printed and "all fractions" in printed
     assert (folder / "data_scaling.png").stat().st_size > 10_000
-    assert main([*command, "--shares", "0", "1"]) == 2
-    assert "shares lie above 0" in capsys.readouterr().err
+    assert main([*command, "--fractions", "0", "1"]) == 2
+    assert "fractions must be above 0" in capsys.readouterr().err
     assert main([*command, "--sizes", "width=3"]) == 2
     assert "encoder.width" in capsys.readouterr().err
 
 
 def test_correlations_by_share():
-    def cell(share, length, *pairs):
-        return data_scaling.Cell(share, "embed_dim=8", length), [Outcome(top1, loss, 1.0) for loss, top1 in pairs]
+    def point(fraction, length, *pairs):
+        return data_scaling.GridPoint(fraction, "embed_dim=8", length), [
+            Outcome(top1, loss, 1.0) for loss, top1 in pairs
+        ]
 
     found = data_scaling.correlations(
-        dict([*(cell(1.0, k, (0.5 - k / 10, 0.5 + k / 10)) for k in (1.0, 2.0, 3.0)), cell(0.1, 1.0, (0.9, 0.2))])
+        dict([*(point(1.0, k, (0.5 - k / 10, 0.5 + k / 10)) for k in (1.0, 2.0, 3.0)), point(0.1, 1.0, (0.9, 0.2))])
     )
-    assert found["share 1"] == (pytest.approx(-1.0), None) and found["share 0.1"] is None
-    assert found["all shares"][0] < -0.9 and found["all shares"][1] is None
+    assert found["fraction 1"] == (pytest.approx(-1.0), None) and found["fraction 0.1"] is None
+    assert found["all fractions"][0] < -0.9 and found["all fractions"][1] is None
     more_seeds = data_scaling.correlations(
-        dict([cell(1.0, length, (0.5, 0.5 + length / 10), (0.4, 0.6)) for length in (1.0, 2.0, 3.0)])
+        dict([point(1.0, length, (0.5, 0.5 + length / 10), (0.4, 0.6)) for length in (1.0, 2.0, 3.0)])
     )
-    assert more_seeds["share 1"] is None  # three points, however many seeds; all of one loss
+    assert more_seeds["fraction 1"] is None  # three points, however many seeds; all of one loss
 
 
 def test_small_shares_lie_in_larger_ones(tmp_path):
-    def names(share):
-        data = Data(path="builtin:shapes", num_images=50, share=share)
+    def names(fraction):
+        data = Data(path="builtin:shapes", num_images=50, fraction=fraction)
         training, validation, _, _ = make_sources(Recipe(data=data), "pretrain")
         assert isinstance(validation, Shapes) and len(validation) == 64
         return [training.name(number) for number in range(len(training))]
 
-    tenth, half, whole = names(0.1), names(0.5), names(1.0)
-    assert (len(tenth), len(half), len(whole)) == (5, 25, 50)
-    assert set(tenth) < set(half) < set(whole)
+    tenth, half, all_ = names(0.1), names(0.5), names(1.0)
+    assert (len(tenth), len(half), len(all_)) == (5, 25, 50)
+    assert set(tenth) < set(half) < set(all_)
     assert len(names(0.001)) == 1
 
 
@@ -184,7 +186,7 @@ def test_equal_differences_claim_nothing():
     assert trials.verdict(trials.mean_interval([0.125] * 3)) == "needs more seeds"
 
 
-def test_arms_keep_the_stages_that_they_start_from():
+def test_variants_keep_the_stages_that_they_start_from():
     pretrain = RECIPE["stages"]["pretrain"]
     again = {**pretrain, "kind": "pretrain", "init_from": "pretrain"}
     finetune = {**RECIPE["stages"]["finetune_32"], "init_from": "again"}
@@ -197,31 +199,31 @@ def test_arms_keep_the_stages_that_they_start_from():
         trials.make_variant(without, [])
 
 
-def test_the_length_is_in_steps_of_the_recipe_as_it_is():
-    recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "share": 0.5}})
+def test_the_length_is_in_steps_of_the_unchanged_recipe():
+    recipe = Recipe.model_validate({**RECIPE, "data": {**RECIPE["data"], "fraction": 0.5}})
     epochs = {}
-    for share in (0.1, 0.5, 1.0):
-        whole, numbers = data_scaling.images_of(recipe, [share])
-        images = numbers[share]
-        cell = data_scaling.Cell(share, "embed_dim=8", 1.0)
-        (line,) = [line for line in data_scaling.overrides_of(recipe, cell, whole / images) if ".epochs=" in line]
-        epochs[share] = images * float(line.split("=")[1])
+    for fraction in (0.1, 0.5, 1.0):
+        whole, numbers = data_scaling.count_images(recipe, [fraction])
+        images = numbers[fraction]
+        point = data_scaling.GridPoint(fraction, "embed_dim=8", 1.0)
+        (line,) = [line for line in data_scaling.overrides_of(recipe, point, whole / images) if ".epochs=" in line]
+        epochs[fraction] = images * float(line.split("=")[1])
     assert list(epochs.values()) == pytest.approx([0.6 * 30] * 3)
-    with pytest.raises(ValueError, match="give some that differ"):
-        data_scaling.data_scaling(recipe, Path("nowhere"), shares=(0.001, 0.002))
+    with pytest.raises(ValueError, match="choose fractions that differ"):
+        data_scaling.data_scaling(recipe, Path("nowhere"), fractions=(0.001, 0.002))
 
 
 @pytest.mark.parametrize("change", ["target.downsample=4", "mask.strategy=square", "target.norm_window=5"])
-def test_anchors_are_of_the_target_and_masks_of_the_recipe(change, recipe, tmp_path):
+def test_baselines_are_of_the_target_and_masks_of_the_recipe(change, recipe, tmp_path):
     assert main(["pretrain", str(recipe), f"stages.pretrain.{change}", "--out", str(tmp_path)]) == 0
     assert main(["experiment", "loss-baselines", str(recipe), f"stages.pretrain.{change}", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "few/pretrain/summary.json").read_text())["validation_masked_l1"]
-    (anchor,) = json.loads((tmp_path / "few/loss_baselines.json").read_text())
+    (baseline,) = json.loads((tmp_path / "few/loss_baselines.json").read_text())
     if "norm" in change:
-        assert anchor["zero_normalized"] == pytest.approx(summary["predict zero"], rel=1e-3)
+        assert baseline["zero_normalized"] == pytest.approx(summary["predict zero"], rel=1e-3)
     else:
-        assert anchor["zero"] == pytest.approx(summary["predict zero"], rel=1e-3)
-        assert anchor["nearest_visible"] == pytest.approx(summary["copy the nearest visible pixel"], rel=1e-3)
+        assert baseline["zero"] == pytest.approx(summary["predict zero"], rel=1e-3)
+        assert baseline["nearest_visible"] == pytest.approx(summary["copy the nearest visible pixel"], rel=1e-3)
         assert load_simmim(tmp_path / "few/pretrain/export").masks.strategy == (
             "square" if "square" in change else "random"
         )
@@ -229,7 +231,7 @@ def test_anchors_are_of_the_target_and_masks_of_the_recipe(change, recipe, tmp_p
 
 def test_runs_from_before_a_setting_go_on():
     now = {
-        "data": {"share": 1.0},
+        "data": {"fraction": 1.0},
         "stage": {"target": {"loss": "l1", "pixels": "masked", "downsample": 1, "head": "linear"}},
     }
     before = {"data": {}, "stage": {"target": {"loss": "l1"}}}
@@ -241,14 +243,14 @@ def test_runs_from_before_a_setting_go_on():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["masking", "--ratios", "1.5", "--mask-patch-sizes", "32"], "--ratios between 0 and 1"),
-        (["masking", "--mask-patch-sizes", "0"], "--mask-patch-sizes are at least 1 px"),
-        (["masking", "--mask-patch-sizes", "192", "--ratios", "0.1"], "hides a part: give other ratios"),
-        (["masking", "--image-size", "192", "96", "3"], "one number or height and width"),
+        (["mask-distance", "--ratios", "1.5", "--mask-patch-sizes", "32"], "--ratios between 0 and 1"),
+        (["mask-distance", "--mask-patch-sizes", "0"], "--mask-patch-sizes must be at least 1 px"),
+        (["mask-distance", "--mask-patch-sizes", "192", "--ratios", "0.1"], "mask all patches or none"),
+        (["mask-distance", "--image-size", "192", "96", "3"], "one side, or height and width"),
         (["activations", "--steps", "0"], "steps must be at least 1"),
         (["activations", "--batch-size", "0"], "batch_size must be at least 1"),
         (["activations", "--seeds", "0"], "seeds must be at least 1"),
-        (["window-transfer", "--lr", "-1"], "rates must be above 0"),
+        (["window-transfer", "--lr", "-1"], "learning rates must be above 0"),
     ],
 )
 def test_numbers_that_cannot_work_are_named(arguments, message, tmp_path, capsys):
@@ -274,4 +276,4 @@ def test_masks_of_any_ratio_are_drawn(tmp_path):
         )
         == 0
     )
-    assert (tmp_path / "masking.png").exists()
+    assert (tmp_path / "mask_distance.png").exists()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from simmim.benchmarks import attention as benchmark
-from simmim.benchmarks.step import awake, make_steps
+from simmim.benchmarks.step import make_steps, perturb
 from simmim.masking import MaskGenerator
 from simmim.tasks.simmim import SimMIM
 from swin import SwinConfig, SwinEncoder, attention
@@ -57,11 +57,11 @@ def test_under_the_interpreter():
 def test_all_ways_agree(kind, grid, shifted):
     config = SwinConfig.from_dict({**CONFIG.to_dict(), "attention": kind})
     case = benchmark.make_case(config, 1, 2, "fp32", CPU, grid=grid, shifted=shifted)
-    expected = benchmark.exact(case)
+    expected = benchmark.reference(case)
     assert [x.dtype for x in expected] == [torch.float64] * 4 and expected[0].shape == (2, *grid, 32)
-    for name, (function, on_grid) in benchmark.ways(case).items():
+    for name, (function, on_grid) in benchmark.implementations(case).items():
         if name in ("chunks", "plain", "sdpa"):  # the kernel is interpreted below
-            way = benchmark.make_way(function, case, on_grid)
+            way = benchmark.make_implementation(function, case, on_grid)
             found = benchmark.results(way, case)
             for x, y in zip(found, expected, strict=True):
                 assert x.shape == y.shape and (x.double() - y).norm() / y.norm() < 2e-5, name
@@ -76,20 +76,22 @@ def test_all_ways_agree(kind, grid, shifted):
 def test_flex_has_the_same_output(shifted):
     """Its gradient is there on a GPU alone."""
     case = benchmark.make_case(CONFIG, 1, 2, "fp32", CPU, grid=(8, 8), shifted=shifted)
-    way = benchmark.make_way(*[benchmark.ways(case)["flex"][0], case], on_grid=False)
+    way = benchmark.make_implementation(*[benchmark.implementations(case)["flex"][0], case], on_grid=False)
     with torch.no_grad():
         out = way.attend(*(x.detach() for x in way.inputs))
     out = benchmark.window_reverse(out, case.windows, case.grid)
-    torch.testing.assert_close(out, benchmark.exact(case)[0].float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, benchmark.reference(case)[0].float(), rtol=1e-4, atol=1e-4)
 
 
 @plainly
 def test_half_precision_is_measured_from_what_it_was_given():
     case = benchmark.make_case(CONFIG, 0, 2, "bf16", CPU)
-    expected, off = benchmark.exact(case), {}
+    expected, off = benchmark.reference(case), {}
     for name in ("chunks", "plain", "sdpa"):
         off[name] = benchmark.differences(
-            benchmark.make_way(*[benchmark.ways(case)[name][0], case], on_grid=False), case, expected
+            benchmark.make_implementation(*[benchmark.implementations(case)[name][0], case], on_grid=False),
+            case,
+            expected,
         )
     assert all(1e-4 < out < 2e-2 for out, _ in (off["chunks"], off["plain"]))
     assert off["sdpa"][1] > 2 * off["chunks"][1]  # its logits, of up to 100, are of rounded queries and keys
@@ -106,7 +108,7 @@ def test_everything_is_measured_and_what_fails_is_named(tmp_path, monkeypatch):
         return by_sdpa(qkv, factor, *rest)
 
     said: list[str] = []
-    settings = dict(batch_size=2, precisions=["fp32", "bf16"], rounds=2, out=tmp_path / "speed.json", say=said.append)
+    settings = dict(batch_size=2, precisions=["fp32", "bf16"], rounds=2, out=tmp_path / "speed.json", echo=said.append)
     found = benchmark.attention_speed(["swinv2_tiny"], [(32, 4)], **settings)
     assert [(speed.precision, speed.name) for speed in found] == [(p, n) for p in ("fp32", "bf16") for n in WAYS]
     assert json.loads((tmp_path / "speed.json").read_text()) == [vars(speed) for speed in found]
@@ -133,7 +135,9 @@ def test_everything_is_measured_and_what_fails_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(benchmark, "attend", None)
     ours, plain = benchmark.measure(("tiny", 32, 4, 2, "fp32"), CONFIG, 1, CPU)[:2]
-    assert "not callable" in ours.reason and plain.ratio is None and plain.ms > 0 and " - " in benchmark.line(plain)
+    assert (
+        "not callable" in ours.reason and plain.ratio is None and plain.ms > 0 and " - " in benchmark.format_line(plain)
+    )
 
 
 @plainly
@@ -144,7 +148,7 @@ def test_rounds_are_compared_with_rounds():
 @plainly
 def test_kept_bytes_are_those_between_forward_and_backward():
     case = benchmark.make_case(CONFIG, 0, 1, "fp32", CPU)
-    way = benchmark.make_way(lambda qkv, *_: (qkv * qkv).exp() * 2, case, True)
+    way = benchmark.make_implementation(lambda qkv, *_: (qkv * qkv).exp() * 2, case, True)
     assert benchmark.kept_bytes(way, case) == 2 * 4 * case.qkv.numel()  # exp, and the output; not what is given
 
 
@@ -204,7 +208,7 @@ def script(monkeypatch):
 
 def make_small() -> SimMIM:
     torch.manual_seed(0)
-    return awake(SimMIM(SwinEncoder(SMALL), MaskGenerator((24, 8), 8, 0.5), mean=[0.5] * 3, std=[0.2] * 3))
+    return perturb(SimMIM(SwinEncoder(SMALL), MaskGenerator((24, 8), 8, 0.5), mean=[0.5] * 3, std=[0.2] * 3))
 
 
 @interpreted

@@ -1,4 +1,4 @@
-"""The laboratories of masks and of activations find what the papers say, at sizes of seconds."""
+"""The experiments on mask distance and activations reproduce the findings of the papers at tiny sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simmim.cli.main import main
 from simmim.experiments import activations, mask_distance
 from simmim.masking import MaskGenerator
 
-# AvgDist at 192 px of random cells by exact geometry, means over many masks: ratio -> cell -> px.
+# AvgDist at 192 px of random masks by exact geometry, means over many masks: ratio -> mask patch size -> px.
 REFERENCE = {
     0.1: {8: 2.08, 16: 3.81, 32: 7.64, 64: 17.7},
     0.3: {8: 2.47, 16: 4.59, 32: 10.0, 64: 22.6},
@@ -24,20 +24,20 @@ MASKS = {8: 4, 16: 8, 32: 30, 64: 40}
 
 @pytest.mark.parametrize("ratio", REFERENCE)
 def test_distances_are_those_of_exact_geometry(ratio):
-    for cell, expected in REFERENCE[ratio].items():
-        found = torch.tensor(mask_distance.distances_of(MaskGenerator((192, 192), cell, ratio, seed=0), MASKS[cell]))
+    for size, expected in REFERENCE[ratio].items():
+        found = torch.tensor(mask_distance.distances_of(MaskGenerator((192, 192), size, ratio, seed=0), MASKS[size]))
         # Both means have an error; the reference is one of some ten masks.
-        error = found.std() * (1 / MASKS[cell] + 1 / 10) ** 0.5
-        assert abs(found.mean() - expected) < 2 * error + 0.01 * expected, (cell, ratio)
+        error = found.std() * (1 / MASKS[size] + 1 / 10) ** 0.5
+        assert abs(found.mean() - expected) < 2 * error + 0.01 * expected, (size, ratio)
 
 
 def test_the_band_of_the_paper(tmp_path, capsys):
-    cells, ratios = ("8", "16", "32", "64"), ("0.2", "0.4", "0.6", "0.8")
+    sizes, ratios = ("8", "16", "32", "64"), ("0.2", "0.4", "0.6", "0.8")
     command = [
         "experiment",
         "mask-distance",
         "--mask-patch-sizes",
-        *cells,
+        *sizes,
         "--ratios",
         *ratios,
         "--masks",
@@ -51,8 +51,8 @@ def test_the_band_of_the_paper(tmp_path, capsys):
         line.split(" px")[0].strip(): line.count("*") for line in printed.splitlines() if line.startswith("random")
     }
     assert marked == {"random 8": 0, "random 16": 1, "random 32": 2, "random 64": 1}
-    rows = json.loads((tmp_path / "masking.json").read_text())
-    assert len(rows) == 16 and (tmp_path / "masking.png").stat().st_size > 10_000
+    rows = json.loads((tmp_path / "mask_distance.json").read_text())
+    assert len(rows) == 16 and (tmp_path / "mask_distance.png").stat().st_size > 10_000
     assert main([*command, "--image-size", "96", "128", "--strategies", "square", "block", "--masks", "3"]) == 2
     assert "mask_patch_size 64 does not divide" in capsys.readouterr().err
     assert main(["experiment", "mask-distance", "--masks", "1", "--out", str(tmp_path)]) == 2
@@ -104,7 +104,7 @@ def test_amplitudes_are_those_of_figure_2(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "largest / smallest" in table and table.count("ones *") == 4
     content = json.loads((tmp_path / "activations.json").read_text())
-    profiles = {(p["arm"], p["lr"]): p["rms"] for p in content["profiles"]}
+    profiles = {(p["variant"], p["lr"]): p["rms"] for p in content["profiles"]}
     assert all(len(rms) == 12 for rms in profiles.values())
     longest = slice(4, 10)  # the third stage, between two mergings
     # Before the branch: it grows with depth.

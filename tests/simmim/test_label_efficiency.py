@@ -71,7 +71,7 @@ def done(recipe, tmp_path_factory) -> Path:
     return out / "proof"
 
 
-def test_what_is_found_is_what_the_stages_found(done):
+def test_results_are_those_of_the_stages(done):
     content = json.loads((done / "label_efficiency.json").read_text())
     assert content["seeds"] == [0, 3]
     assert content["pairs"] == [{"pretrained": "finetune_32", "scratch": "scratch_32"}]
@@ -83,8 +83,8 @@ def test_what_is_found_is_what_the_stages_found(done):
     assert ways[experiment.TUNED] == content["accuracy"]["transfer_48"]
 
 
-def test_both_arms_of_a_seed_see_the_same_labels(done):
-    """And other seeds see others; the pretrained arm starts from the one pretraining."""
+def test_both_stages_of_a_seed_see_the_same_labels(done):
+    """Other seeds use other labels, and all fine-tuning starts from the same pretraining."""
     for seed in (0, 3):
         recipes = [
             load_recipe(str(done / f"seeds/seed_{seed}/{name}/recipe.yaml")) for name in ("finetune_32", "scratch_32")
@@ -96,15 +96,15 @@ def test_both_arms_of_a_seed_see_the_same_labels(done):
 
 
 def test_the_untrained_transfer_is_that_of_the_enlarged_classifier(done):
-    """Recomputed by hand, with the continuous bias and with the frozen one, which are not the same encoder."""
+    """Recomputed by hand, with the continuous bias and with the frozen one, which give different encoders."""
     content = json.loads((done / "label_efficiency.json").read_text())["transfers"]["transfer_48"]
     export = done / "seeds/seed_0/finetune_32/export"
     head = load_file(export / "classifier.safetensors")
     validation = Shapes(20, (48, 48), validation=True)
-    labels = torch.tensor([validation.label(number) for number in range(20)])
+    labels = torch.tensor([validation.label(index) for index in range(20)])
     pixels = swin.load_description(export)["pixels"]
     mean_, std = (torch.tensor(pixels[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    images = (torch.stack([validation.read(number) for number in range(20)]) / 255 - mean_) / std
+    images = (torch.stack([validation.read(index) for index in range(20)]) / 255 - mean_) / std
     logits = {}
     for way, bias in ((experiment.CONTINUOUS, "log_cpb"), (experiment.BICUBIC, "table")):
         encoder = swin.load_encoder(export, image_size=48, window_size=6, position_bias=bias).eval()
@@ -118,7 +118,7 @@ def test_the_untrained_transfer_is_that_of_the_enlarged_classifier(done):
 def test_the_table_and_the_page(done):
     text = (done / "label_efficiency.txt").read_text()
     content = json.loads((done / "label_efficiency.json").read_text())
-    assert "held-out top-1, %, mean ± s.d. of seeds 0, 3" in text
+    assert "validation top-1, %, mean ± s.d. of seeds 0, 3" in text
     assert f"{100 * mean(content['accuracy']['finetune_32']):.1f} ± " in text
     gains = [a - b for a, b in zip(content["accuracy"]["finetune_32"], content["accuracy"]["scratch_32"], strict=True)]
     assert experiment.percent(gains) in text
@@ -128,7 +128,7 @@ def test_the_table_and_the_page(done):
         assert page.width > 1000 and len(page.convert("L").getcolors(256)) > 100
 
 
-def test_what_is_done_is_not_done_again(recipe, done, monkeypatch, capsys):
+def test_finished_stages_are_skipped(recipe, done, monkeypatch, capsys):
     before = (done / "label_efficiency.json").read_text()
     monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert command(recipe, "--out", done.parent, "--seeds", 0, 3) == 0
@@ -155,7 +155,7 @@ def test_only_equal_budgets_are_compared(change, recipe, tmp_path, capsys):
 def test_several_pairs_find_their_own_controls():
     recipe = load_recipe("cifar_swinv2_nano")
     assert [tuple(pair) for pair in experiment.find_pairs(recipe)] == [
-        (f"finetune_{share}", f"scratch_{share}") for share in (1, 10, 100)
+        (f"finetune_{fraction}", f"scratch_{fraction}") for fraction in (1, 10, 100)
     ]
 
 

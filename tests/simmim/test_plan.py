@@ -249,7 +249,7 @@ def test_numbers_for_people():
 def test_the_benchmark_measures_every_saver():
     lines: list[str] = []
     costs = memory_benchmark.memory_costs(
-        ["swinv2_tiny"], [(64, 8)], batch_size=1, precisions=["fp32"], rounds=1, say=lines.append
+        ["swinv2_tiny"], [(64, 8)], batch_size=1, precisions=["fp32"], rounds=1, echo=lines.append
     )
     assert [(cost.checkpointing, cost.chunks) for cost in costs] == list(memory_benchmark.MEMORY_OPTIONS)
     assert len(lines) == 1 + len(costs) and costs[0].time == 1

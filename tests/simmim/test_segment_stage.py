@@ -377,4 +377,4 @@ def test_painted_shapes_have_known_maps(in_front_of, tmp_path):
 def test_too_few_photographs_to_paint_on(tmp_path, capsys):
     write_data(tmp_path, "photos", 4, seed=7)
     assert paint_shapes.main([str(tmp_path / "out"), "--photos", str(tmp_path / "images/photos")]) == 2
-    assert "holds 4 images: too few to keep some for validation" in capsys.readouterr().err
+    assert "holds 4 images, too few for a validation part" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The experiments run from beginning to end, continue what was interrupted and refuse what cannot work."""
+"""The window-transfer experiment runs, resumes and rejects invalid settings."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ TINY += ["--embed-dim=8"]
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    monkeypatch.setattr(experiment, "HOLDOUT", 8)
+    monkeypatch.setattr(experiment, "VALIDATION_IMAGES", 8)
 
 
 def run(*arguments: str) -> int:
     return main(["experiment", "window-transfer", *TINY, *arguments])
 
 
-def test_the_table_has_every_cell_and_a_picture(tmp_path, capsys):
+def test_the_table_is_complete_and_drawn(tmp_path, capsys):
     assert run("--out", str(tmp_path / "a")) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "a" / "table.json").read_text())
-    cells = {(cell["arm"], cell["factor"], cell["fine_tuned"]): cell["top1"] for cell in content["cells"]}
+    accuracies = {(each["variant"], each["factor"], each["fine_tuned"]): each["top1"] for each in content["accuracies"]}
     expected = {
         (variant, factor, tuned)
         for variant in experiment.VARIANTS
         for factor in (1.5, 2.0, 3.0)
         for tuned in (False, True)
     }
-    assert set(cells) == expected | {(variant, 1.0, False) for variant in experiment.VARIANTS}
-    assert all(len(top1) == 2 and all(0 <= value <= 1 for value in top1) for top1 in cells.values())
+    assert set(accuracies) == expected | {(variant, 1.0, False) for variant in experiment.VARIANTS}
+    assert all(len(top1) == 2 and all(0 <= value <= 1 for value in top1) for top1 in accuracies.values())
     assert (tmp_path / "a" / "table.txt").read_text() in printed
     assert "W3 I24" in printed and "W6 I48" in printed
-    with Image.open(tmp_path / "a" / "table.png") as picture:
-        assert picture.width > 500
-    # Every arm was trained, and fine-tuned at its own window.
+    with Image.open(tmp_path / "a" / "table.png") as figure:
+        assert figure.width > 500
+    # Every variant was trained, and fine-tuned at every window.
     for variant in experiment.VARIANTS:
         for factor, steps in (("x1", 3), ("x1.5", 2), ("x3", 2)):
             lines = (tmp_path / "a" / f"{variant}_seed1" / factor / "metrics.jsonl").read_text().splitlines()
@@ -50,7 +50,7 @@ def test_the_table_has_every_cell_and_a_picture(tmp_path, capsys):
 
 
 def test_an_interrupted_experiment_continues(tmp_path, monkeypatch, capsys):
-    assert run("--out", str(tmp_path / "whole")) == 0
+    assert run("--out", str(tmp_path / "complete")) == 0
     trained = experiment.fit
     calls = []
 
@@ -63,8 +63,8 @@ def test_an_interrupted_experiment_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "fit", interrupted)
     assert run("--out", str(tmp_path / "parts")) == 130
     assert run("--out", str(tmp_path / "parts")) == 0
-    assert len(calls) == 4 + 24 - 3  # what was finished is not done again
-    texts = [(tmp_path / name / "table.json").read_text() for name in ("whole", "parts")]
+    assert len(calls) == 4 + 24 - 3  # finished runs are skipped
+    texts = [(tmp_path / name / "table.json").read_text() for name in ("complete", "parts")]
     assert texts[0] == texts[1]
 
 
@@ -72,14 +72,14 @@ def test_labelled_folders(tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     for name in ("ants", "bees"):
         (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(10):
+        for index in range(10):
             pixels = torch.randint(0, 256, (20, 30, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(tmp_path / "data" / name / f"{number}.png")
+            Image.fromarray(pixels.numpy()).save(tmp_path / "data" / name / f"{index}.png")
     assert run("--data", str(tmp_path / "data"), "--seeds=1", "--out", str(tmp_path / "out")) == 0
     assert (tmp_path / "out" / "table.png").exists()
 
 
-def test_arms_differ_in_their_position_bias_only(tmp_path, monkeypatch):
+def test_variants_differ_in_their_position_bias_only(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
         experiment,
@@ -103,7 +103,7 @@ def test_arms_differ_in_their_position_bias_only(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--image-size=20"], "multiple of 8"),
-        (["--window-size=3"], "even window"),
+        (["--window-size=3"], "window size even"),
         (["--window-size=8"], "larger than an image"),
         (["--seeds=0"], "seeds must be at least 1"),
         (["--data=nowhere"], "nowhere"),
@@ -115,13 +115,13 @@ def test_mistakes(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "out" / "table.json").exists()
 
 
-def test_a_folder_of_another_plan_is_refused(tmp_path, capsys):
+def test_a_folder_of_another_plan_is_rejected(tmp_path, capsys):
     assert run("--out", str(tmp_path), "--seeds=1") == 0
     assert run("--out", str(tmp_path), "--seeds=1", "--steps=4") == 2
     assert "steps" in capsys.readouterr().err
 
 
-def test_the_help_tells_the_true_defaults(capsys):
+def test_the_help_shows_the_true_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["experiment", "window-transfer", "--help"])
     text = " ".join(capsys.readouterr().out.split())
