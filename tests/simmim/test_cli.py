@@ -1,4 +1,4 @@
-"""What a person types, and what is answered to a mistake: one line, exit code 2, no traceback."""
+"""The command line reports mistakes in one line with exit code 2 and no traceback."""
 
 from __future__ import annotations
 
@@ -88,6 +88,10 @@ def test_an_output_without_permission(tmp_path, capsys):
 def test_unknown_arguments(capsys):
     with pytest.raises(SystemExit, match="2"):
         pretrain("--resum")
+    assert "--resum (see simmim pretrain --help)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment", "activations", "--resum"])
+    assert "(see simmim experiment activations --help)" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         pretrain("--out", "x", "extra")
 

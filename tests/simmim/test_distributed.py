@@ -171,7 +171,7 @@ def test_fine_tuning_with_an_average_continues_bit_for_bit(kind, tmp_path):
 def test_when_one_process_fails_all_end_and_its_error_is_shown(tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME, options=("--fail=4",), code=1)
     assert "error (process 1): planted in step 4" in printed
-    assert "error (process 0): another process has ended, and this one with it" in printed
+    assert "error (process 0): another process has failed: see its error output" in printed
 
 
 @pytest.mark.faults

@@ -82,7 +82,7 @@ def shown_by(capsys, *arguments) -> tuple[list[dict], str, str]:
 def test_every_image_gets_a_picture_and_a_line(kind, exports, photos, tmp_path, capsys):
     lines, printed, complained = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
     assert [line["image"].rpartition("/")[2] for line in lines] == list(SIZES)
-    assert printed.startswith("3 picture(s)") and "left out a broken image: " in complained and "bad.png" in complained
+    assert printed.startswith("3 image(s)") and "left out a broken image: " in complained and "bad.png" in complained
     for line in lines:
         with Image.open(tmp_path / "out" / line["picture"]) as picture:
             assert min(picture.size) >= 32
@@ -112,7 +112,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         ),
         (["predict", "detector", "PHOTOS", "scales=[1"], "'scales=[1' is not valid YAML"),
         (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
-        (["predict", "classifier", "PHOTOS", "PHOTOS"], "expected one place with images, got 2"),
+        (["predict", "classifier", "PHOTOS", "PHOTOS"], "expected one path with images, got 2"),
         (["predict", "segmenter", "PHOTOS", "annotations=maps"], "annotations: unknown key"),
         (["predict", "classifier", "PHOTOS", "views=two"], "views: Input should be a valid integer (got 'two')"),
         (["predict", "classifier", "PHOTOS", "images=2", "out=there"], "2 problem(s) with options:"),
@@ -129,9 +129,9 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["evaluate", "segmenter", "PHOTOS", "annotations=nowhere"], "'nowhere' is not a folder"),
         (["evaluate", "classifier", "PHOTOS", "data=there"], "data: unknown key"),
         (["evaluate", "classifier", "PHOTOS", "typo"], "there is no 'typo': expected labelled images, or options"),
-        (["evaluate", "classifier", ""], "a place without a name"),
-        (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
-        (["predict", "classifier", "views=2"], "no data: views=2 are options"),
+        (["evaluate", "classifier", ""], "got an empty path"),
+        (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe takes no key=value options, got 'views=2'"),
+        (["predict", "classifier", "views=2"], "no data given, only the options views=2"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
         (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key, (known here: short_px"),
     ],
@@ -165,7 +165,7 @@ def test_numbers_of_images_are_above_zero(exports, photos, capsys):
     for command, option in (("predict", "--images"), ("evaluate", "--batch-size"), ("probe", "--batch-size")):
         with pytest.raises(SystemExit, match="2"):
             main([command, str(exports / "classifier"), str(photos), option, "0"])
-        assert "expected a whole number above 0" in capsys.readouterr().err
+        assert "expected an integer of at least 1" in capsys.readouterr().err
 
 
 def test_predictions_are_not_mixed_with_others(exports, photos, tmp_path, capsys):

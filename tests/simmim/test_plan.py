@@ -127,15 +127,15 @@ def test_a_plan_on_the_screen(capsys):
     for part in (
         "48x48      12x12      6x6",
         "6x6        6x6      0x0       0x0        6x6       1  global",
-        "22 of 6 x 6 cells of 32 px",
-        "90,042,744, of which the encoder 86,893,816",
-        "11.8 through the encoder as officially counted",
+        "22 of 6 x 6 patches of 32 px",
+        "90,042,744, encoder 86,893,816",
+        "11.8 in the encoder by the official count",
         "<- planned",
         "epoch of 1,281,167 images",
         "disk        3.6 GB",
     ):
         assert part in printed, part
-    assert "cannot work" not in printed
+    assert "does not work" not in printed
 
 
 def test_what_does_not_fit_says_what_would(capsys):
@@ -144,7 +144,7 @@ def test_what_does_not_fit_says_what_would(capsys):
     command += ["stages.pretrain.memory.attention_chunks=1"]
     assert main([*command, "--memory", "14G"]) == 1
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and moments and ")
+    assert printed.startswith("does not work: pretrain: a rank needs 0.8 GB for weights, gradients and moments and ")
     fixes = printed.split("take ")[1].split(", or ")
     assert fixes[0] == "stages.pretrain.micro_batch_size=256" and fixes[1].endswith("memory.checkpointing=full")
     for fix in fixes:

@@ -193,5 +193,5 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("simmim.stages.run_folder.write_environment", full)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 2
-    said = "error: the disk is full (No space left on device): make room, and the same command continues"
+    said = "error: the disk is full (No space left on device): free some space and run the same command to resume"
     assert said in capsys.readouterr().err

@@ -348,7 +348,7 @@ def test_the_page_and_the_plan(done, capsys):
         assert part in page, part
     assert main(["plan", str(done / "recipe.yaml"), "--memory", "8G", "--tflops", "1", "--images", "20"]) == 0
     printed = capsys.readouterr().out
-    assert "segment" in printed and "8x8" in printed and "cannot work" not in printed
+    assert "segment" in printed and "8x8" in printed and "does not work" not in printed
 
 
 def test_the_data_of_the_recipe_is_that_of_the_sources(data):

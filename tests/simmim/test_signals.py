@@ -65,7 +65,7 @@ def test_second_ctrl_c_stops_immediately(tmp_path, monkeypatch, capsys):
     at_step(5, send(signal.SIGINT, signal.SIGINT), monkeypatch)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 130
     assert [path.name for path in (tmp_path / "tiny/pretrain/checkpoints").iterdir()] == ["step_00000003"]
-    assert "the same command continues from the last checkpoint" in capsys.readouterr().err
+    assert "run the same command to resume from the last checkpoint" in capsys.readouterr().err
 
 
 def test_signal_in_the_last_step_defers_evaluation_and_export_to_the_next_run(tmp_path, monkeypatch):

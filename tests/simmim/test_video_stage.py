@@ -272,7 +272,7 @@ def test_the_planner_knows_what_a_stage_will_start_from(chain, capsys):
     printed = capsys.readouterr().out
     assert "transfer_64: swinv2_tiny, clips of 8 frames of 64 x 64 px" in printed
     assert "      4x16x16      4x8x8    0x4x4     0x0x0      2x4x4       1\n" in printed
-    assert "FLOPs       of a clip, in 10^9 multiply-adds: " in printed and "officially counted" not in printed
+    assert "FLOPs       per clip, in 10^9 multiply-adds: " in printed and "official count" not in printed
 
 
 VIDEO_SWIN = """

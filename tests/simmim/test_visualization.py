@@ -195,7 +195,7 @@ def test_the_command_draws_any_images(run, tmp_path, capsys):
     assert main(["reconstruct", export, str(photos), *gallery]) == 0
     assert Image.open(out).height == 2 * 134 + 28
     for wrong, message in (
-        (["--mask-patch-sizes", "4"], "a gallery needs both --mask-patch-sizes and --ratios"),
+        (["--mask-patch-sizes", "4"], "got only one of --mask-patch-sizes and --ratios"),
         (["--mask-patch-size", "5"], "mask_patch_size 5 does not divide"),
         (["--bands", "0", "1", "7"], "expected three of the channels 0 to 2, or pca"),
     ):
@@ -239,7 +239,7 @@ def test_a_run_ends_with_its_page(tmp_path, capsys):
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  finetune_32:")])
     assert main(["run", str(recipe), "--out", str(tmp_path)]) == 0
-    assert f"page  {tmp_path}/tiny/report.html" in capsys.readouterr().out
+    assert f"report  {tmp_path}/tiny/report.html" in capsys.readouterr().out
     assert (tmp_path / "tiny/report.html").stat().st_size > 50_000
 
 
