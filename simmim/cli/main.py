@@ -55,7 +55,7 @@ LAYOUTS = ("native", "timm", "transformers", "official", "onnx", "torch-export")
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     parser = _parser()
-    # argparse accepts positional arguments in one place only, but overrides may also follow options.
+    # argparse accepts positional arguments in one block only, but overrides may also follow options.
     arguments, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:

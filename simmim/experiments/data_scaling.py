@@ -94,8 +94,8 @@ def data_scaling(
 def count_images(recipe: Recipe, fractions: Sequence[float]) -> tuple[int, dict[float, int]]:
     """Return the number of pretraining images of the recipe, and by fraction; the data is opened once."""
     name, _ = pretraining_of(recipe)
-    whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"fraction": 1.0})})
-    images = len(make_sources(whole, name).training)
+    complete = recipe.model_copy(update={"data": recipe.data.model_copy(update={"fraction": 1.0})})
+    images = len(make_sources(complete, name).training)
     counts = {fraction: images_of_fraction(fraction, images) for fraction in (recipe.data.fraction, *fractions)}
     return counts[recipe.data.fraction], {fraction: counts[fraction] for fraction in fractions}
 
