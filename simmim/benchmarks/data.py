@@ -200,7 +200,7 @@ def format_losses(folder: Path, packed: Path) -> str:
         begin = time.process_time()
         reduced = crop(Decoder()(content), draws[index])
         middle = time.process_time()
-        full = crop(Pixels(whole(Decoder()(content))), draws[index])
+        full = crop(TensorImage(full_image(Decoder()(content))), draws[index])
         ratios.append((time.process_time() - middle) / (middle - begin))
         reduced_losses.append(psnr(full, reduced))
     return (

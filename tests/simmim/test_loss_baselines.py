@@ -73,7 +73,7 @@ def test_losses_of_a_known_image(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["demo", *SMALL, "--mask-patch-sizes", "5"], "does not divide"),
-        (["demo", *SMALL, "--ratios", "1"], "at least one cell must be masked and one visible"),
+        (["demo", *SMALL, "--ratios", "1"], "at least one mask patch must be masked and one visible"),
         (["demo", *SMALL, "data.path=nowhere"], "nowhere"),
         (["demo", *SMALL, "--images", "0"], "at least 1"),
     ],
