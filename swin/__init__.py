@@ -1,4 +1,4 @@
-"""Swin Transformer encoders for any image size, and for videos. Knows nothing of masking, recipes or training."""
+"""Swin Transformer encoders for images of any size and for videos, independent of masking, recipes and training."""
 
 from swin.config import SIZES, SwinConfig, make_config
 from swin.encoder import SwinEncoder, make_encoder

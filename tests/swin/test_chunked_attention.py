@@ -13,7 +13,7 @@ from simmim.training.memory import TrackedMemory, choose_chunks
 from swin import SwinEncoder, make_config, make_encoder
 from swin.activation_checkpointing import CHECKPOINTINGS
 from swin.attention import ATTENTIONS, WindowAttention, watch_attention
-from swin.chunked_attention import CACHE, attend, chunks_in_cache, cut
+from swin.chunked_attention import CACHE_BYTES, attend, chunks_in_cache, split_chunks
 from swin.encoder import make_blocks
 from swin.position_bias import make_position_bias
 from swin.windows import attention_mask, fit_windows, window_partition, window_reverse
@@ -94,7 +94,7 @@ def test_queries_of_length_zero_have_the_gradient_of_normalize():
 
 def test_chunks_that_a_cache_can_hold():
     bias = torch.zeros(3, 144, 144)
-    assert chunks_in_cache(4, bias) == 1 and chunks_in_cache(64, bias) * CACHE >= 64 * bias.nbytes
+    assert chunks_in_cache(4, bias) == 1 and chunks_in_cache(64, bias) * CACHE_BYTES >= 64 * bias.nbytes
     encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2,), num_heads=(2,), image_size=192, window_size=24)
     peaks = []
     for in_cache in (True, False):
@@ -109,7 +109,7 @@ def test_chunks_that_a_cache_can_hold():
 @pytest.mark.parametrize(("windows", "heads", "chunks"), [(8, 4, 1), (8, 4, 3), (8, 4, 16), (1, 4, 3), (2, 3, 100)])
 def test_chunks_cover_everything_once(windows, heads, chunks):
     seen = torch.zeros(windows, heads)
-    parts = list(cut(windows, heads, chunks))
+    parts = list(split_chunks(windows, heads, chunks))
     for part in parts:
         seen[part] += 1
     assert (seen == 1).all() and len(parts) >= min(chunks, windows * heads)
