@@ -167,7 +167,10 @@ class ChunkedAttention(torch.autograd.Function):
             for windows, heads in split_chunks(len(qkv), len(bias), context.chunks):
                 chunk = windows, heads
                 # Recompute q', k' and P as in the forward pass.
-                scaled_q, scaled_k = scale(q[chunk], factor[heads], context.cosine), scale(k[chunk], 1.0, context.cosine)
+                scaled_q, scaled_k = (
+                    scale(q[chunk], factor[heads], context.cosine),
+                    scale(k[chunk], 1.0, context.cosine),
+                )
                 weights = masked_logits(scaled_q.x, scaled_k.x, bias[heads], mask, windows).softmax(dim=-1)
                 # 1. dV = P^T dO, dP = dO V^T
                 chunk_dout = dout[chunk].contiguous()

@@ -39,7 +39,9 @@ def infer_config(state: State, geometry: Geometry) -> SwinConfig:
     widths = [state[name].shape[0] for name in ("patch_embed.proj.bias", "patch_embed.norm.weight") if name in state]
     widths += [tensor.shape[0] for _, name, tensor in _stage_tensors(state, 0) if name.startswith("norm")]
     if not widths:
-        raise ValueError("cannot infer the width of the encoder: no patch embedding or norms found. Expected a complete Swin encoder")
+        raise ValueError(
+            "cannot infer the width of the encoder: no patch embedding or norms found. Expected a complete Swin encoder"
+        )
     embed_dim = widths[0]
     names = {match[3] for match in map(_BLOCK.match, state) if match}
     cosine = bool(names & {"attn.logit_scale", "attn.q_bias", "attn.v_bias"})
@@ -148,7 +150,9 @@ def _depths(state: State) -> tuple[int, ...]:
         if match := _BLOCK.match(name):
             depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
     if not depths or sorted(depths) != list(range(len(depths))):
-        raise ValueError(f"found blocks in stages {sorted(depths)}: expected a complete Swin encoder with stages from 0")
+        raise ValueError(
+            f"found blocks in stages {sorted(depths)}: expected a complete Swin encoder with stages from 0"
+        )
     return tuple(depths[stage] for stage in range(len(depths)))
 
 
@@ -157,7 +161,9 @@ def _heads(state: State, stage: int) -> int:
     for _, name, tensor in _stage_tensors(state, stage):
         if name in axis:
             return tensor.shape[axis[name]]
-    raise ValueError(f"cannot infer the number of heads of stage {stage}: no tensor has it. Expected a complete Swin encoder")
+    raise ValueError(
+        f"cannot infer the number of heads of stage {stage}: no tensor has it. Expected a complete Swin encoder"
+    )
 
 
 def _mlp_ratio(state: State, embed_dim: int) -> float:
@@ -185,7 +191,9 @@ def _windows_of_tables(state: State, num_stages: int) -> tuple[Pair, ...]:
     """Infer the window of every stage from its bias table, which has (2 w - 1)^2 rows."""
     windows = []
     for stage in range(num_stages):
-        rows = next((t.shape[0] for _, n, t in _stage_tensors(state, stage) if n == "attn.relative_position_bias.table"), 0)
+        rows = next(
+            (t.shape[0] for _, n, t in _stage_tensors(state, stage) if n == "attn.relative_position_bias.table"), 0
+        )
         side = (_square(rows)[0] + 1) // 2
         windows.append((side, side))
     return tuple(windows)

@@ -52,7 +52,7 @@ def load_description(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an encoder description ({error})") from None
     if written != FORMAT:
-        raise ValueError(f"{path} has format {written}, but this version reads format {FORMAT}: update the toolkit")
+        raise ValueError(f"{path} has format {written}, this version reads {FORMAT}: update the toolkit")
     return description
 
 

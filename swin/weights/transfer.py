@@ -128,7 +128,7 @@ def transferred_config(old: SwinConfig, settings: dict[str, Any], inflate: Infla
     if new.in_chans != old.in_chans and inflate is None:
         raise ValueError(
             f"the weights have {old.in_chans} channels, but in_chans is {new.in_chans}: "
-            "set inflate to 'mean' or 'repeat' to convert them"
+            "set inflate='mean' or 'repeat' to convert them"
         )
     if not {"window_size", "temporal_window"}.isdisjoint(settings):
         check_window(new)

@@ -80,7 +80,9 @@ def distances(actual, expected) -> list[float]:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Queries and keys of a window lie in several blocks, of different sizes."""
-    monkeypatch.setattr("swin.triton_attention.blocks", lambda tokens, width, dtype: {"BLOCK_Q": 32, "BLOCK_K": 16})
+    monkeypatch.setattr(
+        "swin.triton_attention.block_sizes", lambda tokens, width, dtype: {"BLOCK_Q": 32, "BLOCK_K": 16}
+    )
 
 
 @interpreted
@@ -150,12 +152,12 @@ def test_the_gradient_of_the_bias_may_be_shared_out_or_not_wanted(monkeypatch):
     windows = fit_windows((4, 11), (4, 4), True)
     inputs = make_inputs((4, 11), windows, True)
     expected = with_gradients(attend_windows, inputs, windows, True)  # every window alone
-    monkeypatch.setattr("swin.triton_attention.PROGRAMS", 4)  # two shares of the three windows
+    monkeypatch.setattr("swin.triton_attention.BIAS_PROGRAMS", 4)  # two shares of the three windows
     actual = with_gradients(attend_windows, inputs, windows, True)
     assert torch.equal(actual[1], expected[1])
     assert max(distances(actual, expected)) < 1e-13
     qkv, factor, bias = inputs
-    monkeypatch.setattr("swin.triton_kernels.bias_program", None)
+    monkeypatch.setattr("swin.triton_kernels.bias_gradient_kernel", None)
     out = attend_windows(qkv.requires_grad_(), factor, bias, windows, cosine=True)
     out.sum().backward()
     assert qkv.grad is not None
@@ -258,7 +260,7 @@ class NoGPU:
         return 0
 
 driver.set_active(NoGPU())
-from swin import triton_attention, triton_kernels as programs
+from swin import triton_attention, triton_kernels as kernels
 from swin.windows import fit_windows
 
 windows = fit_windows((7, 9), (4, 4), True)
@@ -268,10 +270,10 @@ geometry = triton_attention._geometry(2, (7, 9), windows)
 constants = triton_attention._constants(windows, 16, qkv.dtype, True)
 given = qkv, factor, bias, lse, out, lse
 for program, arguments in (
-    (programs.attend_program, (qkv, factor, bias, out, lse, geometry)),
-    (programs.queries_program, (*given, qkv, lse, geometry)),
-    (programs.keys_program, (*given, qkv, geometry)),
-    (programs.bias_program, (*given, bias, 12, geometry)),
+    (kernels.attention_kernel, (qkv, factor, bias, out, lse, geometry)),
+    (kernels.query_gradient_kernel, (*given, qkv, lse, geometry)),
+    (kernels.key_gradient_kernel, (*given, qkv, geometry)),
+    (kernels.bias_gradient_kernel, (*given, bias, 12, geometry)),
 ):
     compiled = program.warmup(*arguments, grid=(12, 2, 1), **constants)
     print("compiled", len(compiled.asm["cubin"]) > 0)
