@@ -133,9 +133,9 @@ class ChunkedAttention(torch.autograd.Function):
     4. Scaled queries and keys: ``dq' = dS k'`` and ``dk' = dS^T q'``.
     5. Factor: with ``q' = f u``, ``df = sum u . dq' = sum (q' . dq') / f``, over all windows and queries.
     6. Normalization: with ``u = q / |q|``, ``∂q'/∂q = f / |q| (I - u u^T)``, because scaling q does not change u; hence
-       ``dq = f / |q| (dq' - u (u . dq'))`` and, as ``u = q' / f``, ``u (u . dq') = q' (q' . dq') / f^2``. For keys f = 1.
-       With the dot product the second term is absent: ``dq = f dq'``, ``dk = dk'``. A query of length 0 has q' = 0,
-       so its second term is 0, as in the gradient of ``torch.nn.functional.normalize``.
+       ``dq = f / |q| (dq' - u (u . dq'))``, where ``u (u . dq') = q' (q' . dq') / f^2``, as ``u = q' / f``. For keys
+       f = 1. With the dot product the second term is absent: ``dq = f dq'``, ``dk = dk'``. A query of length 0 has
+       q' = 0, so its second term is 0, as in the gradient of ``torch.nn.functional.normalize``.
 
     Every window belongs to one chunk per head, so dq, dk and dV are written once; dB and df sum over chunks.
     """

@@ -103,7 +103,7 @@ class SwinEncoder(nn.Module):
         return available(device)
 
     def use_kernel(self, on: bool = True, *, device: torch.device | str | None = None) -> SwinEncoder:
-        """Switch the fused attention kernel on or off, see :mod:`swin.triton_attention`. Results differ by rounding only.
+        """Switch the fused kernel of :mod:`swin.triton_attention` on or off. Results differ by rounding only.
 
         Compiled and exported models do not use the kernel.
 

@@ -183,7 +183,7 @@ def resample_table(table: Tensor, old: Size, new: Size, method: TableResampling 
 
 
 def geometric_positions(old: int, new: int) -> Tensor:
-    """Compute the positions of the offsets 1 .. old - 1 of a window in a window of size ``new``: float64 ``(old - 1,)``.
+    """Compute the positions of offsets 1 .. old - 1 after resampling to a window ``new``: float64 ``(old - 1,)``.
 
     ``p_k = (q^k - 1) / (q - 1)`` with ``p_(old-1) = new - 1``; q is found by bisection.
     """
@@ -196,7 +196,7 @@ def geometric_positions(old: int, new: int) -> Tensor:
 
 
 def _geometric_matrix(old: int, new: int) -> Tensor:
-    """Build the matrix that maps values at old offsets to new offsets of one axis: ``(2 new - 1, 2 old - 1)``, float64."""
+    """Build the matrix from old to new offsets of one axis: float64 ``(2 new - 1, 2 old - 1)``."""
     if min(old, new) <= 2:
         # With one or two offsets the ratio is undefined: copy common offsets and repeat the last for larger ones.
         offset = torch.arange(-(new - 1), new, device="cpu").clamp(1 - old, old - 1)
@@ -207,7 +207,7 @@ def _geometric_matrix(old: int, new: int) -> Tensor:
 
 
 def _spline_matrix(x: Tensor, at: Tensor) -> Tensor:
-    """Build the matrix ``(len(at), len(x))`` that evaluates at ``at`` the cubic spline through values at the knots ``x``.
+    """Build the matrix ``(len(at), len(x))`` from values at the knots ``x`` to values of their cubic spline at ``at``.
 
     Boundary conditions are not-a-knot (the third derivative is continuous at the second knot), as in SciPy's
     interpolating splines. Needs at least five knots.

@@ -209,8 +209,9 @@ def query_gradient_kernel(
 ) -> None:
     """Compute the gradient of a block of queries, its part of the factor's gradient, and ``delta``.
 
-    ``delta_i = sum_j P_ij dP_ij`` is also read by the other gradient kernels. It equals ``sum(out_i * dout_i)``, which would save one pass, but ``out`` has been
-    rounded to bf16, and where one weight is nearly 1, its gradient ``P (dP - delta)`` is a small difference.
+    ``delta_i = sum_j P_ij dP_ij`` is also read by the other gradient kernels. ``sum(out_i * dout_i)`` is equal and would
+    save one pass, but ``out`` has been rounded to bf16, and the gradient ``P (dP - delta)`` of a weight close to 1 is a
+    small difference.
     """
     ACC: tl.constexpr = lse.dtype.element_ty
     T: tl.constexpr = TH * TW
@@ -235,8 +236,8 @@ def query_gradient_kernel(
         weights, dweights = softmax_and_gradient(logits, row_lse, do, v, ACC)
         row_delta += tl.sum(weights * dweights, axis=1)
         total += tl.sum(weights, axis=1)
-    # Rounding of lse makes the weights sum to slightly less or more than 1. Dividing by their sum corrects delta, so that
-    # the gradients of the logits in a row sum to 0.
+    # Because lse is rounded, the weights do not sum to exactly 1. Dividing by their sum corrects delta, so that the
+    # gradients of the logits in a row sum to 0.
     row_delta = row_delta / tl.where(side_q >= 0, total, 1.0)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     for start in range(0, T, BLOCK_K):

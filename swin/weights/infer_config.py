@@ -204,7 +204,7 @@ def _square(count: int) -> Pair:
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(
-            f"windows of {count} tokens or offsets are not square, which only native exports support: convert the file to one"
+            f"windows of {count} tokens or offsets are not square: only native exports support such encoders"
         )
     return side, side
 

@@ -9,7 +9,8 @@ official names, which fixes three attributes that would otherwise be named diffe
 - ``attn.relative_position_bias.table`` is the table of :class:`swin.position_bias.BiasTable`; the official name is
   ``attn.relative_position_bias_table``.
 
-The layout ``official`` is that of microsoft/Swin-Transformer and SimMIM; ``timm`` and ``transformers`` are the libraries.
+The layout ``official`` is that of microsoft/Swin-Transformer and SimMIM; ``timm`` and ``transformers`` are those of the
+libraries.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ _TRANSFORMERS = (
 
 
 def detect_layout(names: list[str]) -> Layout:
-    """Detect which library the names belong to. timm and the official code differ only in the stage of a merging layer."""
+    """Detect the library from the names. timm and the official code differ only in the stage of a merging layer."""
     if any(".attention.self." in name for name in names):
         return "transformers"
     merging = {name for name in map(_bare, names) if ".downsample." in name}
@@ -144,7 +145,7 @@ def _joined(name: str) -> str:
 
 
 def _join_qkv(state: State) -> State:
-    """Join separate queries, keys and values into ``qkv``; an incomplete triple is left unchanged and reported later."""
+    """Join queries, keys and values into ``qkv``; an incomplete triple is left unchanged and reported later."""
     result = dict(state)
     for attention in {name[: match.start()] + ".attn." for name in state if (match := _PART.search(name))}:
         weights = [f"{attention}{part}.weight" for part in _PARTS]
