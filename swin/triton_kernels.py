@@ -210,8 +210,8 @@ def query_gradient_kernel(
     """Compute the gradient of a block of queries, its part of the factor's gradient, and ``delta``.
 
     ``delta_i = sum_j P_ij dP_ij`` is also read by the other gradient kernels. ``sum(out_i * dout_i)`` is equal and
-    would save one pass, but ``out`` has been rounded to bf16, and the gradient ``P (dP - delta)`` of a weight close to 1 is a
-    small difference.
+    would save one pass, but ``out`` has been rounded to bf16, and the gradient ``P (dP - delta)`` of a weight close
+    to 1 is a small difference.
     """
     ACC: tl.constexpr = lse.dtype.element_ty
     T: tl.constexpr = TH * TW
