@@ -18,55 +18,60 @@ from swin.chunked_attention import (
     at_least_fp32,
     attend,
     chunks_in_cache,
-    cut,
     masked_logits,
     no_autocast,
     scale,
+    split_chunks,
     split_heads,
 )
 from swin.linear import Linear
-from swin.position_bias import ContinuousBias, PositionBias
+from swin.position_bias import BiasTable, ContinuousBias, PositionBias
 from swin.triton_attention import attend_windows
 from swin.windows import WindowLayout, attention_mask, window_partition, window_reverse
 
-MAX_LOGIT_SCALE = math.log(100)  # tau never below 0.01
+MAX_LOGIT_SCALE = math.log(100)  # keeps tau at 0.01 or above (Swin V2, section 3.2)
 
 
 class WindowAttention(nn.Module):
-    """``softmax(similarity(q, k) + B) v``; the two kinds below say how tokens become q, k, v and logits.
+    """Base class: ``softmax(similarity(q, k) + B) v`` within windows. Subclasses define q, k, v and the similarity.
 
-    Logits and softmax are computed in at least fp32, whatever autocast says. With ``chunks`` above 1 they are computed
-    one after the other, see :mod:`swin.chunked_attention`; with ``fused`` by the kernel of :mod:`swin.triton_attention`.
+    Logits and softmax are computed in at least fp32, also under autocast.
     """
 
     fused = False
+    """Use the kernel of :mod:`swin.triton_attention`."""
     chunks = 1
+    """Minimum number of chunks in which attention is computed, see :mod:`swin.chunked_attention`."""
     in_cache = True
-    """On a processor, chunks that its cache can hold, which are the quickest."""
+    """On a CPU, use enough chunks that one fits into its cache, which is fastest."""
     cosine = False
+    """Similarity is the cosine instead of the dot product."""
 
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias, *, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        # Official weights call the network of a continuous bias `cpb_mlp`.
-        self._bias_name = "cpb_mlp" if isinstance(position_bias, ContinuousBias) else "relative_position_bias"
-        self.add_module(self._bias_name, position_bias)
+        # One of the two is None. Their names are keys in saved weights, see swin.weights.state_dict_names.
+        self.cpb_mlp = position_bias if isinstance(position_bias, ContinuousBias) else None
+        self.relative_position_bias = position_bias if isinstance(position_bias, BiasTable) else None
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
     @property
     def position_bias(self) -> PositionBias:
-        return getattr(self, self._bias_name)
+        """The relative position bias, continuous or a table."""
+        bias = self.cpb_mlp if self.cpb_mlp is not None else self.relative_position_bias
+        assert bias is not None
+        return bias
 
     def forward(self, x: Tensor, windows: WindowLayout) -> Tensor:
-        """Every token mixed with those of its window: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
+        """Let every token attend to the tokens of its window: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
         with no_autocast(x.device.type):
             bias, factor = self.position_bias(windows.window), self.factor()
         is_compiling = torch.compiler.is_compiling()
         if self.fused and not is_compiling:
             return self.proj(attend_windows(self.project(x), factor, bias, windows, cosine=self.cosine))
-        tokens, mask = _cut_out(x, windows)
-        if is_compiling:  # what is traced is handed on, or compilers cut it as they like
+        tokens, mask = _partition_with_mask(x, windows)
+        if is_compiling:  # Compilers and exporters can process plain operations, but not our autograd functions.
             attended = self.reference_attention(tokens, factor, bias, mask)
         else:
             qkv, chunks = self.project(tokens), self._chunks(len(tokens), bias)
@@ -74,12 +79,20 @@ class WindowAttention(nn.Module):
         return window_reverse(self.proj(attended), windows, tuple(x.shape[1:-1]))
 
     def _chunks(self, windows: int, bias: Tensor) -> int:
+        """Return the number of chunks for this many windows."""
         if self.in_cache and bias.device.type == "cpu":
             return max(self.chunks, chunks_in_cache(windows, bias))
         return self.chunks
 
     def reference_attention(self, x: Tensor, factor: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        """The same by plain operations: what :func:`swin.chunked_attention.attend` is held against."""
+        """Compute attention with plain operations, the reference for :func:`swin.chunked_attention.attend`.
+
+        Args:
+            x: tokens ``(b n, t, c)``.
+            factor: see :meth:`factor`.
+            bias: position bias, ``(m, t, t)``.
+            mask: see :func:`swin.windows.attention_mask`.
+        """
         q, k, v = self.split(x)
         with no_autocast(x.device.type):
             if mask is not None:
@@ -93,57 +106,58 @@ class WindowAttention(nn.Module):
             return rearrange(weights.to(v.dtype) @ v, "bn m t d -> bn t (m d)")
 
     def logits(self, x: Tensor, windows: WindowLayout) -> Tensor:
-        """What :meth:`forward` takes the softmax of, ``(b n, m, t, t)``; -inf where attention is not allowed."""
-        tokens, mask = _cut_out(x, windows)
+        """Compute the logits of :meth:`forward`, ``(b n, m, t, t)``; -inf where attention is not allowed."""
+        tokens, mask = _partition_with_mask(x, windows)
         q, k, _ = self.split(tokens)
         with no_autocast(x.device.type):
             q, k = self.scale(q, k, self.factor())
             return masked_logits(q, k, self.position_bias(windows.window), mask, slice(0, len(tokens)))
 
     def largest_logit(self, x: Tensor, windows: WindowLayout) -> Tensor:
-        """The maximum of :meth:`logits`, of as many at once as chunks hold."""
-        tokens, mask = _cut_out(x, windows)
+        """Compute the maximum of :meth:`logits` chunk by chunk."""
+        tokens, mask = _partition_with_mask(x, windows)
         q, k, _ = self.split(tokens)
         largest = []
         with no_autocast(x.device.type):
             bias, factor = self.position_bias(windows.window), self.factor()
-            for some, heads in cut(len(q), self.num_heads, self._chunks(len(q), bias)):
-                left, right = self.scale(q[some, heads], k[some, heads], factor[heads])
-                largest.append(masked_logits(left, right, bias[heads], mask, some).max())
+            for chunk in split_chunks(len(q), self.num_heads, self._chunks(len(q), bias)):
+                chunk_windows, heads = chunk
+                scaled_q, scaled_k = self.scale(q[chunk], k[chunk], factor[heads])
+                largest.append(masked_logits(scaled_q, scaled_k, bias[heads], mask, chunk_windows).max())
         return torch.stack(largest).max()
 
     def attention(self, x: Tensor, windows: WindowLayout) -> Tensor:
-        """What every token of a window attends to: ``(b n, m, t, t)``, rows that sum to one; to be looked at."""
+        """Compute the attention weights, for inspection: ``(b n, m, t, t)``, rows that sum to 1."""
         return self.logits(x, windows).softmax(dim=-1)
 
     def heads_at_clamp(self) -> int:
-        """Heads whose temperature has reached its lowest value, where it learns no more."""
+        """Count the heads whose temperature is at its lower limit, where its gradient is 0."""
         return 0
 
     def project(self, x: Tensor) -> Tensor:
-        """Tokens ``(b n, t, c)`` -> queries, keys and values side by side ``(b n, t, 3 c)``."""
+        """Project tokens ``(..., c)`` to queries, keys and values, concatenated: ``(..., 3 c)``."""
         return self.qkv(x)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``(b n, t, c)`` -> queries, keys and values of every head, ``(b n, m, t, d)`` each."""
+        """Project tokens ``(b n, t, c)`` to queries, keys and values per head, ``(b n, m, t, d)`` each."""
         q, k, v = split_heads(self.project(x), 3, self.num_heads)
         return q, k, v
 
     def factor(self) -> Tensor:
-        """What each head multiplies its similarities by: ``(m, 1, 1)``."""
+        """Return the scale of the similarities per head, ``(m, 1, 1)``: 1 / tau, or 1 / sqrt(d)."""
         raise NotImplementedError
 
     def scale(self, q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys ``(b n, m, t, d)`` such that their products are the logits."""
+        """Scale queries and keys ``(b n, m, t, d)`` so that their products are the logits without the bias."""
         return scale(q, factor, self.cosine).x, scale(k, 1.0, self.cosine).x
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """Parameters with more than one axis that are no weights of a linear map over channels."""
+        """Return the parameters with more than one axis that must not decay: they are not weights of a linear layer."""
         return set(self.position_bias.parameters())
 
 
 class DotAttention(WindowAttention):
-    """``q k / sqrt(d)`` with full biases (Swin V1, equation 4)."""
+    """Scaled dot product ``q k / sqrt(d)`` with biases for q, k and v (Swin V1, equation 4)."""
 
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias) -> None:
         super().__init__(dim, num_heads, position_bias, qkv_bias=True)
@@ -154,10 +168,10 @@ class DotAttention(WindowAttention):
 
 
 class CosineAttention(WindowAttention):
-    """``cos(q, k) / tau`` with one learnable tau per head (Swin V2, equation 2).
+    """Scaled cosine ``cos(q, k) / tau`` with one learnable tau per head (Swin V2, equation 2).
 
-    The key has no bias of its own (official code). In half precision the normalisation would
-    underflow and logits of up to 100 lose their differences.
+    ``logit_scale`` is the logarithm of 1 / tau. Keys have no bias (official code). In half precision the normalization
+    would underflow, and small differences between logits of up to 100 would be lost.
     """
 
     cosine = True
@@ -190,34 +204,34 @@ class CosineAttention(WindowAttention):
 ATTENTIONS: dict[str, type[DotAttention] | type[CosineAttention]] = {"cosine": CosineAttention, "dot": DotAttention}
 
 
-def _cut_out(x: Tensor, windows: WindowLayout) -> tuple[Tensor, Tensor | None]:
-    """``(b, h, w, c)`` -> the tokens of each window ``(b n, t, c)``, and which of them may attend to which."""
+def _partition_with_mask(x: Tensor, windows: WindowLayout) -> tuple[Tensor, Tensor | None]:
+    """Partition ``(b, h, w, c)`` into the tokens of each window ``(b n, t, c)`` and build the attention mask."""
     return window_partition(x, windows), attention_mask(tuple(x.shape[1:-1]), windows, x.device)
 
 
 @contextmanager
 def watch_attention(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Collect ``max_attention_logit`` and ``heads_at_clamp`` over all attention of one forward pass.
+    """Collect ``max_attention_logit`` and ``heads_at_clamp`` over all attention layers during one forward pass.
 
-    The logits are computed once more for it. What is collected is there when the context ends.
+    Computes all logits a second time. The yielded dictionary is filled when the context exits.
     """
-    numbers: dict[str, float] = {}
+    statistics: dict[str, float] = {}
     largest: list[Tensor] = []
     heads: list[int] = []
 
     @torch.no_grad()
-    def look(attention: nn.Module, arguments: tuple) -> None:
+    def record(attention: nn.Module, arguments: tuple) -> None:
         assert isinstance(attention, WindowAttention)
         largest.append(attention.largest_logit(*arguments))
         heads.append(attention.heads_at_clamp())
 
     hooks = [
-        module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, WindowAttention)
+        module.register_forward_pre_hook(record) for module in model.modules() if isinstance(module, WindowAttention)
     ]
     try:
-        yield numbers
+        yield statistics
     finally:
         for hook in hooks:
             hook.remove()
     if largest:
-        numbers |= {"max_attention_logit": float(torch.stack(largest).max()), "heads_at_clamp": float(sum(heads))}
+        statistics |= {"max_attention_logit": float(torch.stack(largest).max()), "heads_at_clamp": float(sum(heads))}

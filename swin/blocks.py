@@ -1,4 +1,4 @@
-"""The parts of a stage: patch embedding, blocks with the norm before or after a branch, patch merging.
+"""Building blocks of the encoder: patch embedding, blocks with the norm before or after a branch, patch merging.
 
 Letters: b batch, h w token grid, c channels. Shapes are written for images; tokens of a video are ``(b, f, h, w, c)``.
 """
@@ -22,9 +22,9 @@ from swin.windows import fit_windows
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop the branch of a whole sample with probability ``rate`` (arXiv 1603.09382).
+    """Stochastic depth: drop a residual branch for a sample with probability ``rate`` (arXiv 1603.09382).
 
-    What survives is divided by the survival rate, so that the expectation stays.
+    The branches that are not dropped are divided by ``1 - rate``, so that the expectation does not change.
     """
 
     def __init__(self, rate: float) -> None:
@@ -32,7 +32,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """What the branches of x ``(b, ...)`` are multiplied by, ``(b, 1, ...)``; None for one."""
+        """Draw the scale of a branch per sample of x ``(b, ...)``: ``(b, 1, ...)``, or None if nothing is dropped."""
         if not self.training or self.rate == 0:
             return None
         return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate) / (1 - self.rate)
@@ -42,12 +42,12 @@ class DropPath(nn.Module):
 
 
 def add(x: Tensor, branch: Tensor, drop_path_scale: Tensor | None) -> Tensor:
-    """``x + branch``, times what :meth:`DropPath.draw` said."""
+    """Add a residual branch, multiplied by the scale from :meth:`DropPath.draw`."""
     return x + branch if drop_path_scale is None else x + branch * drop_path_scale
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, which is computed again for the gradient."""
+    """Two linear layers with a GELU between them, which the backward pass recomputes."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ class Mlp(nn.Module):
         x = self.fc1(x)
         if torch.compiler.is_compiling():
             return self.fc2(self.act(x))
-        # Under autocast x is in half precision already, and so are the weights for both of its passes.
+        # Under autocast x is already in half precision; the weights must match it in forward and backward.
         out: Tensor = _GeluLinear.apply(x, self.fc2.weight.to(x.dtype), self.fc2.bias.to(x.dtype))
         return out
 
 
 class _GeluLinear(torch.autograd.Function):
-    """``linear(gelu(x))`` that keeps x alone: a quarter less of all that a block keeps."""
+    """``linear(gelu(x))`` that saves only x: a quarter less of all that a block saves for the backward pass."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -76,13 +76,13 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         x, weight = context.saved_tensors
-        of_rows = gradient.flatten(0, -2)
-        dweight = of_rows.T @ F.gelu(x).flatten(0, -2)
-        return torch.ops.aten.gelu_backward(gradient @ weight, x), dweight, of_rows.sum(dim=0)
+        rows = gradient.flatten(0, -2)
+        dweight = rows.T @ F.gelu(x).flatten(0, -2)
+        return torch.ops.aten.gelu_backward(gradient @ weight, x), dweight, rows.sum(dim=0)
 
 
 class PatchEmbed(nn.Module):
-    """Pixels -> tokens: non-overlapping patches through one linear map, then a norm."""
+    """Embed non-overlapping patches as tokens: one linear layer, then a norm."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(b, in_chans, H, W)`` -> ``(b, h, w, c)``; a remainder is padded with zeros at bottom and right."""
+        """Embed ``(b, in_chans, H, W)`` as ``(b, h, w, c)``, padding with zeros at the bottom and right if needed."""
         bottom, right = -images.shape[-2] % self.patch_size, -images.shape[-1] % self.patch_size
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom))
@@ -99,7 +99,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve the grid, double the channels; the norm follows the reduction (Swin V2)."""
+    """Halve the grid and double the channels; the norm follows the reduction (Swin V2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class PatchMerging(nn.Module):
 
 
 class PreNormPatchMerging(nn.Module):
-    """Halve the grid, double the channels; the norm precedes the reduction (Swin V1)."""
+    """Halve the grid and double the channels; the norm precedes the reduction (Swin V1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -125,22 +125,22 @@ class PreNormPatchMerging(nn.Module):
 
 
 def merge_2x2(x: Tensor) -> Tensor:
-    """The four tokens of every 2 x 2 cell side by side: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 4c)``.
+    """Concatenate the four tokens of every 2 x 2 group: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 4c)``.
 
-    Frames of a video, ``(b, f, h, w, c)``, stay as many as they are (Video Swin, arXiv 2106.13230).
+    The number of frames of a video ``(b, f, h, w, c)`` does not change (Video Swin, arXiv 2106.13230).
     """
     bottom, right = x.shape[-3] % 2, x.shape[-2] % 2
     if bottom or right:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    # Column by column inside a cell: the order of the official weights.
+    # The tokens of a group are ordered column by column, as the official weights expect.
     return rearrange(x, "b ... (h two_h) (w two_w) c -> b ... h w (two_w two_h c)", two_h=2, two_w=2)
 
 
 class SwinBlock(nn.Module):
-    """Attention inside windows and an MLP, each on a residual branch; the kinds below place the norms.
+    """Base class: window attention and an MLP, each on a residual branch. Subclasses place the norms.
 
-    With ``extra_norm`` the main branch is normalised at the end, which Huge and 3b need to stay
-    stable (Swin V2, section 3.6).
+    With ``extra_norm`` the main branch is normalized at the end, which Huge and 3b need for stable training
+    (Swin V2, section 3.6).
     """
 
     branch_norm: type[nn.LayerNorm] = nn.LayerNorm
@@ -168,32 +168,32 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, h, w, c)``"""
+        """Apply the block: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
         drop_path_scale = self.drop_path.draw(x), self.drop_path.draw(x)
-        # What is hooked to the attention wants to see numbers, and a compiled block has them nowhere.
+        # Hooks on the attention need concrete tensors, which compiled blocks do not expose.
         if self.compiled and self.training and not self.attn._forward_pre_hooks:
             out: Tensor = compiled_branches()(self, x, *drop_path_scale)
             return out
         return self.branches(x, *drop_path_scale)
 
     def branches(self, x: Tensor, *drop_path_scale: Tensor | None) -> Tensor:
-        """Both residual branches; ``keep`` is what each is multiplied by."""
+        """Apply both residual branches, each multiplied by its drop-path scale."""
         raise NotImplementedError
 
     def attend(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, h, w, c)``, every token mixed with those of its window."""
+        """Apply attention within the windows that fit the grid of x: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
         return self.attn(x, fit_windows(tuple(x.shape[1:-1]), self.window_size, self.shifted))
 
 
 @cache
 def compiled_branches() -> Callable[..., Tensor]:
-    """:meth:`SwinBlock.branches` through ``torch.compile``: blocks of the same sizes share what was compiled.
+    """Compile :meth:`SwinBlock.branches`; blocks of the same sizes share the compiled code.
 
-    What is drawn comes from outside: a rate of stochastic depth that is traced would be another program per block.
+    The drop-path scales are arguments, because tracing the drop-path rate would compile every block separately.
     """
-    import torch._dynamo  # takes a second
+    import torch._dynamo  # the import takes a second
 
-    # Two of each stage, for every size of images and every batch size.
+    # Each stage compiles two kinds of blocks, shifted or not, for every image size and batch size.
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 1024))
     return torch.compile(
@@ -202,7 +202,7 @@ def compiled_branches() -> Callable[..., Tensor]:
 
 
 class ZeroInitNorm(nn.LayerNorm):
-    """A norm that starts at weight 0."""
+    """LayerNorm whose weight starts at 0."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -212,8 +212,7 @@ class ZeroInitNorm(nn.LayerNorm):
 class ResPostNormBlock(SwinBlock):
     """``x + LN(attention(x))``, then ``x + LN(mlp(x))`` (Swin V2, figure 1).
 
-    Both branch norms start at weight 0: the block is the identity at first and every branch grows
-    from nothing (official initialisation).
+    Both branch norms start with weight 0, so that the block is initially the identity (official initialization).
     """
 
     branch_norm = ZeroInitNorm

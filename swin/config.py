@@ -1,4 +1,4 @@
-"""What an encoder is: one frozen description and the table of published sizes."""
+"""Configuration of an encoder, and the table of published sizes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, Literal, get_args
 
 Pair = tuple[int, int]
 Size = tuple[int, ...]
-"""One number for every axis of a token grid: ``(h, w)``, or ``(f, h, w)`` of a video."""
+"""Size on every axis of a token grid: ``(h, w)``, or ``(f, h, w)`` for a video."""
 Attention = Literal["cosine", "dot"]
 Norm = Literal["res-post", "pre"]
 PositionBias = Literal["log_cpb", "log_cpb_paper", "linear_cpb", "table"]
 
-# Swin Transformer V1 (arXiv 2103.14030), at the geometry of its ImageNet training.
+# Swin Transformer V1 (arXiv 2103.14030), with the image and window size of its ImageNet training.
 _V1: dict[str, Any] = dict(attention="dot", norm="pre", position_bias="table", image_size=224, window_size=7)
 
-# Widths, depths and heads of V1 (section 3.3) and V2 (arXiv 2111.09883, section 3.6); every head is 32 wide.
-# `swinv2_giant` is the 1.06 B model of the data-scaling study (448 channels, arXiv 2206.04664);
-# `swinv2_3b` is the model that the V2 paper calls G (512 channels).
-# `extra_norm_interval` n: one more LayerNorm on the main branch after every n-th block of a stage.
+# Widths, depths and heads of V1 (section 3.3) and V2 (arXiv 2111.09883, section 3.6); every head has 32 channels.
+# `swinv2_giant` is the model with 1.06 B parameters of the data-scaling study (448 channels, arXiv 2206.04664);
+# `swinv2_3b` is the model called G in the V2 paper (512 channels).
+# `extra_norm_interval` n adds a LayerNorm on the main branch after every n-th block of a stage.
 SIZES: dict[str, dict[str, Any]] = {
     "swin_tiny": _V1 | dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "swin_small": _V1 | dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
@@ -36,25 +36,24 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SwinConfig:
-    """Everything that is needed to build a :class:`swin.SwinEncoder`.
+    """All settings needed to build a :class:`swin.SwinEncoder`.
 
-    ``image_size`` (pixels) and ``window_size`` (tokens) are ``(height, width)``. The encoder accepts
-    images of any size; ``image_size`` only says at which size the windows of each stage are clamped
-    to the grid when ``reference_windows`` is left open.
+    ``image_size`` (pixels) and ``window_size`` (tokens) are ``(height, width)``. The encoder accepts images of any
+    size; ``image_size`` only determines the default of ``reference_windows``: the window, at most as large as the grid
+    of each stage.
 
-    ``reference_windows`` holds, per stage, the window at which the position bias was trained. A
-    continuous bias measures its coordinates against it, so it must survive every change of
-    resolution; a table has one row per offset of it.
+    ``reference_windows`` holds, per stage, the window at which the position bias was trained. A continuous bias
+    normalizes its coordinates by it, so it must not change with the resolution. A table has one row per offset of it.
 
-    V1 and V2 are two points of one space: ``attention`` (scaled dot product or scaled cosine),
-    ``norm`` (before each branch and before merging, or after) and ``position_bias`` can be combined
-    at will, which gives every arm of the V2 paper's ablations (tables 1 and 2).
+    ``attention`` (scaled dot product or scaled cosine), ``norm`` (before each branch and before merging, or after) and
+    ``position_bias`` can be combined freely. V1 and V2 are two of the combinations; the others include all variants of
+    the V2 paper's ablations (tables 1 and 2).
 
-    ``extra_norm_interval`` 0 means no extra norm. ``drop_path`` is the rate at the last block; it
-    grows linearly from 0 at the first.
+    ``extra_norm_interval`` 0 means no extra norm. ``drop_path`` is the rate at the last block; it increases linearly
+    from 0 at the first.
 
     Raises:
-        ValueError: a value or a combination that cannot be built.
+        ValueError: an invalid value or combination.
     """
 
     embed_dim: int
@@ -73,7 +72,7 @@ class SwinConfig:
     position_bias: PositionBias = "log_cpb"
 
     def __post_init__(self) -> None:
-        # JSON and YAML bring lists and single numbers; the config itself holds tuples only.
+        # JSON and YAML give lists and single integers; the attributes are always tuples.
         for name in ("image_size", "window_size"):
             object.__setattr__(self, name, as_pair(getattr(self, name), name))
         for name in ("depths", "num_heads"):
@@ -130,16 +129,16 @@ class SwinConfig:
 
     @property
     def input_size(self) -> Size:
-        """Pixels on every axis of an image."""
+        """Size of the input on every axis, in pixels."""
         return self.image_size
 
     @property
     def window(self) -> Size:
-        """The window of attention, in tokens, on every axis of the grid."""
+        """Attention window on every axis of the grid, in tokens."""
         return self.window_size
 
     def grids(self) -> tuple[Size, ...]:
-        """Token grid ``(h, w)`` of every stage at ``image_size``; a remainder is padded up."""
+        """Compute the token grid ``(h, w)`` of every stage at ``image_size``, rounded up where padding is needed."""
         h, w = (-(-side // self.patch_size) for side in self.image_size)
         grids = []
         for _ in self.depths:
@@ -148,27 +147,27 @@ class SwinConfig:
         return tuple(grids)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON; ``SwinConfig.from_dict`` is its inverse."""
+        """Return a plain dict for JSON, the inverse of :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SwinConfig:
-        """Build from a plain dict.
+        """Build a configuration from a plain dict.
 
         Raises:
-            ValueError: unknown keys, or values that cannot be built.
+            ValueError: unknown keys or invalid values.
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown encoder settings {unknown}: written by a newer version?")
+            raise ValueError(f"unknown encoder settings {unknown}: if a newer version wrote them, update this package")
         return cls(**values)
 
 
 def make_config(name: str, **settings: Any) -> SwinConfig:
-    """The configuration of a named size, with ``settings`` replacing what the table says.
+    """Build the configuration of a named size; ``settings`` override the values of ``SIZES``.
 
     Raises:
-        ValueError: unknown name, or settings that cannot be built.
+        ValueError: unknown name or invalid settings.
     """
     if name not in SIZES:
         raise ValueError(f"unknown encoder {name!r}: expected one of {', '.join(SIZES)}")
@@ -179,7 +178,7 @@ def make_config(name: str, **settings: Any) -> SwinConfig:
 
 
 def check_window(config: SwinConfig) -> None:
-    """Refuse a window that no stage can use; one that only later, smaller grids clamp is fine.
+    """Refuse a window that is larger than the grid of every stage; only later, smaller grids may clamp it.
 
     Raises:
         ValueError: the window is larger than the first grid.
@@ -195,7 +194,7 @@ def check_window(config: SwinConfig) -> None:
 
 
 def as_pair(value: Any, name: str) -> Pair:
-    """``12`` -> ``(12, 12)``; ``[8, 12]`` -> ``(8, 12)``.
+    """Convert one or two sizes to a pair: ``12`` -> ``(12, 12)``; ``[8, 12]`` -> ``(8, 12)``.
 
     Raises:
         ValueError: not one or two positive integers.
@@ -205,14 +204,18 @@ def as_pair(value: Any, name: str) -> Pair:
 
 
 def as_sizes(value: Any, axes: int, name: str) -> Size:
-    """As :func:`as_pair`, for grids of two or three axes."""
+    """Convert one size or one per axis to a tuple, for grids of two or three axes.
+
+    Raises:
+        ValueError: not one positive integer, or one per axis.
+    """
     sizes = tuple(value) if isinstance(value, list | tuple) else (value,) * axes
     if len(sizes) != axes or not all(type(size) is int and size > 0 for size in sizes):
-        wanted = {2: "two positive integers (height, width)", 3: "three positive integers (time, height, width)"}[axes]
-        raise ValueError(f"{name} must be one or {wanted}, got {value!r}")
+        expected = {2: "two positive integers (height, width)", 3: "three positive integers (time, height, width)"}
+        raise ValueError(f"{name} must be one or {expected[axes]}, got {value!r}")
     return sizes
 
 
 def effective_window(grid: Size, window: Size) -> Size:
-    """The window that is used on a grid: never larger than the grid, on any axis."""
+    """Return the window used on a grid: ``window``, limited to the grid on every axis."""
     return tuple(min(sizes) for sizes in zip(grid, window, strict=True))

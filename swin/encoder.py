@@ -1,4 +1,4 @@
-"""The hierarchical encoder: pixels -> tokens -> features, at any image size.
+"""Hierarchical encoder from pixels to tokens to features, for any image size.
 
 Letters: b batch, h w token grid, c channels, H W pixels.
 """
@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from swin.activation_checkpointing import CHECKPOINTINGS, Checkpointing, run_saving
+from swin.activation_checkpointing import CHECKPOINTINGS, Checkpointing, run_checkpointed
 from swin.attention import ATTENTIONS
 from swin.blocks import (
     PatchEmbed,
@@ -26,7 +26,7 @@ from swin.config import SwinConfig, make_config
 from swin.position_bias import make_position_bias
 from swin.triton_attention import available
 
-# The block and the merging of each `norm`.
+# The classes of blocks and patch merging for each value of `norm`.
 _PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging | PreNormPatchMerging]]] = {
     "res-post": (ResPostNormBlock, PatchMerging),
     "pre": (PreNormBlock, PreNormPatchMerging),
@@ -34,7 +34,7 @@ _PARTS: dict[str, tuple[type[PreNormBlock | ResPostNormBlock], type[PatchMerging
 
 
 class SwinStage(nn.Module):
-    """Blocks at one resolution, every other one shifted, then the merging that leads to the next."""
+    """Blocks at one resolution, every other one shifted, and the patch merging that leads to the next stage."""
 
     checkpointing: Checkpointing = "none"
 
@@ -44,20 +44,20 @@ class SwinStage(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, h, w, c)``, before merging."""
+        """Apply the blocks without merging: ``(b, h, w, c)`` -> ``(b, h, w, c)``."""
         for block in self.blocks:
-            x = run_saving(block, x, self.checkpointing)
+            x = run_checkpointed(block, x, self.checkpointing)
         return x
 
 
 class SwinEncoder(nn.Module):
-    """Swin Transformer, V1, V2 or anything between.
+    """Swin Transformer: V1, V2 or any combination of their parts.
 
-    ``forward`` is :meth:`embed` followed by :meth:`encode`; whoever wants to change tokens before
-    the first block works between the two. Grids are read off the tensors, so any image size can be
-    given at any time.
+    ``forward`` is :meth:`embed` followed by :meth:`encode`; call the two separately to change tokens before the first
+    block. Grid sizes are taken from the tensors, so every call may use another image size.
 
-    ``history`` is what has been done to the weights, oldest first, as plain JSON; it is saved with them.
+    ``history`` lists the operations applied to the weights (import, transfer, ...), oldest first, as plain JSON. It is
+    saved with them.
     """
 
     def __init__(self, config: SwinConfig) -> None:
@@ -74,49 +74,50 @@ class SwinEncoder(nn.Module):
     def save_memory(
         self, *, checkpointing: Checkpointing = "none", attention_chunks: int | Sequence[int] = 1
     ) -> SwinEncoder:
-        """Train the same in less memory and more time.
+        """Set the memory options, which trade time for memory without changing results.
 
         Args:
-            checkpointing: what blocks compute again for the gradient, see :func:`swin.activation_checkpointing.run_saving`.
-            attention_chunks: in how many chunks attention is computed, for all stages or each of them; see
-                :mod:`swin.chunked_attention`. Swin V2 does so in the first two stages (section 3.5).
+            checkpointing: which activations blocks recompute in the backward pass, see
+                :func:`swin.activation_checkpointing.run_checkpointed`.
+            attention_chunks: number of chunks in which attention is computed, for all stages or one per stage; see
+                :mod:`swin.chunked_attention`. Swin V2 uses chunks in the first two stages (section 3.5).
 
         Raises:
-            ValueError: unknown checkpointing, or not one positive number for each stage.
+            ValueError: unknown checkpointing, or not one positive integer per stage.
         """
         if checkpointing not in CHECKPOINTINGS:
             raise ValueError(f"unknown checkpointing {checkpointing!r}: expected one of {', '.join(CHECKPOINTINGS)}")
         chunks = [attention_chunks] * len(self.layers) if isinstance(attention_chunks, int) else list(attention_chunks)
-        if len(chunks) != len(self.layers) or not all(type(number) is int and number > 0 for number in chunks):
+        if len(chunks) != len(self.layers) or not all(type(count) is int and count > 0 for count in chunks):
             raise ValueError(
-                f"attention_chunks {chunks}: expected a positive number for each of {len(self.layers)} stages"
+                f"attention_chunks {chunks}: expected a positive integer for each of {len(self.layers)} stages"
             )
-        for stage, number in zip(cast(Iterable[SwinStage], self.layers), chunks, strict=True):
+        for stage, count in zip(cast(Iterable[SwinStage], self.layers), chunks, strict=True):
             stage.checkpointing = checkpointing
             for block in cast(Iterable[SwinBlock], stage.blocks):
-                block.attn.chunks = number
+                block.attn.chunks = count
         return self
 
     def can_use_kernel(self, device: torch.device) -> bool:
-        """Whether :meth:`use_kernel` would do there."""
+        """Return whether the attention kernel runs on this device."""
         return available(device)
 
     def use_kernel(self, on: bool = True, *, device: torch.device | str | None = None) -> SwinEncoder:
-        """Attend by one kernel, see :mod:`swin.triton_attention`: the same numbers but for rounding; ``False`` goes back.
+        """Switch the fused kernel of :mod:`swin.triton_attention` on or off. Results differ by rounding only.
 
-        Models that are compiled or exported attend as without it.
+        Compiled and exported models do not use the kernel.
 
         Args:
-            device: where the encoder will run, if its weights are not there yet.
+            device: device on which the encoder will run, if its weights are not on it yet.
 
         Raises:
-            ValueError: Triton is not installed, or does not run there.
+            ValueError: Triton is not installed or does not run on the device.
         """
-        place = next(self.parameters()).device if device is None else torch.device(device)
-        if on and not self.can_use_kernel(place):
+        device = next(self.parameters()).device if device is None else torch.device(device)
+        if on and not self.can_use_kernel(device):
             raise ValueError(
-                f"the attention kernel cannot run on {place.type}: it needs Triton and a GPU (or, to be tried, "
-                "TRITON_INTERPRET=1 on a processor); leave it off there"
+                f"the attention kernel cannot run on {device.type}: it needs Triton and a GPU (for tests, Triton on a "
+                "CPU with TRITON_INTERPRET=1); switch it off on this device"
             )
         for stage in cast(Iterable[SwinStage], self.layers):
             for block in cast(Iterable[SwinBlock], stage.blocks):
@@ -124,11 +125,11 @@ class SwinEncoder(nn.Module):
         return self
 
     def use_compiler(self, on: bool = True) -> SwinEncoder:
-        """Compile blocks for training, one program for all that are alike: the same numbers but for rounding.
+        """Compile blocks for training; equal blocks share the compiled code. Results differ by rounding only.
 
-        Without training they run as they are, and so does what :func:`swin.attention.watch_attention` looks at (not in
-        a pass whose gradient is wanted with checkpointing, which would go both ways). Other hooks inside of blocks
-        are passed over, attention is never cut into chunks, and an error of the compiler is raised.
+        In evaluation mode, and while :func:`swin.attention.watch_attention` is active, blocks run uncompiled. Do not
+        combine ``watch_attention`` with a backward pass and checkpointing: the recomputation would run compiled. Other
+        hooks inside blocks are not called, attention is not chunked, and compiler errors are raised.
         """
         for stage in cast(Iterable[SwinStage], self.layers):
             for block in cast(Iterable[SwinBlock], stage.blocks):
@@ -136,24 +137,24 @@ class SwinEncoder(nn.Module):
         return self
 
     def embed(self, images: Tensor) -> Tensor:
-        """Pixels ``(b, in_chans, H, W)`` -> tokens ``(b, h, w, c)``, h = ceil(H / patch_size)."""
+        """Embed pixels ``(b, in_chans, H, W)`` as tokens ``(b, h, w, c)``, h = ceil(H / patch_size)."""
         return self.patch_embed(images)
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Tokens ``(b, h, w, c)`` -> normalised features of the last stage ``(b, h', w', num_features)``."""
+        """Encode tokens ``(b, h, w, c)`` as normalized features of the last stage, ``(b, h', w', num_features)``."""
         for stage in cast(Iterable[SwinStage], self.layers):
             tokens = stage.downsample(stage(tokens))
         return self.norm(tokens)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels ``(b, in_chans, H, W)`` -> features ``(b, h', w', num_features)``."""
+        """Encode pixels ``(b, in_chans, H, W)`` as features ``(b, h', w', num_features)``."""
         return self.encode(self.embed(images))
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """The output of every stage before merging: ``(b, c, h, w)`` at strides 4, 8, 16, 32.
+        """Compute the output of every stage before merging: ``(b, c, h, w)`` at strides 4, 8, 16, 32.
 
-        The maps are not normalised; a detector or segmenter brings its own norm per map. The last
-        map followed by ``norm`` equals :meth:`forward`.
+        The maps are not normalized; detectors and segmenters have their own norm per map. The last map followed by
+        ``norm`` equals :meth:`forward`.
         """
         tokens, maps = self.embed(images), []
         for stage in cast(Iterable[SwinStage], self.layers):
@@ -163,34 +164,34 @@ class SwinEncoder(nn.Module):
         return maps
 
     def depth_of_parameters(self) -> dict[str, int]:
-        """How deep each parameter sits, by name, for layer-wise learning-rate decay.
+        """Return the depth of each parameter by name, for layer-wise learning-rate decay.
 
-        0 for the patch embedding; blocks count from 1 through all stages; a merging layer belongs
-        to the last block before it; the final norm is ``sum(depths) + 1``.
+        The patch embedding has depth 0. Blocks are numbered from 1 through all stages. A merging layer has the depth
+        of the last block before it, and the final norm has ``sum(depths) + 1``.
         """
         depths = {f"patch_embed.{name}": 0 for name, _ in self.patch_embed.named_parameters()}
-        block_number = 0
+        depth = 0
         for index, stage in enumerate(cast(Iterable[SwinStage], self.layers)):
             for block_index, block in enumerate(stage.blocks):
-                block_number += 1
+                depth += 1
                 for name, _ in block.named_parameters():
-                    depths[f"layers.{index}.blocks.{block_index}.{name}"] = block_number
+                    depths[f"layers.{index}.blocks.{block_index}.{name}"] = depth
             for name, _ in stage.downsample.named_parameters():
-                depths[f"layers.{index}.downsample.{name}"] = block_number
+                depths[f"layers.{index}.downsample.{name}"] = depth
         for name, _ in self.norm.named_parameters():
-            depths[f"norm.{name}"] = block_number + 1
+            depths[f"norm.{name}"] = depth + 1
         return depths
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """Parameters that weight decay must leave alone, as objects.
+        """Return the parameters that must not decay, as objects.
 
-        All vectors (norms and biases), the temperatures and the position biases.
+        These are all vectors (norms and biases), the temperatures and the position biases.
         """
         return no_decay_parameters(self)
 
 
 def no_decay_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Vectors, temperatures and position biases, anywhere in a module."""
+    """Return the parameters of a module that must not decay: vectors, temperatures and position biases."""
     no_decay = {parameter for parameter in module.parameters() if parameter.ndim <= 1}
     for part in module.modules():
         if isinstance(part, SwinBlock):
@@ -199,7 +200,7 @@ def no_decay_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 
 def make_blocks(config: SwinConfig, index: int, drop_path: Sequence[float]) -> list[SwinBlock]:
-    """The blocks of a stage, every other one shifted; ``drop_path`` has a rate for each."""
+    """Build the blocks of a stage, every other one shifted, with the drop-path rate of each."""
     make_block, _ = _PARTS[config.norm]
     dim, heads = config.embed_dim * 2**index, config.num_heads[index]
     assert config.reference_windows is not None
@@ -219,6 +220,7 @@ def make_blocks(config: SwinConfig, index: int, drop_path: Sequence[float]) -> l
 
 
 def _make_stage(config: SwinConfig, index: int, drop_path: Sequence[float]) -> SwinStage:
+    """Build the blocks of a stage and its patch merging, which the last stage lacks."""
     _, make_merging = _PARTS[config.norm]
     is_last = index == len(config.depths) - 1
     downsample = nn.Identity() if is_last else make_merging(config.embed_dim * 2**index)
@@ -226,15 +228,15 @@ def _make_stage(config: SwinConfig, index: int, drop_path: Sequence[float]) -> S
 
 
 def make_encoder(name: str, **settings: Any) -> SwinEncoder:
-    """Build a named encoder with fresh weights.
+    """Build a named encoder with newly initialized weights.
 
     Args:
         name: ``swinv2_`` + ``tiny, small, base, large, huge, giant`` or ``3b``, ``swin_`` + ``tiny,
             small, base`` or ``large``.
         settings: any field of :class:`swin.SwinConfig`, for instance ``image_size=192``,
-            ``window_size=12``, ``in_chans=3``, ``drop_path=0.1``. One number means a square.
+            ``window_size=12``, ``in_chans=3``, ``drop_path=0.1``. A single integer means a square.
 
     Raises:
-        ValueError: unknown name or settings that cannot be built.
+        ValueError: unknown name or invalid settings.
     """
     return SwinEncoder(make_config(name, **settings))

@@ -1,4 +1,4 @@
-"""Linear maps with the weights that a Swin Transformer starts from."""
+"""Linear layer with the initialization of Swin Transformer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """A linear map that starts from a truncated normal (std 0.02) and a bias of zero (official initialisation)."""
+    """Linear layer whose weights start as truncated normal (std 0.02) and biases as 0 (official initialization)."""
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)

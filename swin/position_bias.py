@@ -1,15 +1,15 @@
 """Relative position bias: continuous in log-spaced or linear coordinates, or one table entry per offset.
 
-Letters: t tokens per window, m heads. An offset is query minus key, ``(dy, dx)`` in tokens, or
-``(df, dy, dx)`` in a video; the row of an offset is the one of :func:`swin.windows.relative_index`.
-Shapes are written for two axes; a third one comes first.
+Letters: t tokens per window, m heads. An offset is query position minus key position, ``(dy, dx)`` in tokens, or
+``(df, dy, dx)`` in a video. :func:`swin.windows.relative_index` defines the row of each offset in a table.
+Shapes are written for images; in a video the time axis comes first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +18,44 @@ from torch import Tensor, nn
 
 from swin.config import Size, effective_window
 from swin.linear import Linear
-from swin.windows import kept, relative_index
+from swin.weights.state_dict_names import CPB_MLP_LAYERS
+from swin.windows import cache_tensors, relative_index
 
 TableResampling = Literal["bicubic", "geometric"]
 
 
 def log_axis(offset: Tensor, reference: int) -> Tensor:
-    """The official code's log-spaced coordinate of an offset ``d`` for a reference window ``r``::
+    """Compute the log-spaced coordinate of an offset ``d`` for a reference window ``r``, as the official code does::
 
         u = 8 d / (r - 1)
         coordinate = sign(u) log2(1 + |u|) / log2(8)
 
-    The edge of the reference window lies at log2(9) / 3 = 1.0566. A reference of one token would
-    divide by zero and counts as two.
+    The edge of the reference window has the coordinate log2(9) / 3 = 1.0566. A reference window of one token would
+    divide by zero and is treated as two tokens.
     """
     u = offset / max(reference - 1, 1) * 8
     return torch.sign(u) * torch.log2(1 + u.abs()) / math.log2(8)
 
 
 def log_paper_axis(offset: Tensor, reference: int) -> Tensor:
-    """``sign(d) ln(1 + |d|)`` (Swin V2, equation 4); no reference window enters."""
+    """Compute ``sign(d) ln(1 + |d|)`` (Swin V2, equation 4), which does not depend on the reference window."""
     return torch.sign(offset) * torch.log1p(offset.abs())
 
 
 def linear_axis(offset: Tensor, reference: int) -> Tensor:
-    """``d / (r - 1)``: 1 at the edge of the reference window (the linear-spaced arm of Swin V2, table 1)."""
+    """Compute ``d / (r - 1)``, 1 at the edge of the reference window (linear-spaced variant of Swin V2, table 1)."""
     return offset / max(reference - 1, 1)
 
 
 Axis = Callable[[Tensor, int], Tensor]
 
 
-@kept
+@cache_tensors
 def coordinates(axis: Axis, window: Size, reference: Size, device: torch.device) -> Tensor:
-    """Coordinates of all offsets inside a window: float32 ``((2 wh - 1) (2 ww - 1), 2)``.
+    """Compute the coordinates of all offsets inside a window: float32 ``((2 wh - 1) (2 ww - 1), 2)``.
 
-    The current window only decides which offsets occur, so a shared offset has the same coordinate
-    at any window size. Always rounded to float32, as the released weights were trained with.
+    The current window determines only which offsets occur, so an offset has the same coordinate at every window size.
+    Always float32, because the published weights were trained with float32 coordinates.
     """
     offsets = (torch.arange(-(size - 1), size, dtype=torch.float32, device="cpu") for size in window)
     grid = torch.meshgrid(*(axis(d, r) for d, r in zip(offsets, reference, strict=True)), indexing="ij")
@@ -62,20 +63,21 @@ def coordinates(axis: Axis, window: Size, reference: Size, device: torch.device)
 
 
 class PositionBias(nn.Module):
-    """What every kind of bias shares: ``make_table(window)`` -> one bias per pair of tokens.
+    """Base class: looks up the bias of every pair of tokens in the table that a subclass makes.
 
-    In evaluation the table of the last window is kept until a parameter changes.
+    In evaluation mode without gradients the table of the last window is cached until a parameter changes.
     """
 
     reference_window: Size
-    _kept: tuple[tuple[Any, ...], Tensor] | None = None
+    _cached: tuple[tuple[Any, ...], Tensor] | None = None
+    """The window and the state of the parameters, and the table made from them."""
 
     def make_table(self, window: Size) -> Tensor:
-        """One bias per offset and head: ``((2 wh - 1) (2 ww - 1), m)``."""
+        """Compute the bias of every offset and head: ``((2 wh - 1) (2 ww - 1), m)``."""
         raise NotImplementedError
 
     def forward(self, window: Size) -> Tensor:
-        """The bias of every pair of tokens in a window: ``(m, t, t)``."""
+        """Return the bias of every pair of tokens in a window: ``(m, t, t)``."""
         table = self._table(window)
         return table[relative_index(window, table.device)].permute(2, 0, 1)
 
@@ -84,39 +86,47 @@ class PositionBias(nn.Module):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or parameters[0].is_inference():
             return self.make_table(window)
         state = (window, *((p.data_ptr(), p._version, p.dtype) for p in parameters))
-        if self._kept is None or self._kept[0] != state:
+        if self._cached is None or self._cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self.make_table(window)
-        return self._kept[1]
+                self._cached = state, self.make_table(window)
+        return self._cached[1]
 
     def train(self, mode: bool = True) -> PositionBias:
-        self._kept = None
+        self._cached = None
         return super().train(mode)
 
 
-class ContinuousBias(PositionBias, nn.Sequential):
-    """``B(dy, dx) = 16 sigmoid(MLP(coordinates))``, a small network per block (Swin V2, equation 3).
+class ContinuousBias(PositionBias):
+    """``B(dy, dx) = 16 sigmoid(MLP(coordinates))``, with a small network per block (Swin V2, equation 3).
 
-    The bound of 16 is the official code's; the paper does not name it.
+    The factor 16 comes from the official code; the paper does not mention it.
     """
 
     def __init__(self, axis: Axis, num_heads: int, reference_window: Size, hidden: int = 512) -> None:
-        first = Linear(len(reference_window), hidden)
-        nn.Sequential.__init__(self, first, nn.ReLU(inplace=True), Linear(hidden, num_heads, bias=False))
+        super().__init__()
         self.axis = axis
         self.reference_window = reference_window
+        hidden_name, output_name = CPB_MLP_LAYERS
+        self.add_module(hidden_name, Linear(len(reference_window), hidden))
+        self.add_module(output_name, Linear(hidden, num_heads, bias=False))
+
+    @property
+    def layers(self) -> tuple[Linear, Linear]:
+        """The hidden layer and the output layer of the network."""
+        hidden, output = self.children()
+        return cast(Linear, hidden), cast(Linear, output)
 
     def make_table(self, window: Size) -> Tensor:
-        weight: Tensor = self[0].weight  # type: ignore[assignment]
-        x = coordinates(self.axis, window, self.reference_window, weight.device).to(weight.dtype)
-        return 16 * torch.sigmoid(nn.Sequential.forward(self, x))
+        hidden, output = self.layers
+        x = coordinates(self.axis, window, self.reference_window, hidden.weight.device).to(hidden.weight.dtype)
+        return 16 * torch.sigmoid(output(F.relu(hidden(x), inplace=True)))
 
 
 class BiasTable(PositionBias):
-    """One free number per head and offset of the reference window (Swin V1, section 3.2).
+    """One parameter per head and offset of the reference window (Swin V1, section 3.2).
 
-    A window clamped by a small grid uses the entries of the offsets that it has; for a larger window
-    the table is resampled bicubically, as the official code does once when it loads.
+    A smaller window, as on a small grid, uses the entries of its own offsets. For a larger window the table is
+    resampled bicubically, as the official code does once when it loads weights.
     """
 
     def __init__(self, num_heads: int, reference_window: Size) -> None:
@@ -136,7 +146,7 @@ class BiasTable(PositionBias):
 
 
 def make_position_bias(kind: str, num_heads: int, reference_window: Size) -> PositionBias:
-    """The bias that :class:`swin.SwinConfig` calls ``kind``."""
+    """Build the position bias of a kind, one of the values of ``SwinConfig.position_bias``."""
     if kind == "table":
         return BiasTable(num_heads, reference_window)
     axis = {"log_cpb": log_axis, "log_cpb_paper": log_paper_axis, "linear_cpb": linear_axis}[kind]
@@ -144,13 +154,13 @@ def make_position_bias(kind: str, num_heads: int, reference_window: Size) -> Pos
 
 
 def resample_table(table: Tensor, old: Size, new: Size, method: TableResampling = "bicubic") -> Tensor:
-    """A bias table for another window: ``((2 wh - 1) (2 ww - 1), m)`` of ``old`` -> the same of ``new``.
+    """Resample a bias table ``((2 wh - 1) (2 ww - 1), m)`` from the window ``old`` to the window ``new``.
 
-    ``bicubic`` stretches the whole field of offsets evenly (V1 and V2 official code). ``geometric``
-    keeps near offsets near: the k-th old offset moves to ``1 + q + ... + q^(k-1)``, with q such that
-    the outermost one lands on the new edge, and a bicubic spline is read at the whole offsets
-    (SimMIM's and BEiT's code; here q may also be below 1, which shrinks a window, and is not capped).
-    In time, where the distance of frames stays, shared offsets stay and further ones repeat the last.
+    ``bicubic`` stretches the whole field of offsets evenly (V1 and V2 official code). ``geometric`` moves near offsets
+    little: the k-th old offset moves to ``1 + q + ... + q^(k-1)``, with q such that the outermost one reaches the new
+    edge, and a bicubic spline is evaluated at the integer offsets (SimMIM's and BEiT's code; here q may also be
+    below 1, to shrink a window, and has no upper limit). Along time, entries of offsets that both windows contain are
+    copied, because the interval between frames does not change; larger offsets repeat the last entry.
 
     Raises:
         ValueError: unknown method.
@@ -173,7 +183,7 @@ def resample_table(table: Tensor, old: Size, new: Size, method: TableResampling 
 
 
 def geometric_positions(old: int, new: int) -> Tensor:
-    """Where the offsets 1 .. old - 1 of a window move in a window of ``new``: float64 ``(old - 1,)``.
+    """Compute the positions of offsets 1 .. old - 1 after resampling to a window ``new``: float64 ``(old - 1,)``.
 
     ``p_k = (q^k - 1) / (q - 1)`` with ``p_(old-1) = new - 1``; q is found by bisection.
     """
@@ -186,9 +196,9 @@ def geometric_positions(old: int, new: int) -> Tensor:
 
 
 def _geometric_matrix(old: int, new: int) -> Tensor:
-    """The linear map of one axis from old to new offsets: float64 ``(2 new - 1, 2 old - 1)``."""
+    """Build the matrix from old to new offsets of one axis: float64 ``(2 new - 1, 2 old - 1)``."""
     if min(old, new) <= 2:
-        # One or two offsets leave no ratio to choose: shared offsets stay, further ones repeat the last.
+        # With one or two offsets the ratio is undefined: copy common offsets and repeat the last for larger ones.
         offset = torch.arange(-(new - 1), new, device="cpu").clamp(1 - old, old - 1)
         return F.one_hot(offset + old - 1, 2 * old - 1).double()
     positive = geometric_positions(old, new)
@@ -197,10 +207,10 @@ def _geometric_matrix(old: int, new: int) -> Tensor:
 
 
 def _spline_matrix(x: Tensor, at: Tensor) -> Tensor:
-    """Values at the knots ``x`` -> values at ``at`` of the cubic spline through them: ``(len(at), len(x))``.
+    """Build the matrix ``(len(at), len(x))`` from values at the knots ``x`` to values of their cubic spline at ``at``.
 
-    The ends are not-a-knot (the third derivative continues through the second knot), as in SciPy's
-    interpolating splines. At least five knots.
+    Boundary conditions are not-a-knot (the third derivative is continuous at the second knot), as in SciPy's
+    interpolating splines. Needs at least five knots.
     """
     n, h = len(x), x.diff()
     values = torch.eye(n, dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
-"""Window attention as one kernel: the numbers of :func:`swin.chunked_attention.attend`, with no logits in memory at all.
+"""Window attention as a fused kernel, equivalent to :func:`swin.chunked_attention.attend` without storing any logits.
 
-Nothing is padded, rolled or cut into windows either: the kernel looks its tokens up where they lie on the grid. The
-programs themselves are in :mod:`swin.triton_kernels`, which is only imported where Triton is there to run them.
+The grid is not padded, rolled or partitioned: the kernels compute the position of every token on the grid. They are
+defined in :mod:`swin.triton_kernels`, which is imported only when they run, because it needs Triton.
 
 Letters: b batch, h w token grid, n windows, t tokens per window, c channels, m heads, d head width.
 """
@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 from swin.config import Pair
 from swin.windows import WindowLayout
 
-PROGRAMS = 2048
-"""So many add up the gradient of a bias, each over its share of the windows, where there are windows enough: some for
-every multiprocessor of a large GPU."""
+BIAS_PROGRAMS = 2048
+"""Number of programs that compute the gradient of the bias, each over a part of the windows, if there are enough
+windows. It gives every multiprocessor of a large GPU several programs."""
 
 
 def available(device: torch.device) -> bool:
-    """Whether Triton is installed and runs there: on a GPU, or on the processor with ``TRITON_INTERPRET=1``."""
+    """Return whether Triton is installed and runs on the device: a GPU, or the CPU with ``TRITON_INTERPRET=1``."""
     try:
         import triton
     except ImportError:
@@ -32,26 +32,27 @@ def available(device: torch.device) -> bool:
 
 
 def attend_windows(qkv: Tensor, factor: Tensor, bias: Tensor, windows: WindowLayout, *, cosine: bool) -> Tensor:
-    """``softmax(factor similarity(q, k) + bias) v`` inside windows; logits and softmax in at least fp32.
+    """Compute ``softmax(factor * similarity(q, k) + bias) v`` within windows, logits and softmax in at least fp32.
 
     Args:
-        qkv: queries, keys and values side by side on the grid, ``(b, h, w, 3 c)``, neither padded nor rolled.
-        factor: what each head multiplies its similarities by, ``(m, 1, 1)``.
-        bias: ``(m, t, t)``
-        windows: how the grid is cut.
-        cosine: similarity is the cosine (Swin V2), not the product (V1).
+        qkv: queries, keys and values, concatenated, on the grid: ``(b, h, w, 3 c)``, neither padded nor rolled.
+        factor: scale of the similarities per head, ``(m, 1, 1)``.
+        bias: position bias, ``(m, t, t)``.
+        windows: window size, shift and padding.
+        cosine: similarity is the cosine (Swin V2) instead of the dot product (V1).
 
     Returns:
-        ``(b, h, w, c)``, heads side by side.
+        ``(b, h, w, c)``, the heads concatenated.
     """
-    attended: Tensor = _Attend.apply(qkv, factor, bias, windows, cosine)
+    attended: Tensor = FusedAttention.apply(qkv, factor, bias, windows, cosine)
     return attended
 
 
-def blocks(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries and keys of a program, and its warps: what compiles for sm_90 and hardly leaves the registers.
+def block_sizes(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Choose the numbers of queries, keys and warps per program so that sm_90 spills few registers.
 
-    A function of sizes alone: what is chosen by the clock would round differently when a run is continued.
+    The choice depends on sizes only. Autotuning by time could choose differently when a run is resumed, which would
+    change the rounding.
     """
     half = dtype.itemsize == 2
     side = min(64 if half else 32 if width <= 32 else 16, max(16, 1 << (tokens - 1).bit_length()))
@@ -59,21 +60,24 @@ def blocks(tokens: int, width: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _constants(windows: WindowLayout, width: int, dtype: torch.dtype, cosine: bool) -> dict[str, Any]:
+    """Return the compile-time arguments of the kernels."""
     (th, tw), block_d = windows.window, max(16, 1 << (width - 1).bit_length())
     sizes = {"TH": th, "TW": tw, "D": width, "BLOCK_D": block_d, "COSINE": cosine}
-    return {**sizes, **blocks(th * tw, width, dtype), "enable_fp_fusion": True}
+    return {**sizes, **block_sizes(th * tw, width, dtype), "enable_fp_fusion": True}
 
 
 def _geometry(batch: int, grid: Pair, windows: WindowLayout) -> tuple[int, ...]:
-    """Tokens of all grids, the grid, windows along its axes, the shift."""
+    """Return the argument ``geometry`` of the kernels, see :mod:`swin.triton_kernels`."""
     (h, w), (th, tw), (bottom, right) = grid, windows.window, windows.padding
     return batch * h * w, h, w, (h + bottom) // th, (w + right) // tw, *windows.shift
 
 
-class _Attend(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
+    """Autograd function that launches the kernels; saves qkv and the log-sum-exp of every row of logits."""
+
     @staticmethod
     def forward(context: Any, qkv: Tensor, factor: Tensor, bias: Tensor, windows: WindowLayout, cosine: bool) -> Tensor:
-        from swin.triton_kernels import attend_program
+        from swin.triton_kernels import attention_kernel
 
         qkv, factor, bias = qkv.contiguous(), factor.contiguous(), bias.contiguous()
         (b, h, w, width), m = qkv.shape, len(bias)
@@ -82,29 +86,31 @@ class _Attend(torch.autograd.Function):
         lse = torch.empty(m, b, h, w, dtype=torch.promote_types(qkv.dtype, torch.float32), device=qkv.device)
         programs = b * geometry[3] * geometry[4] * -(-bias.shape[1] // constants["BLOCK_Q"])
         with torch.cuda.device_of(qkv):
-            attend_program[programs, m](qkv, factor, bias, out, lse, geometry, **constants)
+            attention_kernel[programs, m](qkv, factor, bias, out, lse, geometry, **constants)
         context.save_for_backward(qkv, factor, bias, lse)
         context.geometry, context.constants = geometry, constants
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from swin.triton_kernels import bias_program, keys_program, queries_program
+    def backward(context: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from swin.triton_kernels import bias_gradient_kernel, key_gradient_kernel, query_gradient_kernel
 
         qkv, factor, bias, lse = context.saved_tensors
-        gradient, geometry, constants = gradient.contiguous(), context.geometry, context.constants
+        dout, geometry, constants = dout.contiguous(), context.geometry, context.constants
         num_windows, (m, t, _) = len(qkv) * geometry[3] * geometry[4], bias.shape
-        of_queries, of_keys = -(-t // constants["BLOCK_Q"]), -(-t // constants["BLOCK_K"])
+        query_blocks, key_blocks = -(-t // constants["BLOCK_Q"]), -(-t // constants["BLOCK_K"])
         dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-        dfactor, dbias = lse.new_empty(m, num_windows * of_queries), None
+        dfactor, dbias = lse.new_empty(m, num_windows * query_blocks), None
         with torch.cuda.device_of(qkv):
-            given = qkv, factor, bias, lse, gradient, delta
-            queries_program[num_windows * of_queries, m](*given, dqkv, dfactor, geometry, **constants)
-            keys_program[num_windows * of_keys, m](*given, dqkv, geometry, **constants)
+            inputs = qkv, factor, bias, lse, dout, delta
+            # The first kernel also writes delta, which the other two read.
+            query_gradient_kernel[num_windows * query_blocks, m](*inputs, dqkv, dfactor, geometry, **constants)
+            key_gradient_kernel[num_windows * key_blocks, m](*inputs, dqkv, geometry, **constants)
             if context.needs_input_grad[2]:
-                shares = min(num_windows, -(-PROGRAMS // (m * of_queries * of_keys)))
-                of_shares = lse.new_empty(shares, m, t, t)
-                bias_program[of_queries * of_keys, m, shares](*given, of_shares, num_windows, geometry, **constants)
-                dbias = of_shares.sum(dim=0).to(bias.dtype)
+                tiles = query_blocks * key_blocks
+                parts = min(num_windows, -(-BIAS_PROGRAMS // (m * tiles)))
+                partial_dbias = lse.new_empty(parts, m, t, t)
+                bias_gradient_kernel[tiles, m, parts](*inputs, partial_dbias, num_windows, geometry, **constants)
+                dbias = partial_dbias.sum(dim=0).to(bias.dtype)
         return dqkv, dfactor.sum(dim=1).to(factor.dtype).view_as(factor), dbias, None, None

@@ -1,4 +1,4 @@
-"""The encoder of clips: windows in time and space (Video Swin, arXiv 2106.13230; Swin V2, arXiv 2111.09883).
+"""Video encoder with windows in time and space (Video Swin, arXiv 2106.13230; Swin V2, arXiv 2111.09883).
 
 Letters: b batch, f h w token grid, c channels, T H W frames and pixels.
 """
@@ -19,27 +19,27 @@ from swin.encoder import SwinEncoder
 
 @dataclass(frozen=True)
 class VideoConfig(SwinConfig):
-    """Everything that is needed to build a :class:`VideoEncoder`: that of an image encoder, and time.
+    """All settings needed to build a :class:`VideoEncoder`: those of an image encoder, and three for time.
 
-    ``frames`` is to ``temporal_window`` what ``image_size`` is to ``window_size``: clips of any length are accepted.
-    A window in ``reference_windows`` is three numbers, time first. The defaults are those of Video Swin; Swin V2 has
-    clips of 8 frames in windows of 8 (table 5).
+    The encoder accepts clips of any length; ``frames``, like ``image_size``, only determines the default of
+    ``reference_windows``, whose windows have three sizes, time first. The defaults are those of Video Swin; Swin V2
+    uses clips of 8 frames in windows of 8 (table 5).
 
     Raises:
-        ValueError: a value or a combination that cannot be built.
+        ValueError: an invalid value or combination.
     """
 
     frames: int = 32
     temporal_patch: int = 2
-    """Frames of one token."""
+    """Number of frames per token."""
     temporal_window: int = 8
-    """Tokens."""
+    """Size of the attention window in time, in tokens."""
 
     def _check(self) -> None:
         super()._check()
         for name in ("frames", "temporal_patch", "temporal_window"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer from 1, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
 
     @property
     def window(self) -> Size:
@@ -50,13 +50,13 @@ class VideoConfig(SwinConfig):
         return (self.frames, *self.image_size)
 
     def grids(self) -> tuple[Size, ...]:
-        """Token grid ``(f, h, w)`` of every stage for clips of ``frames``: merging leaves time alone."""
+        """Compute the token grid ``(f, h, w)`` of every stage for clips of ``frames``; merging does not reduce time."""
         f = -(-self.frames // self.temporal_patch)
         return tuple((f, *grid) for grid in super().grids())
 
 
 class TubeEmbed(nn.Module):
-    """Pixels -> tokens: patches of a few frames through one linear map, then a norm."""
+    """Embed patches of a few frames as tokens: one linear layer, then a norm."""
 
     def __init__(self, config: VideoConfig) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class TubeEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """``(b, in_chans, T, H, W)`` -> ``(b, f, h, w, c)``.
+        """Embed ``(b, in_chans, T, H, W)`` as ``(b, f, h, w, c)``.
 
-        A remainder is padded with zeros at bottom and right; in time the last frame is repeated, as a still.
+        If needed, space is padded with zeros at the bottom and right, and time by repeating the last frame.
         """
         after, bottom, right = (-length % side for length, side in zip(clips.shape[2:], self.size, strict=True))
         if after:
@@ -78,11 +78,11 @@ class TubeEmbed(nn.Module):
 
 
 class VideoEncoder(SwinEncoder):
-    """A Swin Transformer, V1, V2 or anything between, over clips.
+    """Swin Transformer for clips: V1, V2 or any combination of their parts.
 
-    All is as in :class:`swin.SwinEncoder`, with one more axis before the rows: ``embed`` maps clips
+    It works as :class:`swin.SwinEncoder` with a time axis before the rows: ``embed`` maps clips
     ``(b, in_chans, T, H, W)`` to tokens ``(b, f, h, w, c)``, f = ceil(T / temporal_patch); ``encode`` and ``forward``
-    give features ``(b, f, h', w', num_features)``, ``pyramid`` maps ``(b, c, f, h, w)``.
+    return features ``(b, f, h', w', num_features)`` and ``pyramid`` returns maps ``(b, c, f, h, w)``.
     """
 
     config: VideoConfig
@@ -92,19 +92,19 @@ class VideoEncoder(SwinEncoder):
         self.patch_embed = cast(Any, TubeEmbed(config))
 
     def can_use_kernel(self, device: torch.device) -> bool:
-        """It knows of no windows in time."""
+        """Return False, because the kernel does not support windows in time."""
         return False
 
 
-def build(config: SwinConfig) -> SwinEncoder:
-    """The encoder that a configuration describes, with fresh weights."""
+def build_encoder(config: SwinConfig) -> SwinEncoder:
+    """Build the image or video encoder of a configuration, with newly initialized weights."""
     return VideoEncoder(config) if isinstance(config, VideoConfig) else SwinEncoder(config)
 
 
 def read_config(values: dict[str, Any]) -> SwinConfig:
-    """The configuration of a plain dict: of clips if it says how many frames they have.
+    """Build a configuration from a plain dict: a :class:`VideoConfig` if it has the key ``frames``.
 
     Raises:
-        ValueError: unknown keys, or values that cannot be built.
+        ValueError: unknown keys or invalid values.
     """
     return (VideoConfig if "frames" in values else SwinConfig).from_dict(values)

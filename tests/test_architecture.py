@@ -82,6 +82,7 @@ def test_the_encoder_needs_little(file):
         "contextlib",
         "dataclasses",
         "functools",
+        "importlib",
         "json",
         "math",
         "pathlib",
@@ -126,10 +127,11 @@ def test_the_readme_names_commands_and_files_that_exist():
 
 
 def test_versions_agree():
+    import swin
     from simmim import __version__
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == __version__
+    assert project["version"] == __version__ == swin.__version__
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

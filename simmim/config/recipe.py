@@ -11,7 +11,7 @@ from simmim.config.dense_stages import DetectStage, SegmentStage
 from simmim.config.image_stages import FinetuneStage, PretrainStage, video_of
 from simmim.config.sections import Data, Encoder, Settings, Stage
 from swin import SwinConfig, make_config
-from swin.inflation import inflated
+from swin.inflation import inflated_config
 
 KINDS: dict[str, type[Stage]] = {
     "pretrain": PretrainStage,
@@ -147,4 +147,4 @@ def encoder_config(encoder: Encoder, stage: Stage) -> SwinConfig:
         if getattr(stage, name) is not None:
             given[name] = getattr(stage, name)
     config, video = make_config(encoder.name, **given, drop_path=stage.drop_path), video_of(stage)
-    return config if video is None else inflated(config, **video.time)
+    return config if video is None else inflated_config(config, **video.time)

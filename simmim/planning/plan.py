@@ -30,7 +30,7 @@ from simmim.training.footprint import (
 )
 from swin import SwinConfig, VideoConfig
 from swin.activation_checkpointing import CHECKPOINTINGS
-from swin.video import build
+from swin.video import build_encoder
 from swin.weights.serialization import DESCRIPTION, load_config
 from swin.windows import fit_windows
 
@@ -221,7 +221,7 @@ def make_planned(recipe: Recipe, name: str, classes: int) -> Task:
     """The objective of a stage on the meta device, where tensors have shapes only."""
     stage, config = recipe.stages[name], config_of(recipe, name)
     with torch.device("meta"):
-        return room_of(stage).make_fake_task(recipe, stage, build(config), classes)
+        return room_of(stage).make_fake_task(recipe, stage, build_encoder(config), classes)
 
 
 def product_rate(device: torch.device, precision: str) -> float:

@@ -14,10 +14,10 @@ from simmim.training.memory import choose_chunks
 from simmim.training.optim import LearningRate, make_lr
 from swin import SwinConfig, SwinEncoder, VideoConfig, import_encoder, inflate, load_encoder, transfer
 from swin.config import Pair
-from swin.inflation import inflated
-from swin.video import build
+from swin.inflation import inflated_config
+from swin.video import build_encoder
 from swin.weights.serialization import DESCRIPTION
-from swin.weights.transfer import changed
+from swin.weights.transfer import transferred_config
 
 FIXED = (
     "embed_dim",
@@ -97,7 +97,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     init = recipe.start_of(name)
     if init == "scratch":
         with torch.device("meta"):
-            return Start(build(encoder_config(recipe.encoder, stage)), None, "scratch")
+            return Start(build_encoder(encoder_config(recipe.encoder, stage)), None, "scratch")
     path = Path(init).expanduser()
     if init in recipe.stages:
         path = out / recipe.name / init / "export"
@@ -107,7 +107,7 @@ def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     digest = fingerprint(encoder)
     check_start(recipe, name, path, encoder.config)
     # The weights stay in the file, which every process maps, until they are moved or changed.
-    video, moved = video_of(stage), transfer(encoder, share=True, **settings_of(stage, encoder.config))
+    video, moved = video_of(stage), transfer(encoder, reuse_tensors=True, **settings_of(stage, encoder.config))
     if video is not None and not isinstance(moved.config, VideoConfig):
         moved = inflate(moved, **video.time)
     return Start(moved, path, digest)
@@ -152,8 +152,8 @@ def settings_of(stage: Stage, old: SwinConfig) -> dict[str, Any]:
 
 def moved_config(stage: Stage, old: SwinConfig) -> SwinConfig:
     """The configuration that :func:`make_start` makes of one to start from, which raises the same."""
-    config, video = changed(old, settings_of(stage, old), None), video_of(stage)
-    return config if video is None or isinstance(config, VideoConfig) else inflated(config, **video.time)
+    config, video = transferred_config(old, settings_of(stage, old), None), video_of(stage)
+    return config if video is None or isinstance(config, VideoConfig) else inflated_config(config, **video.time)
 
 
 def chunks_of(stage: Stage, config: SwinConfig, budget: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What an encoder is, read off its tensors, its file name and the json beside it."""
+"""Inference of an encoder's configuration from its tensors, its file name and the JSON file next to it."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ _FILE_NAME = re.compile(r"window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?")
 
 
 class Geometry(NamedTuple):
-    """What is known of the training geometry; None where nothing is."""
+    """Image and window sizes used in training; None where unknown."""
 
     image_size: Pair | None = None
     window_size: Pair | None = None
     reference_windows: tuple[Pair, ...] | None = None
 
-    def over(self, other: Geometry) -> Geometry:
-        """This one, with ``other`` in its gaps."""
+    def or_else(self, other: Geometry) -> Geometry:
+        """Return this geometry with unknown values taken from ``other``."""
         return self._replace(**{key: value for key, value in other._asdict().items() if getattr(self, key) is None})
 
 
 def infer_config(state: State, geometry: Geometry) -> SwinConfig:
-    """The configuration of native tensors, as far as they are there; missing ones are found by comparing.
+    """Infer the configuration from native tensors. Compare the tensors with it afterwards to find missing ones.
 
     Raises:
-        ValueError: tensors that are no Swin encoder, or a geometry that is needed and not known.
+        ValueError: the tensors are not a Swin encoder, or the geometry is needed and unknown.
     """
     depths = _depths(state)
     patches = state.get("patch_embed.proj.weight")
     widths = [state[name].shape[0] for name in ("patch_embed.proj.bias", "patch_embed.norm.weight") if name in state]
-    widths += [tensor.shape[0] for _, name, tensor in _of_stage(state, 0) if name.startswith("norm")]
+    widths += [tensor.shape[0] for _, name, tensor in _stage_tensors(state, 0) if name.startswith("norm")]
     if not widths:
-        raise ValueError("no tensor tells the width of the encoder: not a Swin encoder, or a damaged file")
+        raise ValueError(
+            "cannot infer the width of the encoder: no patch embedding or norms found. Expected a complete Swin encoder"
+        )
     embed_dim = widths[0]
     names = {match[3] for match in map(_BLOCK.match, state) if match}
     cosine = bool(names & {"attn.logit_scale", "attn.q_bias", "attn.v_bias"})
@@ -59,23 +61,23 @@ def infer_config(state: State, geometry: Geometry) -> SwinConfig:
     if has_table:
         windows = _windows_of_tables(state, len(depths))
         stride = settings["patch_size"] * 2 ** (len(depths) - 1)
-        # No file of V1 tells its image size; V1 trains where the last grid is one window.
+        # V1 files do not contain the image size. In V1 training the grid of the last stage is one window.
         usual = Geometry((windows[-1][0] * stride, windows[-1][1] * stride))
         window = (max(w[0] for w in windows), max(w[1] for w in windows))
-        geometry = Geometry(None, window, windows).over(geometry).over(usual)
+        geometry = Geometry(None, window, windows).or_else(geometry).or_else(usual)
     if geometry.image_size is None or geometry.window_size is None:
         raise ValueError(
-            "neither the tensors nor the file name tell the image and window size of the training, on which the "
-            "position bias depends: give both (image_size=256, window_size=16; on the command line --image-size 256 "
-            "--window-size 16; for a recipe make an export first, with `simmim convert`)"
+            "cannot infer the image and window size of training, on which the position bias depends, from the tensors "
+            "or the file name: give both (image_size=256, window_size=16; on the command line --image-size 256 "
+            "--window-size 16; for a recipe, create an export first with `simmim convert`)"
         )
     return SwinConfig(**settings, **geometry._asdict())
 
 
 def geometry_of_buffers(state: State) -> Geometry:
-    """From the buffers that official files carry: index, coordinates and shift masks of every block.
+    """Infer the geometry from buffers in official files: index, coordinates and shift masks of every block.
 
-    The coordinates at the edge of the current window W tell the reference window r, see
+    The coordinate c at the edge of the current window W determines the reference window r, see
     :func:`swin.position_bias.log_axis`: ``8^c - 1 = 8 (W - 1) / (r - 1)``.
     """
     windows: dict[int, Pair] = {}
@@ -105,7 +107,10 @@ def geometry_of_buffers(state: State) -> Geometry:
 
 
 def geometry_of_name(name: str, num_stages: int) -> Geometry:
-    """From ``...window12to16_192to256...``: trained at 192 px in windows of 12, then at 256 px in windows of 16."""
+    """Infer the geometry from a file name.
+
+    ``...window12to16_192to256...`` means trained at 192 px in windows of 12, then at 256 px in windows of 16.
+    """
     match = _FILE_NAME.search(name)
     if not match:
         return Geometry()
@@ -117,7 +122,7 @@ def geometry_of_name(name: str, num_stages: int) -> Geometry:
 
 
 def geometry_of_json(config: dict[str, Any], num_stages: int) -> Geometry:
-    """From the ``config.json`` of transformers or timm."""
+    """Read the geometry from the ``config.json`` of transformers or timm."""
     arguments = config.get("model_args") or {}
     input_size = (config.get("pretrained_cfg") or {}).get("input_size") or []  # channels, height, width
     size = config.get("image_size") or arguments.get("img_size") or input_size[1:]
@@ -128,11 +133,11 @@ def geometry_of_json(config: dict[str, Any], num_stages: int) -> Geometry:
         as_pair(window, "window_size") if window else None,
         tuple(as_pair(side, "pretrained_window_sizes") for side in reference) if reference and all(reference) else None,
     )
-    return known.over(geometry_of_name(config.get("architecture") or "", num_stages))
+    return known.or_else(geometry_of_name(config.get("architecture") or "", num_stages))
 
 
-def _of_stage(state: State, stage: int) -> Iterator[tuple[int, str, Tensor]]:
-    """``(block, name inside the block, tensor)``"""
+def _stage_tensors(state: State, stage: int) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield ``(block, name inside the block, tensor)`` for the tensors of a stage."""
     for name, tensor in state.items():
         match = _BLOCK.match(name)
         if match and int(match[1]) == stage:
@@ -145,16 +150,20 @@ def _depths(state: State) -> tuple[int, ...]:
         if match := _BLOCK.match(name):
             depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
     if not depths or sorted(depths) != list(range(len(depths))):
-        raise ValueError(f"found blocks in stages {sorted(depths)}: not a Swin encoder, or a damaged file")
+        raise ValueError(
+            f"found blocks in stages {sorted(depths)}: expected a complete Swin encoder with stages from 0"
+        )
     return tuple(depths[stage] for stage in range(len(depths)))
 
 
 def _heads(state: State, stage: int) -> int:
     axis = {"attn.logit_scale": 0, "attn.cpb_mlp.2.weight": 0, "attn.relative_position_bias.table": 1}
-    for _, name, tensor in _of_stage(state, stage):
+    for _, name, tensor in _stage_tensors(state, stage):
         if name in axis:
             return tensor.shape[axis[name]]
-    raise ValueError(f"no tensor tells the number of heads of stage {stage}: not a Swin encoder, or a damaged file")
+    raise ValueError(
+        f"cannot infer the number of heads of stage {stage}: no tensor has it. Expected a complete Swin encoder"
+    )
 
 
 def _mlp_ratio(state: State, embed_dim: int) -> float:
@@ -165,40 +174,43 @@ def _mlp_ratio(state: State, embed_dim: int) -> float:
 
 
 def _extra_norm_interval(state: State) -> int:
-    """Extra norms sit after blocks n, 2n, 3n, ... of a stage."""
+    """Infer the interval n of extra norms, which follow blocks n, 2n, 3n, ... of a stage."""
     matches = [match for match in map(_BLOCK.match, state) if match and match[3].startswith("norm3.")]
     return math.gcd(*(int(match[2]) + 1 for match in matches))
 
 
-def _norm(state: State, embed_dim: int, otherwise: str) -> str:
-    """The norm of a merging layer has 2 c numbers after the reduction, 4 c before it."""
+def _norm(state: State, embed_dim: int, default: str) -> str:
+    """Infer ``norm`` from a merging layer, whose norm has 2 c channels after the reduction and 4 c before it."""
     for name, tensor in state.items():
         if match := re.match(r"^layers\.(\d+)\.downsample\.norm\.", name):
             return "pre" if tensor.shape[0] == 4 * embed_dim * 2 ** int(match[1]) else "res-post"
-    return otherwise
+    return default
 
 
 def _windows_of_tables(state: State, num_stages: int) -> tuple[Pair, ...]:
-    """A table has (2 w - 1)^2 rows."""
+    """Infer the window of every stage from its bias table, which has (2 w - 1)^2 rows."""
     windows = []
     for stage in range(num_stages):
-        rows = next((t.shape[0] for _, n, t in _of_stage(state, stage) if n == "attn.relative_position_bias.table"), 0)
+        rows = next(
+            (t.shape[0] for _, n, t in _stage_tensors(state, stage) if n == "attn.relative_position_bias.table"), 0
+        )
         side = (_square(rows)[0] + 1) // 2
         windows.append((side, side))
     return tuple(windows)
 
 
 def _square(count: int) -> Pair:
+    """Return the sides of a square of ``count`` tokens or offsets."""
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(
-            f"windows of {count} tokens or offsets are not square: give such an encoder as a native export"
+            f"windows of {count} tokens or offsets are not square: only native exports support such encoders"
         )
     return side, side
 
 
 def _references(table: Tensor) -> Pair:
-    """``(1, 2 H - 1, 2 W - 1, 2)`` of the official code."""
+    """Infer the reference window from the official coordinates ``(1, 2 wh - 1, 2 ww - 1, 2)``."""
     sides = []
     for axis in (1, 2):
         window = (table.shape[axis] + 1) // 2

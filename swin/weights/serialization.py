@@ -1,4 +1,4 @@
-"""An encoder on disk: ``encoder.safetensors`` and the ``encoder.json`` that says how to rebuild it."""
+"""Saving and loading of encoders: weights in ``encoder.safetensors``, configuration in ``encoder.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swin.config import SwinConfig
 from swin.encoder import SwinEncoder
 from swin.position_bias import TableResampling
 from swin.video import read_config
-from swin.weights.transfer import Inflation, assemble, transfer
+from swin.weights.transfer import Inflation, encoder_from_state, transfer
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
@@ -23,12 +23,11 @@ WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
 def save_encoder(
     encoder: SwinEncoder, folder: Path | str, *, about: dict[str, Any], weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write weights and description into ``folder``.
+    """Write the weights and the description of an encoder into ``folder``.
 
     Args:
-        about: what else a later reader should know, under keys of its own: channel statistics, how
-            the weights were trained. Must be plain JSON.
-        weights: the state to write instead of the encoder's own, for gathered or averaged weights.
+        about: further entries of the description, such as channel statistics or training settings. Must be plain JSON.
+        weights: state dict to write instead of the encoder's own, for gathered weights or EMA weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,14 +41,14 @@ def load_description(folder: Path) -> dict[str, Any]:
     """Read ``encoder.json``.
 
     Raises:
-        ValueError: missing, unreadable, or from a newer format.
+        ValueError: the file is missing or unreadable, or has another format version.
     """
     path = Path(folder) / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         written = description["format"]
     except FileNotFoundError:
-        raise ValueError(f"no {DESCRIPTION} in {folder}: give the export folder of a run") from None
+        raise ValueError(f"no {DESCRIPTION} in {folder}: expected the export folder of a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an encoder description ({error})") from None
     if written != FORMAT:
@@ -58,15 +57,15 @@ def load_description(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> SwinConfig:
-    """The configuration of an exported encoder, from its ``encoder.json``.
+    """Read the configuration of an exported encoder from its ``encoder.json``.
 
     Raises:
-        ValueError: as of :func:`load_description`, or a file that describes no encoder.
+        ValueError: see :func:`load_description`, or the file describes no encoder.
     """
-    return _described(load_description(folder), Path(folder))
+    return _config_of(load_description(folder), Path(folder))
 
 
-def _described(description: dict[str, Any], folder: Path) -> SwinConfig:
+def _config_of(description: dict[str, Any], folder: Path) -> SwinConfig:
     try:
         return read_config(description["encoder"])
     except (TypeError, KeyError, AttributeError) as error:
@@ -82,20 +81,19 @@ def load_encoder(
 ) -> SwinEncoder:
     """Rebuild an exported encoder with its weights, on the CPU, at any resolution.
 
-    ``load_encoder("export")`` gives what was saved; ``load_encoder("export", image_size=384,
-    window_size=24)`` the same weights at another geometry, one number or ``(height, width)`` each. Where videos were
-    encoded it is a :class:`swin.VideoEncoder`.
-    The other arguments are those of :func:`swin.weights.transfer.transfer`.
+    ``load_encoder("export")`` restores the saved encoder; ``load_encoder("export", image_size=384, window_size=24)``
+    transfers its weights to another resolution, with one integer or ``(height, width)`` each. The other arguments are
+    those of :func:`swin.weights.transfer.transfer`. A saved video encoder is loaded as :class:`swin.VideoEncoder`.
 
     Raises:
-        ValueError: a missing or damaged file, weights that do not fit the description, or a setting
-            that contradicts them.
+        ValueError: a missing or corrupt file, weights that do not fit the description, or a setting that contradicts
+            them.
     """
     folder = Path(folder)
     description = load_description(folder)
-    config = _described(description, folder)
+    config = _config_of(description, folder)
     try:
-        encoder = assemble(config, load_file(folder / WEIGHTS))
+        encoder = encoder_from_state(config, load_file(folder / WEIGHTS))
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(f"cannot read {folder / WEIGHTS}: {error}") from None
     except RuntimeError as error:

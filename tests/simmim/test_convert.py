@@ -281,7 +281,7 @@ def test_damaged_exports(damage, message, tmp_path, capsys):
     [
         (["{export}", "{tmp}"], "exists: choose another place"),
         (["{export}", "{tmp}/out.bin", "--to", "onnx"], "ends in .onnx"),
-        (["{export}", "{tmp}/out", "--in-chans", "5"], "ask for inflate='mean' or 'repeat'"),
+        (["{export}", "{tmp}/out", "--in-chans", "5"], "set inflate='mean' or 'repeat'"),
         (["{export}", "{tmp}/out", "--window-size", "64"], "larger than the"),
         (["{export}", "{tmp}/out", "--image-size", "0"], "image_size"),
         (["{tmp}/nothing", "{tmp}/out"], "nothing"),

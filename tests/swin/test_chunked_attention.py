@@ -1,4 +1,4 @@
-"""Less memory, the same numbers: attention in chunks, checkpointing."""
+"""Memory options: chunked attention and activation checkpointing do not change results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from simmim.training.memory import TrackedMemory, choose_chunks
 from swin import SwinEncoder, make_config, make_encoder
 from swin.activation_checkpointing import CHECKPOINTINGS
 from swin.attention import ATTENTIONS, WindowAttention, watch_attention
-from swin.chunked_attention import CACHE, attend, chunks_in_cache, cut
+from swin.chunked_attention import CACHE_BYTES, attend, chunks_in_cache, split_chunks
 from swin.encoder import make_blocks
 from swin.position_bias import make_position_bias
 from swin.windows import attention_mask, fit_windows, window_partition, window_reverse
 
-# window, grid, shifted: plain, shifted, padded, both, global, one window on one axis
+# Window, grid, shifted. The cases: plain, shifted, padded, both, global, one window on one axis.
 CASES = [
     ((4, 4), (8, 8), False),
     ((3, 3), (9, 9), True),
@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind", ["cosine", "dot"])
 @pytest.mark.parametrize(("window", "grid", "shifted"), CASES)
-def test_chunks_give_the_numbers_of_the_whole(window, grid, shifted, kind):
+def test_chunked_attention_equals_reference_attention(window, grid, shifted, kind):
     torch.manual_seed(0)
     attention = ATTENTIONS[kind](8, 2, make_position_bias("log_cpb", 2, window)).double()
     windows = fit_windows(grid, window, shifted)
@@ -62,7 +62,7 @@ def test_chunks_give_the_numbers_of_the_whole(window, grid, shifted, kind):
 
 @pytest.mark.parametrize("chunks", [1, 3, 8])
 @pytest.mark.parametrize("cosine", [True, False])
-def test_gradients_of_chunks_by_differences(chunks, cosine):
+def test_chunked_attention_passes_gradcheck(chunks, cosine):
     torch.manual_seed(0)
     qkv = torch.randn(4, 3, 3 * 8, dtype=torch.float64, requires_grad=True)
     factor = torch.rand(2, 1, 1, dtype=torch.float64).add(0.5).requires_grad_()
@@ -76,7 +76,7 @@ def test_gradients_of_chunks_by_differences(chunks, cosine):
     assert torch.autograd.gradcheck(run, (qkv, factor, bias))
 
 
-def test_queries_of_length_zero_have_the_gradient_of_normalize():
+def test_zero_queries_have_the_gradient_of_normalize():
     torch.manual_seed(0)
     attention = ATTENTIONS["cosine"](8, 2, make_position_bias("log_cpb", 2, (2, 2))).double()
     x = torch.randn(3, 4, 8, dtype=torch.float64)
@@ -92,9 +92,9 @@ def test_queries_of_length_zero_have_the_gradient_of_normalize():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
-def test_chunks_that_a_cache_can_hold():
+def test_cache_sized_chunks_reduce_peak_memory():
     bias = torch.zeros(3, 144, 144)
-    assert chunks_in_cache(4, bias) == 1 and chunks_in_cache(64, bias) * CACHE >= 64 * bias.nbytes
+    assert chunks_in_cache(4, bias) == 1 and chunks_in_cache(64, bias) * CACHE_BYTES >= 64 * bias.nbytes
     encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2,), num_heads=(2,), image_size=192, window_size=24)
     peaks = []
     for in_cache in (True, False):
@@ -107,15 +107,15 @@ def test_chunks_that_a_cache_can_hold():
 
 
 @pytest.mark.parametrize(("windows", "heads", "chunks"), [(8, 4, 1), (8, 4, 3), (8, 4, 16), (1, 4, 3), (2, 3, 100)])
-def test_chunks_cover_everything_once(windows, heads, chunks):
+def test_chunks_cover_every_window_and_head_once(windows, heads, chunks):
     seen = torch.zeros(windows, heads)
-    parts = list(cut(windows, heads, chunks))
+    parts = list(split_chunks(windows, heads, chunks))
     for part in parts:
         seen[part] += 1
     assert (seen == 1).all() and len(parts) >= min(chunks, windows * heads)
 
 
-def test_half_precision_stays_in_chunks_what_it_is():
+def test_chunks_do_not_change_outputs_under_bf16_autocast():
     torch.manual_seed(0)
     encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=48, window_size=6)
     images = torch.randn(2, 3, 48, 48)
@@ -128,7 +128,7 @@ def test_half_precision_stays_in_chunks_what_it_is():
 
 
 @pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
-def test_a_model_in_half_precision_as_a_whole(name):
+def test_model_converted_to_bf16_stays_accurate(name):
     torch.manual_seed(0)
     encoder = make_encoder(name, embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=48, window_size=4)
     images = torch.randn(2, 3, 48, 48)
@@ -144,21 +144,21 @@ def test_a_model_in_half_precision_as_a_whole(name):
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
 
 
-def test_memory_of_a_large_window_falls():
-    """A block of V2-B at 768 px with windows of 24 tokens, in bf16: at least four times, by chunks alone."""
+def test_chunks_reduce_memory_of_large_windows_fourfold():
+    """Chunks alone reduce the peak at least fourfold, for a block of V2-B at 768 px, windows of 24 tokens, bf16."""
     config = make_config("swinv2_base", image_size=768, window_size=24)
     with torch.device("meta"):
         block = make_blocks(config, 0, [0.0, 0.0])[1]
 
     def peak(chunks: int) -> int:
-        planned = copy.deepcopy(block)
+        fake_block = copy.deepcopy(block)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            planned.to_empty(device="cpu")
-            planned.attn.chunks, planned.attn.in_cache = chunks, False
+            fake_block.to_empty(device="cpu")
+            fake_block.attn.chunks, fake_block.attn.in_cache = chunks, False
             x = torch.empty(1, 192, 192, 128, requires_grad=True)
             with TrackedMemory() as memory:
                 with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                    out = planned(x)
+                    out = fake_block(x)
                 out.float().sum().backward()
         return memory.peak
 
@@ -181,7 +181,7 @@ def make_small(**settings) -> SwinEncoder:
 @pytest.mark.parametrize(
     "settings", [{"drop_path": 0.4}, {"extra_norm_interval": 2}, {"norm": "pre", "attention": "dot"}]
 )
-def test_saving_memory_changes_no_gradient(checkpointing, chunks, settings):
+def test_memory_options_do_not_change_gradients(checkpointing, chunks, settings):
     encoder = make_small(**settings).train()
     images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
 
@@ -198,42 +198,42 @@ def test_saving_memory_changes_no_gradient(checkpointing, chunks, settings):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
-def test_checkpointing_keeps_less():
+def test_checkpointing_stores_fewer_activations():
     encoder = make_small().train()
     images = torch.randn(4, 3, 48, 48, dtype=torch.float64)
-    encoder(images)  # tables of positions are made once, and stay
-    kept = {}
+    encoder(images)  # fills the caches of masks and coordinates, which stay allocated
+    stored = {}
     for checkpointing in CHECKPOINTINGS:
         encoder.save_memory(checkpointing=checkpointing)
         with TrackedMemory() as memory:
             loss = encoder(images).sum()
-            kept[checkpointing] = memory.current
+            stored[checkpointing] = memory.current
             loss.backward()
-    assert kept["selective"] < 0.6 * kept["none"] and kept["full"] < 0.4 * kept["none"]
-    assert kept["full"] < 0.5 * kept["selective"]
+    assert stored["selective"] < 0.6 * stored["none"] and stored["full"] < 0.4 * stored["none"]
+    assert stored["full"] < 0.5 * stored["selective"]
 
 
-def test_tracked_memory_sees_what_lives():
+def test_tracked_memory_counts_live_tensors():
     given = torch.zeros(1000)
     with TrackedMemory() as memory:
         given.view(10, 100)
-        assert memory.current == 0  # it was there before
+        assert memory.current == 0  # a view of memory allocated earlier
         first = torch.zeros(1000)
         view = first[:10]
         assert memory.current == 4000
         second = first + 1
         assert (memory.current, memory.peak) == (8000, 8000)
         del first
-        assert memory.current == 8000  # its view lives
+        assert memory.current == 8000  # its view keeps the memory allocated
         del view, second
         assert (memory.current, memory.peak) == (0, 8000)
 
 
-def test_chunks_by_the_memory_there_is():
+def test_chunks_are_chosen_by_available_memory():
     config = make_config("swinv2_base", image_size=768, window_size=24)
     assert choose_chunks(config, 1, 10**15) == [1, 1, 1, 1]
     chunks = choose_chunks(config, 1, 4 * 10**9)
-    # 192 x 192 tokens, 4 heads, 576 keys, three times in fp32, of a sixteenth of 4 GB.
+    # 192 x 192 tokens, 4 heads and 576 keys, three copies in fp32, must fit into a sixteenth of 4 GB.
     assert chunks[0] == 8 and chunks == sorted(chunks, reverse=True)
     assert choose_chunks(config, 2, 4 * 10**9)[0] == 16
 
@@ -242,18 +242,18 @@ def test_chunks_by_the_memory_there_is():
     ("settings", "message"),
     [
         ({"checkpointing": "some"}, "unknown checkpointing 'some': expected one of none, selective, full"),
-        ({"attention_chunks": 0}, "expected a positive number for each of 2 stages"),
-        ({"attention_chunks": [2, 2, 1]}, "expected a positive number for each of 2 stages"),
+        ({"attention_chunks": 0}, "expected a positive integer for each of 2 stages"),
+        ({"attention_chunks": [2, 2, 1]}, "expected a positive integer for each of 2 stages"),
     ],
 )
-def test_what_cannot_save_memory_is_refused(settings, message):
+def test_invalid_memory_options_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_small().save_memory(**settings)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
-def test_windows_of_fewer_tokens_than_a_head_is_wide(checkpointing):
-    """There selective checkpointing keeps the logits, which nothing may change afterwards."""
+def test_checkpointing_of_windows_with_fewer_tokens_than_head_channels(checkpointing):
+    """In this case selective checkpointing saves the logits, so they must not be modified in place."""
     torch.manual_seed(0)
     encoder = make_encoder(
         "swinv2_tiny", embed_dim=32, depths=(2, 2), num_heads=(1, 2), image_size=60, window_size=5
@@ -274,7 +274,7 @@ def test_windows_of_fewer_tokens_than_a_head_is_wide(checkpointing):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
-def test_watching_attention_stays_in_chunks():
+def test_watch_attention_computes_logits_in_chunks():
     encoder = make_encoder("swinv2_tiny", embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=96, window_size=24)
     images = torch.randn(4, 3, 96, 96)
     numbers = []

@@ -1,4 +1,4 @@
-"""Compiled blocks: the numbers of plain ones, from few programs."""
+"""Compiled blocks equal uncompiled ones and share compiled code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from swin import make_encoder
 from swin.attention import watch_attention
 from swin.blocks import compiled_branches
-from tests.swin.test_encoder import wake
+from tests.swin.test_encoder import randomize_parameters
 
 SMALL = {"embed_dim": 8, "depths": (2, 4), "num_heads": (1, 2), "image_size": 36, "window_size": 4, "drop_path": 0.3}
 
@@ -20,12 +20,12 @@ BF16 = 0.04
 def make_small(**settings):
     torch.manual_seed(0)
     encoder = make_encoder("swinv2_tiny", **SMALL | settings).train()
-    wake(encoder)
+    randomize_parameters(encoder)
     return encoder
 
 
-def numbers(encoder, images):
-    """Tokens and all gradients; the same branches are dropped every time."""
+def outputs_and_gradients(encoder, images):
+    """Return the output and all gradients; the fixed seed drops the same branches every time."""
     torch.manual_seed(3)
     encoder.zero_grad()
     out = encoder(images)
@@ -34,41 +34,41 @@ def numbers(encoder, images):
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_compiled_blocks_have_the_numbers_of_plain_ones(checkpointing, traced):
-    """In double precision, so that nothing is left to rounding; one program for blocks that are alike."""
+def test_compiled_blocks_equal_uncompiled_blocks(checkpointing, traced):
+    """Compare in double precision, where rounding is negligible; equal blocks share one compilation."""
     encoder = make_small().double().save_memory(checkpointing=checkpointing)
     images = torch.randn(3, 3, 36, 36, dtype=torch.float64)
-    plain = numbers(encoder, images)
+    plain = outputs_and_gradients(encoder, images)
     assert not traced
-    compiled = numbers(encoder.use_compiler(), images)
+    compiled = outputs_and_gradients(encoder.use_compiler(), images)
     for found, expected in zip(compiled, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    # Shifted or not in both stages, and the first block, which is never dropped, is one of the four.
+    # Shifted or not, in two stages. The first block, which has no drop path, is one of the four.
     assert len(traced) == 4
-    numbers(encoder, images), numbers(encoder.use_compiler(False), images)
+    outputs_and_gradients(encoder, images), outputs_and_gradients(encoder.use_compiler(False), images)
     assert len(traced) == 4
 
 
-def test_in_bf16_they_differ_by_rounding(traced):
-    """All gradients together by less than 4 %, from each other and from float32."""
+def test_compiled_blocks_in_bf16_differ_by_rounding_only(traced):
+    """The gradients, as one vector, differ by less than 4 % from uncompiled bf16 and from fp32."""
     encoder, images = make_small(), torch.randn(3, 3, 36, 36)
-    exact = numbers(encoder, images)
+    exact = outputs_and_gradients(encoder, images)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = numbers(encoder, images)
-        compiled = numbers(encoder.use_compiler(), images)
+        plain = outputs_and_gradients(encoder, images)
+        compiled = outputs_and_gradients(encoder.use_compiler(), images)
     vectors = [torch.cat([x.float().flatten() for x in gradients]) for _, *gradients in (exact, plain, compiled)]
     assert (vectors[2] - vectors[1]).norm() < BF16 * vectors[1].norm()
     assert (vectors[2] - vectors[0]).norm() < BF16 * vectors[0].norm()
     torch.testing.assert_close(compiled[0], plain[0], rtol=BF16, atol=BF16)
 
 
-def test_without_training_blocks_run_as_they_are(traced):
+def test_blocks_run_uncompiled_in_evaluation_mode(traced):
     encoder = make_small().use_compiler().eval()
     encoder(torch.randn(1, 3, 36, 36))
     assert not traced
 
 
-def test_what_is_watched_runs_as_it_is(traced):
+def test_watched_blocks_run_uncompiled(traced):
     encoder, images = make_small(), torch.randn(2, 3, 36, 36)
     found = []
     for is_compiled in (False, True):
@@ -81,9 +81,9 @@ def test_what_is_watched_runs_as_it_is(traced):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_through_the_compiler_itself():
+def test_blocks_compile_with_the_default_backend():
     compiled_branches.cache_clear()
     encoder, images = make_small(depths=(1,), num_heads=(1,), image_size=16), torch.randn(2, 3, 16, 16)
-    plain, compiled = numbers(encoder, images), numbers(encoder.use_compiler(), images)
+    plain, compiled = outputs_and_gradients(encoder, images), outputs_and_gradients(encoder.use_compiler(), images)
     for found, expected in zip(compiled, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The encoder: sizes, shapes, invariances, groups, and what may influence what."""
+"""Encoder: parameter counts, shapes, invariances, parameter groups and receptive fields."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANTS = [
     for position_bias in ("log_cpb", "log_cpb_paper", "linear_cpb", "table")
 ]
 
-WITH_HEAD = {
+PARAMETERS_WITH_HEAD = {
     "swin_tiny": 28_288_354,
     "swin_small": 49_606_258,
     "swin_base": 87_768_224,
@@ -40,7 +40,7 @@ def small_encoder(**settings) -> swin.SwinEncoder:
     settings = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "image_size": 32, "window_size": 4} | settings
     torch.manual_seed(0)
     encoder = swin.make_encoder("swinv2_tiny", **settings).double()
-    wake(encoder)
+    randomize_parameters(encoder)
     return encoder
 
 
@@ -58,23 +58,23 @@ def cosine_attention(window) -> CosineAttention:
     return CosineAttention(16, 2, make_position_bias("log_cpb", 2, window))
 
 
-def wake(module: torch.nn.Module) -> None:
-    """Block norms start at 0; give every branch something to say."""
+def randomize_parameters(module: torch.nn.Module) -> None:
+    """Add noise to all parameters, because block norms start at 0 and would hide every branch."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize("name", PARAMETERS_WITH_HEAD)
 def test_parameter_counts_with_a_head_of_1000_classes(name):
     with torch.device("meta"):
         encoder = swin.make_encoder(name)
     count = sum(parameter.numel() for parameter in encoder.parameters())
-    assert count + (encoder.config.num_features + 1) * 1000 == WITH_HEAD[name]
+    assert count + (encoder.config.num_features + 1) * 1000 == PARAMETERS_WITH_HEAD[name]
 
 
-def test_every_block_is_the_identity_at_first():
+def test_blocks_are_initialized_as_identity():
     block = swin.make_encoder("swinv2_tiny", embed_dim=16, depths=(2,), num_heads=(2,), window_size=4).layers[0]
     x = torch.randn(2, 8, 8, 16)
     assert torch.equal(block(x), x)
@@ -82,7 +82,7 @@ def test_every_block_is_the_identity_at_first():
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (30, 41), (4, 4), (5, 60)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: " ".join(variant.values()))
-def test_any_image_size_gives_finite_maps_of_the_right_size(variant, size):
+def test_any_image_size_gives_finite_maps_of_the_expected_shape(variant, size):
     encoder = small_encoder(**variant)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     h, w = -(-size[0] // 4), -(-size[1] // 4)
@@ -101,7 +101,7 @@ def test_pyramid_of_a_published_size_has_strides_4_8_16_32():
 
 
 @pytest.mark.parametrize("variant", [{}, V1], ids=["v2", "v1"])
-def test_images_of_a_batch_do_not_see_each_other(variant):
+def test_images_of_a_batch_are_independent(variant):
     encoder = small_encoder(**variant)
     images = torch.randn(3, 3, 36, 28, dtype=torch.float64)
     order = [2, 0, 1]
@@ -114,14 +114,14 @@ def products(attention, q, k) -> torch.Tensor:
     return q @ k.transpose(-2, -1)
 
 
-def test_logits_ignore_the_length_of_queries_and_keys():
+def test_cosine_logits_do_not_depend_on_the_norm_of_queries_and_keys():
     attention = cosine_attention((4, 4)).double()
-    wake(attention)
+    randomize_parameters(attention)
     q, k = torch.randn(2, 3, 2, 16, 8, dtype=torch.float64).unbind()
     torch.testing.assert_close(products(attention, 7 * q, 0.1 * k), products(attention, q, k))
 
 
-def test_temperature_never_falls_below_a_hundredth():
+def test_temperature_is_clamped_at_one_hundredth():
     attention = cosine_attention((2, 2)).double()
     q, k = torch.randn(2, 1, 2, 4, 8, dtype=torch.float64).unbind()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_temperature_never_falls_below_a_hundredth():
 
 def test_attention_weights_are_computed_in_fp32_under_autocast():
     attention = cosine_attention((4, 4))
-    wake(attention)
+    randomize_parameters(attention)
     seen = []
     softmax = torch.Tensor.softmax
     x, windows = torch.randn(3, 4, 4, 16), fit_windows((4, 4), (4, 4), False)
@@ -143,7 +143,7 @@ def test_attention_weights_are_computed_in_fp32_under_autocast():
         qkv = attention.project(x.flatten(1, 2))
     assert qkv.dtype == torch.bfloat16
     assert [logits.dtype for logits in seen] == [torch.float32]
-    # Rounded is what goes into the logits, not they.
+    # The inputs of the logits are rounded to bf16, but the logits are not.
     q, k, _ = split_heads(qkv.detach(), 3, attention.num_heads).double()
     cosine = torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).transpose(-2, -1)
     exact = cosine * attention.factor().detach() + attention.position_bias((4, 4)).detach()
@@ -151,7 +151,7 @@ def test_attention_weights_are_computed_in_fp32_under_autocast():
     torch.testing.assert_close(result.float(), attention(x, windows), rtol=0.05, atol=0.05)
 
 
-def test_extra_norms_sit_after_every_nth_block_of_a_stage():
+def test_extra_norms_follow_every_nth_block_of_a_stage():
     encoder = swin.make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(2, 7), num_heads=(1, 1), extra_norm_interval=3, image_size=32
     )
@@ -167,15 +167,15 @@ def test_extra_norms_sit_after_every_nth_block_of_a_stage():
     torch.testing.assert_close(out.var(dim=-1, correction=0), torch.ones(1, 4, 4), rtol=1e-3, atol=1e-3)
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_drop_path_drops_samples_and_preserves_the_mean():
     torch.manual_seed(0)
     drop = DropPath(0.25)
     x = torch.ones(4000, 2, 2, 3)
-    keep = drop.draw(x)
-    assert keep.shape == (4000, 1, 1, 1)
-    assert keep.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert keep.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(add(x, 2 * x, keep), x + 2 * x * keep)
+    drop_path_scale = drop.draw(x)
+    assert drop_path_scale.shape == (4000, 1, 1, 1)
+    assert drop_path_scale.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert drop_path_scale.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(add(x, 2 * x, drop_path_scale), x + 2 * x * drop_path_scale)
     assert drop.eval().draw(x) is None and torch.equal(add(x, 2 * x, None), 3 * x)
 
 
@@ -197,7 +197,7 @@ def test_every_parameter_has_one_depth():
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: " ".join(variant.values()))
-def test_what_is_not_decayed(variant):
+def test_no_decay_parameters_are_vectors_temperatures_and_position_biases(variant):
     encoder = small_encoder(**variant)
     no_decay = encoder.no_decay_parameters()
     for name, parameter in encoder.named_parameters():
@@ -222,12 +222,12 @@ def test_what_is_not_decayed(variant):
         ({"reference_windows": (4,)}, "1 entries, but the encoder has 2 stages"),
     ],
 )
-def test_settings_that_cannot_be_built_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         small_encoder(**settings)
 
 
-def test_unknown_name_lists_the_known_ones():
+def test_unknown_encoder_name_lists_known_names():
     with pytest.raises(ValueError, match=r"unknown encoder 'swinv3'.*swinv2_3b"):
         swin.make_encoder("swinv3")
 
@@ -236,19 +236,19 @@ def test_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize("window", [(4, 4), (3, 5), (2, 4), (1, 1), (7, 7), (9, 2)])
 @pytest.mark.parametrize("grid", [(7, 7), (8, 8), (5, 9), (4, 6), (1, 3), (12, 4)])
 @pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
-def test_one_token_reaches_exactly_its_window(grid, window, shifted, v1):
-    """Perturb each token of a grid; what changes after one block is what the definition says."""
+def test_a_token_influences_exactly_its_window(grid, window, shifted, v1):
+    """Perturb each token of a grid and compare the tokens that change after one block with the definition."""
     block = small_block(window, shifted=shifted, v1=v1)
-    wake(block)
+    randomize_parameters(block)
     if not v1:
-        with torch.no_grad():  # soft attention: what is allowed must also be seen
+        with torch.no_grad():  # soft attention, so that every allowed key has a measurable influence
             block.attn.logit_scale.zero_()
-            block.attn.cpb_mlp[2].weight.mul_(0.1)
+            block.attn.cpb_mlp.layers[1].weight.mul_(0.1)
     h, w = grid
     x = torch.randn(1, h, w, 8, dtype=torch.float64)
     perturbed = x.repeat(h * w, 1, 1, 1)
-    for number in range(h * w):
-        perturbed[number, number // w, number % w] += torch.randn(8, dtype=torch.float64)
+    for token in range(h * w):
+        perturbed[token, token // w, token % w] += torch.randn(8, dtype=torch.float64)
     with torch.no_grad():
         changed = ((block(perturbed) - block(x)).abs().amax(dim=-1) > 1e-9).view(h * w, h * w)
     expected = torch.tensor(
@@ -261,10 +261,10 @@ def test_one_token_reaches_exactly_its_window(grid, window, shifted, v1):
 
 
 def same_window(a, b, grid, window, shifted) -> bool:
-    """Two tokens share a window: on each axis they lie between the same two cuts.
+    """Return whether two tokens share a window: on each axis they are between the same two window borders.
 
-    Cuts are at multiples of the window, moved by half a window in a shifted block; a window that
-    covers the axis is not cut.
+    Borders are at multiples of the window, moved by half a window in a shifted block. If the window covers the axis,
+    there is no border.
     """
     for i, j, size, side in zip(a, b, grid, window, strict=True):
         if side < size:
@@ -274,7 +274,7 @@ def same_window(a, b, grid, window, shifted) -> bool:
     return True
 
 
-def test_tables_cached_in_inference_mode_can_be_trained_with():
+def test_tensors_cached_in_inference_mode_can_be_used_in_training():
     block = small_block((3, 3), shifted=True)
     x = torch.randn(1, 7, 5, 8, dtype=torch.float64)
     with torch.inference_mode():
@@ -285,21 +285,21 @@ def test_tables_cached_in_inference_mode_can_be_trained_with():
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
 def test_padding_is_never_attended(shifted, v1):
-    """The rest window at the border of a grid gives what a grid of its own size gives."""
+    """A partial window at the border of a grid has the same outputs as a grid of the size of the partial window."""
     block = small_block((4, 4), shifted=shifted, v1=v1)
-    wake(block)
+    randomize_parameters(block)
     alone = small_block((4, 4), shifted=False, v1=v1)
     alone.load_state_dict(block.state_dict())
     x = torch.randn(1, 7, 9, 8, dtype=torch.float64)
-    # Cuts at 4 8 unshifted, at 2 6 10 shifted.
+    # Window borders are at 4 and 8 if unshifted, at 2, 6 and 10 if shifted.
     rest = (slice(6, 7), slice(6, 9)) if shifted else (slice(4, 7), slice(8, 9))
     with torch.no_grad():
         torch.testing.assert_close(block(x)[:, *rest], alone(x[:, *rest]), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
-def test_attention_can_be_watched(name):
-    """The largest logit is the one that the softmax sees; nothing else changes."""
+def test_watch_attention_reports_largest_logit_and_heads_at_clamp(name):
+    """The largest logit equals the largest input of the softmax, and watching does not change the output."""
     torch.manual_seed(0)
     encoder = swin.make_encoder(
         name, embed_dim=16, depths=(2, 2), num_heads=(2, 4), image_size=40, window_size=4

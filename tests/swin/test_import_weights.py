@@ -1,4 +1,4 @@
-"""Files of other projects: the right architecture, every tensor accounted for, nothing executed."""
+"""Import of files from other projects: architecture, every tensor accounted for, no code executed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from swin.weights.import_weights import check_tensors, read_tensors
 from swin.weights.infer_config import Geometry, infer_config
 from swin.weights.state_dict_names import detect_layout, from_native, to_native
 
-# The 63 published SimMIM encoders of Swin V2: size, share of the images, iterations.
-SHARES = {
+# The 63 published SimMIM encoders of Swin V2: size, fraction of the images, iterations.
+FRACTIONS = {
     "small": ("1kper10", "1kper20", "1kper50", "1k"),
     "base": ("1kper10", "1kper20", "1kper50", "1k", "22k"),
     "large": ("1kper10", "1kper20", "1kper50", "1k", "22k"),
@@ -27,16 +27,16 @@ SHARES = {
     "giant": ("1kper50", "1k", "22k"),
 }
 PUBLISHED = [
-    f"swinv2_{size}_{share}_{iterations}.pth"
-    for size, shares in SHARES.items()
-    for share in shares
+    f"swinv2_{size}_{fraction}_{iterations}.pth"
+    for size, fractions in FRACTIONS.items()
+    for fraction in fractions
     for iterations in ("125k", "250k", "500k")
 ]
 SMALL = {"embed_dim": 8, "depths": (2, 2, 6, 2), "num_heads": (1, 1, 2, 2)}
 
 
 def official_buffers(config: swin.SwinConfig, reference: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Index, coordinates and shift masks as the official blocks register them; the formulas of its code."""
+    """Build index, coordinates and shift masks with the formulas of the official code."""
     buffers = {}
     for stage, (grid, _) in enumerate(config.grids()):
         window = min(grid, config.window_size[0])
@@ -57,7 +57,7 @@ def official_buffers(config: swin.SwinConfig, reference: tuple[int, ...]) -> dic
 def official_state(
     config: swin.SwinConfig, *, reference=None, prefix="", rpe_mlp=False, buffers=True, **more
 ) -> dict[str, torch.Tensor]:
-    """All zeros that take no room: shapes and names are what is tested."""
+    """Build a state dict of zeros without memory, because the tests use only names and shapes."""
     with torch.device("meta"):
         encoder = swin.SwinEncoder(config)
     state = from_native(encoder.state_dict(), "official")
@@ -77,7 +77,7 @@ def simmim_state(config: swin.SwinConfig, **options) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("file", PUBLISHED)
-def test_the_published_simmim_files(file, tmp_path):
+def test_published_simmim_files_are_imported(file, tmp_path):
     expected = swin.make_config("_".join(file.split("_")[:2]), image_size=192, window_size=12)
     state = simmim_state(expected, rpe_mlp="125k" in file)
     if "250k" in file:
@@ -92,7 +92,7 @@ def test_the_published_simmim_files(file, tmp_path):
     assert encoder.history == [{"step": "import", "layout": "official", "file": file}]
 
 
-def test_there_are_63():
+def test_all_63_published_files_are_covered():
     assert len(PUBLISHED) == 63
 
 
@@ -107,7 +107,7 @@ def test_there_are_63():
         ("swin_base_patch4_window12_384.pth", "swin_base", 384, 12, (12, 12, 12, 12)),
     ],
 )
-def test_official_classifiers(file, size, image_size, window_size, reference, buffers, tmp_path):
+def test_official_classifiers_are_imported(file, size, image_size, window_size, reference, buffers, tmp_path):
     expected = swin.make_config(size, image_size=image_size, window_size=window_size, reference_windows=reference)
     classes = {"head.weight": (1000, expected.num_features), "head.bias": (1000,)}
     torch.save({"model": official_state(expected, buffers=buffers, **classes)}, tmp_path / file)
@@ -116,15 +116,15 @@ def test_official_classifiers(file, size, image_size, window_size, reference, bu
     assert {report.ignored[name] for name in classes} == {"a classifier"}
 
 
-def test_a_file_that_says_nothing_of_its_geometry_needs_to_be_told(tmp_path):
+def test_image_and_window_size_are_required_if_the_file_lacks_them(tmp_path):
     config = swin.make_config("swinv2_tiny", **SMALL, image_size=192, window_size=12)
     torch.save({"model": official_state(config, buffers=False)}, tmp_path / "best.pth")
-    with pytest.raises(ValueError, match=r"neither .* tell the image and window size .*--image-size 256"):
+    with pytest.raises(ValueError, match=r"cannot infer the image and window size .*--image-size 256"):
         swin.import_encoder(tmp_path / "best.pth")
     assert swin.import_encoder(tmp_path / "best.pth", image_size=192, window_size=12)[0].config == config
 
 
-def test_given_sizes_are_a_transfer_where_the_file_knows_its_own(tmp_path):
+def test_given_sizes_are_a_transfer_if_the_file_contains_its_own(tmp_path):
     config = swin.make_config("swinv2_tiny", **SMALL, image_size=192, window_size=12)
     torch.save(official_state(config), tmp_path / "best.pth")
     encoder, _ = swin.import_encoder(tmp_path / "best.pth", image_size=384, window_size=24)
@@ -134,7 +134,7 @@ def test_given_sizes_are_a_transfer_where_the_file_knows_its_own(tmp_path):
 
 @pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny", "swinv2_huge"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_file_that_lacks_one_percent_is_refused_by_name(name, seed, tmp_path):
+def test_missing_tensors_are_listed_by_name(name, seed, tmp_path):
     depths = {} if name == "swinv2_huge" else {"depths": SMALL["depths"]}
     config = swin.make_config(name, embed_dim=8, num_heads=(1, 1, 2, 2), **depths)
     state = official_state(config)
@@ -149,7 +149,7 @@ def test_a_file_that_lacks_one_percent_is_refused_by_name(name, seed, tmp_path):
 
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
-def test_no_single_tensor_can_be_missing(name, layout, tmp_path):
+def test_every_single_missing_tensor_is_detected(name, layout, tmp_path):
     config = swin.make_config(name, embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=56, window_size=7)
     foreign = from_native(swin.SwinEncoder(config).state_dict(), layout)
     known = Geometry(config.image_size, config.window_size, config.reference_windows)
@@ -172,7 +172,7 @@ def test_unknown_tensors_and_wrong_shapes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("name", ["swin_tiny", "swin_base", "swinv2_tiny", "swinv2_base"])
-def test_round_trips_are_bit_exact(name, layout):
+def test_renaming_round_trips_are_bit_exact(name, layout):
     torch.manual_seed(0)
     state = swin.make_encoder(name).state_dict()
     foreign = from_native(state, layout)
@@ -185,7 +185,7 @@ def test_round_trips_are_bit_exact(name, layout):
 
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("name", ["swinv2_huge", "swinv2_giant", "swinv2_3b"])
-def test_round_trips_of_large_sizes_by_names_and_shapes(name, layout):
+def test_renaming_round_trips_of_large_sizes_keep_names_and_shapes(name, layout):
     with torch.device("meta"):
         encoder = swin.make_encoder(name)
         shapes = {key: tensor.shape for key, tensor in encoder.state_dict().items()}
@@ -203,13 +203,13 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_arm_is_inferred(variant):
+def test_every_variant_is_inferred(variant):
     config = swin.make_config("swinv2_tiny", embed_dim=8, depths=(2, 6), num_heads=(1, 4), window_size=6, **variant)
     state = swin.SwinEncoder(config).state_dict()
     assert infer_config(state, Geometry(config.image_size, config.window_size)) == config
 
 
-def test_half_precision_becomes_full(tmp_path):
+def test_half_precision_weights_are_converted_to_fp32(tmp_path):
     config = swin.make_config("swinv2_tiny", **SMALL)
     state = {key: value.bfloat16() for key, value in swin.SwinEncoder(config).state_dict().items()}
     save_file(state, tmp_path / "swinv2_window12_192.safetensors")
@@ -217,7 +217,7 @@ def test_half_precision_becomes_full(tmp_path):
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
-def test_a_pickled_configuration_is_read_as_plain_values(tmp_path, monkeypatch):
+def test_pickled_configurations_are_read_as_plain_containers(tmp_path, monkeypatch):
     class CfgNode(dict):
         def __init__(self, *args):
             super().__init__(*args)
@@ -243,10 +243,10 @@ class Program:
         return open, ("executed.txt", "w")
 
 
-def test_other_pickled_objects_are_refused_with_the_way_out(tmp_path, monkeypatch):
+def test_other_pickled_objects_are_refused_without_executing_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"x": torch.zeros(1)}, "hook": Program()}, "evil.pth")
-    with pytest.raises(ValueError, match=r"pickled Python objects \(.*open\).*could run any program.*torch.save") as e:
+    with pytest.raises(ValueError, match=r"pickled Python objects \(.*open\).*could execute any code.*torch.save") as e:
         swin.import_encoder("evil.pth")
     assert "\n" not in str(e.value)
     assert not (tmp_path / "executed.txt").exists()
@@ -255,14 +255,14 @@ def test_other_pickled_objects_are_refused_with_the_way_out(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights.zip", b"PK", r"weights.zip: unknown type of file, expected .safetensors, .pth"),
-        ("weights.pth", b"not a checkpoint", "is not a PyTorch file, or damaged"),
-        ("weights.pth", b"", "is not a PyTorch file, or damaged"),
+        ("weights.zip", b"PK", r"weights.zip: unknown file type, expected .safetensors, .pth"),
+        ("weights.pth", b"not a checkpoint", "is not a PyTorch file, or it is corrupt"),
+        ("weights.pth", b"", "is not a PyTorch file, or it is corrupt"),
         ("weights.safetensors", b"\x00" * 20, "is not a complete safetensors file"),
-        ("weights.bin", None, "does not exist: expected a file of weights or a folder"),
+        ("weights.bin", None, "does not exist: expected a weights file or a folder"),
     ],
 )
-def test_files_that_cannot_be_read(name, content, message, tmp_path):
+def test_unreadable_files_are_refused(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -270,36 +270,36 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_files_are_named(suffix, tmp_path):
+def test_truncated_files_are_refused_by_name(suffix, tmp_path):
     state = swin.make_encoder("swinv2_tiny", **SMALL).state_dict()
-    file = tmp_path / f"whole{suffix}"
+    file = tmp_path / f"complete{suffix}"
     if suffix == ".pth":
         torch.save(state, file)
     else:
         save_file(state, file)
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=f"whole{suffix} is not a"):
+    with pytest.raises(ValueError, match=f"complete{suffix} is not a"):
         swin.import_encoder(file)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"epoch": 3}}, "holds no tensors, only epoch"),
-        ([torch.zeros(1)], "holds a list, expected a dictionary of tensors"),
-        ({"fc.weight": torch.zeros(10, 10)}, r"found blocks in stages \[\]: not a Swin encoder"),
-        ({"layers.0.blocks.0.x": torch.zeros(3)}, "no tensor tells the width"),
-        ({"layers.0.blocks.0.norm1.weight": torch.zeros(8)}, "no tensor tells the number of heads of stage 0"),
+        ({"model": {"epoch": 3}}, "contains no tensors, only epoch"),
+        ([torch.zeros(1)], "contains a list, expected a dictionary of tensors"),
+        ({"fc.weight": torch.zeros(10, 10)}, r"found blocks in stages \[\]: expected a complete Swin encoder"),
+        ({"layers.0.blocks.0.x": torch.zeros(3)}, "cannot infer the width"),
+        ({"layers.0.blocks.0.norm1.weight": torch.zeros(8)}, "cannot infer the number of heads of stage 0"),
         ({"layers.1.blocks.0.norm1.weight": torch.zeros(8)}, r"found blocks in stages \[1\]"),
     ],
 )
-def test_files_that_hold_something_else(content, message, tmp_path):
+def test_files_without_a_swin_encoder_are_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=message):
         swin.import_encoder(tmp_path / "x.pth")
 
 
-def test_a_folder_may_be_sharded_and_its_json_may_be_broken(tmp_path):
+def test_sharded_folders_are_read_and_invalid_json_is_refused(tmp_path):
     state = from_native(swin.make_encoder("swinv2_tiny", **SMALL).state_dict(), "transformers")
     names = sorted(state)
     save_file({name: state[name].contiguous() for name in names[:100]}, tmp_path / "model-00001-of-00002.safetensors")
@@ -312,11 +312,11 @@ def test_a_folder_may_be_sharded_and_its_json_may_be_broken(tmp_path):
         swin.import_encoder(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match=r"holds no encoder.json, model\*.safetensors or pytorch_model\*.bin"):
+    with pytest.raises(ValueError, match=r"contains no encoder.json, model\*.safetensors or pytorch_model\*.bin"):
         swin.import_encoder(empty)
 
 
-def test_the_report_says_what_became_of_every_tensor(tmp_path):
+def test_import_report_accounts_for_every_tensor(tmp_path):
     config = swin.make_config("swinv2_tiny", **SMALL)
     torch.save(simmim_state(config), tmp_path / "x.pth")
     report = str(swin.import_encoder(tmp_path / "x.pth")[1])

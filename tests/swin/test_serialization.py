@@ -1,4 +1,4 @@
-"""What is written can be read, and what is damaged is named."""
+"""Saving and loading of encoders, and errors for corrupt files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def encoder():
     )
 
 
-def test_round_trip_is_exact(encoder, tmp_path):
+def test_saved_encoder_loads_bit_exactly(encoder, tmp_path):
     swin.save_encoder(encoder, tmp_path, about={"pixels": {"mean": [0.5]}})
     loaded = swin.load_encoder(tmp_path)
     assert loaded.config == encoder.config
@@ -26,14 +26,14 @@ def test_round_trip_is_exact(encoder, tmp_path):
     assert swin.load_description(tmp_path)["pixels"] == {"mean": [0.5]}
 
 
-def test_the_description_holds_the_reference_windows(tmp_path):
+def test_description_contains_reference_windows(tmp_path):
     encoder = swin.make_encoder("swinv2_tiny", embed_dim=8, num_heads=(1, 1, 1, 1), image_size=192, window_size=12)
     swin.save_encoder(encoder, tmp_path, about={})
     description = json.loads((tmp_path / "encoder.json").read_text())
     assert description["encoder"]["reference_windows"] == [[12, 12], [12, 12], [12, 12], [6, 6]]
 
 
-def test_damage_is_named(encoder, tmp_path):
+def test_missing_and_corrupt_files_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"no encoder.json in"):
         swin.load_encoder(tmp_path)
     swin.save_encoder(encoder, tmp_path, about={})
@@ -46,7 +46,7 @@ def test_damage_is_named(encoder, tmp_path):
         swin.load_encoder(tmp_path)
 
 
-def test_other_formats_and_other_encoders_are_refused(encoder, tmp_path):
+def test_other_formats_and_mismatched_weights_are_refused(encoder, tmp_path):
     swin.save_encoder(encoder, tmp_path, about={})
     description = swin.load_description(tmp_path)
     description["encoder"]["embed_dim"] = 16

@@ -1,6 +1,6 @@
-"""Against timm's Swin V1 and V2 with the weights carried across: outputs and gradients, float64.
+"""Comparison with timm's Swin V1 and V2 at equal weights: outputs and gradients in float64.
 
-timm's V2 rolls before it pads, so it is a reference only where windows divide the grid.
+timm's V2 rolls before it pads, so it is a reference only where the windows divide the grid.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def native(state: dict) -> dict:
 
 @pytest.mark.parametrize("kind", [V1, V2])
 @pytest.mark.parametrize(("image_size", "window_size"), [(128, 4), (64, 8), (96, 6)])
-def test_outputs_and_gradients(kind, image_size, window_size):
+def test_outputs_and_gradients_equal_timm(kind, image_size, window_size):
     theirs = make_theirs(kind, image_size, window_size)
     ours = make_ours(kind, image_size, window_size, theirs)
 
@@ -61,7 +61,7 @@ def test_outputs_and_gradients(kind, image_size, window_size):
 
 
 @pytest.mark.parametrize("kind", [V1, V2])
-def test_our_weights_in_their_model(kind):
+def test_exported_weights_load_into_timm(kind):
     theirs = make_theirs(kind, 64, 4)
     ours = make_ours(kind, 64, 4, theirs)
     fresh = make_theirs(kind, 64, 4, in_chans=3)
@@ -74,8 +74,8 @@ def test_our_weights_in_their_model(kind):
 
 
 @pytest.mark.parametrize("kind", [V1, V2])
-def test_masked_features(kind):
-    """SimMIM round either kind: tokens replaced between the patch embedding and the first stage."""
+def test_masked_features_equal_timm(kind):
+    """SimMIM replaces tokens between the patch embedding and the first stage of both versions."""
     theirs = make_theirs(kind, 96, 6)
     masks = MaskGenerator((96, 96), 32, 0.6)
     model = SimMIM(make_ours(kind, 96, 6, theirs), masks, mean=[0.0] * 3, std=[1.0] * 3).double()
@@ -87,8 +87,8 @@ def test_masked_features(kind):
     torch.testing.assert_close(model.encode(images, patch_mask), theirs.norm(tokens), rtol=1e-9, atol=1e-9)
 
 
-def test_reference_windows_are_their_pretrained_window_sizes():
-    """timm without them (its `set_input_size` leaves 0) shifts every bias at a new window; with them it agrees."""
+def test_reference_windows_equal_pretrained_window_sizes_of_timm():
+    """timm agrees with pretrained_window_sizes; without them (`set_input_size` leaves 0) every bias differs."""
     theirs = make_theirs(V2, 128, 8, pretrained_window_sizes=(6, 6, 3))
     ours = make_ours(V2, 128, 8, theirs, reference_windows=(6, 6, 3))
     images = torch.randn(1, 3, 128, 128, dtype=torch.float64)
@@ -97,8 +97,8 @@ def test_reference_windows_are_their_pretrained_window_sizes():
     assert (shifted(images) - ours(images)).abs().max() > 1e-3
 
 
-def test_their_padding_is_another_one():
-    """12 x 12 tokens in windows of 8: timm's V2 rolls before it pads, so its shifted windows join far tokens."""
+def test_padding_of_timm_v2_differs():
+    """12 x 12 tokens in windows of 8: timm's V2 rolls before it pads, so its shifted windows contain distant tokens."""
     theirs = make_theirs(V2, 96, 8, strict_img_size=False)
     ours = make_ours(V2, 96, 8, theirs)
     images = torch.randn(1, 3, 96, 96, dtype=torch.float64)

@@ -1,8 +1,7 @@
-"""Against transformers' Swin V1 and V2 with the weights carried across through its own folders, float64.
+"""Comparison with transformers' Swin V1 and V2, whose saved folders are imported, in float64.
 
-Its V2 lets padding be attended and its V1 cannot run where a grid is smaller than the window, so it
-is a reference where windows divide grids. It adds the shift mask (-100) twice, which changes nothing
-at these tolerances.
+Its V2 attends to padding and its V1 cannot run if a grid is smaller than the window, so it is a reference only where
+the windows divide the grids. It adds the shift mask (-100) twice, which is negligible at these tolerances.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def save_theirs(model, folder):
 
 @pytest.mark.parametrize(("image_size", "window_size"), [(128, 4), (64, 4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_their_folder_opens_here(kind, image_size, window_size, tmp_path):
+def test_transformers_folder_is_imported_with_equal_outputs(kind, image_size, window_size, tmp_path):
     make_config, make_model = KINDS[kind]
     settings = {"pretrained_window_sizes": [8, 4, 3]} if kind == "v2" else {}
     theirs = save_theirs(
@@ -51,7 +50,7 @@ def test_their_folder_opens_here(kind, image_size, window_size, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind, tmp_path):
+def test_gradients_equal_transformers(kind, tmp_path):
     make_config, make_model = KINDS[kind]
     theirs = save_theirs(make_model(make_config(image_size=64, window_size=4, **SMALL)), tmp_path)
     ours = swin.import_encoder(tmp_path)[0].double()
@@ -69,8 +68,8 @@ def test_gradients(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_masked_loss(kind, tmp_path):
-    """Their masked image modelling is SimMIM without a normalised target; their loss adds 1e-5 to the count."""
+def test_masked_loss_equals_transformers(kind, tmp_path):
+    """Their masked image modeling is SimMIM without normalized targets; their loss adds 1e-5 to the patch count."""
     make_config = KINDS[kind][0]
     make_model = {"v1": transformers.SwinForMaskedImageModeling, "v2": transformers.Swinv2ForMaskedImageModeling}[kind]
     theirs = save_theirs(make_model(make_config(image_size=96, window_size=6, encoder_stride=16, **SMALL)), tmp_path)
