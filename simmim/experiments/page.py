@@ -14,7 +14,7 @@ from PIL import Image
 
 from simmim.config import DetectStage, PretrainStage, Recipe, SegmentStage, Stage
 from simmim.training.run_log import read_lines
-from simmim.visualization.drawing import folded
+from simmim.visualization.drawing import fold_rows
 
 PRETRAINED, SCRATCH = "C0", "C1"
 Transfers = dict[str, dict[str, list[float]]]
@@ -64,7 +64,7 @@ def draw_page(
     left.axis("off")
     if pictures:
         with Image.open(pictures[-1]) as picture:
-            left.imshow(folded(picture))
+            left.imshow(fold_rows(picture))
         left.set_title(f"held-out images, step {int(pictures[-1].stem.removeprefix('step_'))}")
     draw_pretraining(right, folder / pretraining)
     curves, gains, larger = bottom.subplots(1, 3)

@@ -222,7 +222,7 @@ def test_anchors_are_of_the_target_and_masks_of_the_recipe(change, recipe, tmp_p
     else:
         assert anchor["zero"] == pytest.approx(summary["predict zero"], rel=1e-3)
         assert anchor["nearest_visible"] == pytest.approx(summary["copy the nearest visible pixel"], rel=1e-3)
-        assert load_simmim(tmp_path / "few/pretrain/export").masks.strategy == (
+        assert load_simmim(tmp_path / "few/pretrain/export").mask_generator.strategy == (
             "square" if "square" in change else "random"
         )
 
