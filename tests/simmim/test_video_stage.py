@@ -392,11 +392,9 @@ def test_exports_of_clips_are_refused_where_images_are_meant(chain, videos, tmp_
             config_of(recipe, "finetune_scratch")
     assert command("finetune", "--encoder", export, "--data", videos, "--out", tmp_path) == 2
     assert "encodes clips: write a recipe whose stage has a video block" in capsys.readouterr().err
-    with pytest.raises(
-        ValueError, match=r"was pretrained on clips, expected images: previews of clips are in .*/reconstructions"
-    ):
+    with pytest.raises(ValueError, match=r"was pretrained on clips: its pictures are in .*/reconstructions"):
         reconstructions.load_simmim(chain / "pretrain_clips" / "export")
-    with pytest.raises(ValueError, match="was pretrained on images, expected clips: use load_simmim"):
+    with pytest.raises(ValueError, match="was pretrained on images: load_simmim is for it"):
         reconstructions.load_video_simmim(chain / "pretrain" / "export")
     for layout, name in (("timm", "a"), ("official", "a.pth")):
         with pytest.raises(ValueError, match="has no Swin of clips: use --to native, onnx or torch-export"):
