@@ -45,15 +45,12 @@ def load_simmim(
         ValueError: the export is not of a pretraining stage on images, or the masks do not fit the image size.
     """
     export = Path(export)
-    description, trained = _read_descriptions(export)
+    description, trained = _described(export)
     if isinstance(load_config(export), VideoConfig):
-        raise ValueError(
-            f"{export} was pretrained on clips, expected images: previews of clips are in "
-            f"{export.parent / 'reconstructions'}"
-        )
+        raise ValueError(f"{export} was pretrained on clips: its pictures are in {export.parent / 'reconstructions'}")
     encoder = load_encoder(export) if image_size is None else load_encoder(export, image_size=image_size)
     size = encoder.config.image_size if image_size is None else as_pair(image_size, "image_size")
-    mask_generator = MaskGenerator(
+    masks = MaskGenerator(
         size,
         trained["mask_patch_size"] if mask_patch_size is None else mask_patch_size,
         trained["mask_ratio"] if mask_ratio is None else mask_ratio,
@@ -63,7 +60,7 @@ def load_simmim(
     pixels = description["pixels"]
     task = SimMIM(
         encoder,
-        mask_generator,
+        masks,
         mean=pixels["mean"],
         std=pixels["std"],
         norm_target_window=trained["norm_target_window"],
@@ -81,28 +78,28 @@ def load_video_simmim(export: Path | str, *, seed: int = 0) -> VideoSimMIM:
         ValueError: the export is not of a pretraining stage on clips.
     """
     export = Path(export)
-    description, trained = _read_descriptions(export)
+    description, trained = _described(export)
     encoder, pixels = load_encoder(export), description["pixels"]
     if not isinstance(encoder, VideoEncoder):
-        raise ValueError(f"{export} was pretrained on images, expected clips: use load_simmim")
-    mask_generator = MaskGenerator(
+        raise ValueError(f"{export} was pretrained on images: load_simmim is for it")
+    masks = MaskGenerator(
         encoder.config.image_size,
         trained["mask_patch_size"],
         trained["mask_ratio"],
         seed=seed,
         strategy=trained["mask_strategy"],
     )
-    task = VideoSimMIM(encoder, mask_generator, mean=pixels["mean"], std=pixels["std"])
+    task = VideoSimMIM(encoder, masks, mean=pixels["mean"], std=pixels["std"])
     load_head(export / DECODER, task)
     return task.eval()
 
 
-def _read_descriptions(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _described(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the description of an export and the settings of its pretraining task."""
     description = load_description(export)
     trained = description.get("reconstruction")
     if trained is None or not (export / DECODER).exists():
-        raise ValueError(f"{export} has no {DECODER}: give the export of a pretraining stage")
+        raise ValueError(f"{export} holds no {DECODER}: give the export of a pretraining stage")
     return description, trained
 
 
