@@ -137,6 +137,21 @@ def test_fold_rows_keeps_every_row():
         assert (folded[top : top + 128, left : left + array.shape[1]] == row).all()
 
 
+def test_objects_are_drawn_in_class_colors_with_the_best_on_top():
+    image, masks = torch.full((3, 100, 120), 0.5), torch.zeros(2, 100, 120, dtype=torch.bool)
+    masks[0, 40:80, 20:70], masks[1, 40:80, 50:110] = True, True
+    boxes, labels = torch.tensor([[20.0, 40, 70, 80], [50.0, 40, 110, 80]]), torch.tensor([1, 2])
+    drawn = drawing.draw_objects(image, boxes, labels, ["", ""], masks)
+    best, other = drawing.class_colors(3)[1:]
+    for (x, y), color in (((30, 60), best), ((60, 60), best), ((100, 60), other)):
+        torch.testing.assert_close(drawn[:, y, x], 0.55 * image[:, y, x] + 0.45 * color, rtol=0, atol=0.01)
+    for (x, y), color in (((20, 60), best), ((50, 60), other), ((110, 60), other)):
+        torch.testing.assert_close(drawn[:, y, x], color, rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn[:, 10, 10], image[:, 10, 10], rtol=0, atol=0.01)
+    nothing = drawing.draw_objects(image, boxes[:0], labels[:0], [], masks[:0])
+    torch.testing.assert_close(nothing, image, rtol=0, atol=0.01)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
