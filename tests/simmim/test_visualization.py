@@ -210,7 +210,7 @@ def test_the_reconstruct_command(run, tmp_path, capsys):
     assert main(["reconstruct", export, str(photos), *gallery]) == 0
     assert Image.open(out).height == 2 * 134 + 28
     for wrong, message in (
-        (["--mask-patch-sizes", "4"], "a gallery needs both --mask-patch-sizes and --ratios"),
+        (["--mask-patch-sizes", "4"], "got only one of --mask-patch-sizes and --ratios"),
         (["--mask-patch-size", "5"], "mask_patch_size 5 does not divide"),
         (["--bands", "0", "1", "7"], "expected three of the channels 0 to 2, or pca"),
     ):
