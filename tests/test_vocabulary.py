@@ -65,7 +65,7 @@ PHRASES = {
     "ClosedNorm": "ZeroInitNorm",
     "average_of": "make_ema",
 }
-OF_LIBRARIES = {"floor", "share_memory_", "get_flat_number"}
+OF_LIBRARIES = {"floor", "share_memory_", "get_flat_number", "cell_anchors"}
 """Names that PyTorch, einops and other libraries give; ours are not among them."""
 
 

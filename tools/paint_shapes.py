@@ -20,7 +20,7 @@ from simmim.data.decode import to_image
 from simmim.data.shapes import TEXTURES
 from simmim.data.sources import Source
 from simmim.rng import derive_seed
-from simmim.visualization.drawing import label_map
+from simmim.visualization.drawing import label_map_image
 
 CLASSES = ("background", *TEXTURES)
 
@@ -46,7 +46,7 @@ def paint(out: Path, photos: str | None, counts: dict[str, int], size: int) -> N
             image, inside = shapes.paint(index, crop_background(backgrounds[part], index, size))
             labels = inside * (1 + shapes.label(index))
             to_image(image).save(folders["images"] / f"{index:06d}.png")
-            label_map(labels, len(CLASSES)).save(folders["annotations"] / f"{index:06d}.png")
+            label_map_image(labels, len(CLASSES)).save(folders["annotations"] / f"{index:06d}.png")
     (out / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
 
 

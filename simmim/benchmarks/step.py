@@ -134,7 +134,7 @@ def make_steps(
 ) -> dict[str, Step]:
     """Build the same step by every implementation, by name; this project comes first."""
     task = task.to(device)
-    config, masks = task.encoder.config, task.masks
+    config, masks = task.encoder.config, task.mask_generator
     images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
     patch_mask = masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
     token_mask = expand_mask(patch_mask, masks.mask_patch_size // config.patch_size)

@@ -31,7 +31,7 @@ from simmim.data.sources import validation_files
 from simmim.data.transforms import Transform
 from simmim.data.views import make_views, report_corrupt
 from simmim.export.classifier import Classifier, load_classifier
-from simmim.metrics.probes import effective_rank, few_shot, knn, linear
+from simmim.metrics.probes import effective_rank, few_shot, knn, linear, require_scikit_learn
 from simmim.tasks.classification import Classification
 from simmim.training.distributed import make_accelerator
 from simmim.training.engine import evaluate, to_device
@@ -132,6 +132,7 @@ def probe(
     accelerator = make_accelerator(precision)
     if accelerator.num_processes > 1:
         raise ValueError("probes run in one process: start simmim probe without accelerate launch")
+    require_scikit_learn()
     encoder, pixels = open_encoder(path, **sizes)
     training, validation = _labelled_pair(data, encoder, pixels)
     task = (

@@ -151,7 +151,7 @@ def predict_objects(
         names = [f"{fact['class']} {fact['score']:.2f}" for fact in facts]
         zoom = max(1, -(-SMALLEST_PICTURE // min(image.shape[-2:])))  # names need room
         shown = F.interpolate(drawing.to_rgb(image[None] / 255), scale_factor=zoom)[0]
-        overlay = drawing.with_objects(shown, zoom * found["boxes"], found["labels"], names, found.get("masks"))
+        overlay = drawing.draw_objects(shown, zoom * found["boxes"], found["labels"], names, found.get("masks"))
         yield name, to_pil_image(overlay), facts
 
 

@@ -150,8 +150,8 @@ def _classes(task: Classification, view: Any, picture: Any) -> Shown:
     )
     best = [(task.classes[number], share) for number, share in zip(numbers.tolist(), shares.tolist(), strict=True)]
     middle = seen if seen.ndim < 6 else seen[:, seen.shape[1] // 2]  # of the views of a video
-    image = drawing.to_rgb(drawing.film(middle / 255))[0]
-    return Shown(drawing.ranked(image, best), {"classes": dict(best)})
+    image = drawing.to_rgb(drawing.frames_side_by_side(middle / 255))[0]
+    return Shown(drawing.draw_ranked(image, best), {"classes": dict(best)})
 
 
 def _segments(task: Any, picture: Any) -> Shown:

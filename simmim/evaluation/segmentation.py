@@ -26,7 +26,7 @@ from simmim.evaluation.classification import SIZES, decoder_of, pixels_of
 from simmim.export.heads import load_head
 from simmim.metrics.mean_iou import MeanIoU
 from simmim.tasks.segmentation import Segmentation
-from simmim.tasks.sliding_window import resized
+from simmim.tasks.sliding_window import resize_maps
 from simmim.training.distributed import make_accelerator
 from simmim.training.engine import to_device
 from simmim.visualization import drawing
@@ -167,7 +167,7 @@ def evaluate_whole_images(
     numbers = scores.compute()
     if math.isnan(numbers["mean_iou"]):
         raise ValueError(f"no pixel of {images} images has a label: there is nothing to be judged by")
-    of_classes = dict(zip(task.classes, scores.of_classes(), strict=True))
+    of_classes = dict(zip(task.classes, scores.iou_per_class(), strict=True))
     return Judged({"images": float(images), **numbers}, of_classes, views.corrupt)
 
 
@@ -181,12 +181,12 @@ def predict_segments(task: Segmentation, images: Iterable[tuple[str, Tensor]]) -
     for name, image in images:
         seen = WholeSegments(task.short_px).image(TensorImage(image))
         scores = task.predict(seen[None].to(task.mean.device))
-        found = resized(scores, image.shape[-2:]).argmax(dim=1).cpu()
+        found = resize_maps(scores, image.shape[-2:]).argmax(dim=1).cpu()
         counts = torch.bincount(found.flatten(), minlength=len(task.classes)).tolist()
         shares = {task.classes[label]: count / found.numel() for label, count in enumerate(counts) if count}
         yield Shown(
             name,
-            drawing.segmentation(drawing.to_rgb(image[None] / 255), None, found, task.classes),
+            drawing.draw_segmentation(drawing.to_rgb(image[None] / 255), None, found, task.classes),
             {"size": list(image.shape[-2:]), "classes": shares},
-            drawing.label_map(found[0], len(task.classes), first=task.first_label),
+            drawing.label_map_image(found[0], len(task.classes), first=task.first_label),
         )

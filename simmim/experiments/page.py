@@ -14,7 +14,7 @@ from PIL import Image
 
 from simmim.config import DetectStage, PretrainStage, Recipe, SegmentStage, Stage
 from simmim.training.run_log import read_lines
-from simmim.visualization.drawing import folded
+from simmim.visualization.drawing import fold_rows
 
 PRETRAINED, SCRATCH = "C0", "C1"
 Transfers = dict[str, dict[str, list[float]]]
@@ -67,7 +67,7 @@ def draw_page(
     left.axis("off")
     if previews:
         with Image.open(previews[-1]) as preview:
-            left.imshow(folded(preview))
+            left.imshow(fold_rows(preview))
         left.set_title(f"validation images, step {int(previews[-1].stem.removeprefix('step_'))}")
     draw_pretraining(right, folder / pretraining)
     curves, gains, larger = bottom.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""How good detections are: COCO's average precision, by torchmetrics."""
+"""COCO average precision of detections, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NAMES = {
 
 
 class AveragePrecision:
-    """Average precision of boxes, and of masks, over all images that were added.
+    """Average precision of boxes and, optionally, masks over all added images.
 
     Args:
-        masks: of masks too.
-        backend: what counts; both give the same numbers, ``faster_coco_eval`` sooner.
+        masks: compute the average precision of masks too.
+        backend: COCO implementation; both give the same numbers, ``faster_coco_eval`` is faster.
 
     Raises:
         ValueError: torchmetrics or the backend is not installed.
@@ -46,22 +46,25 @@ class AveragePrecision:
         self.fields = ("boxes", "scores", "labels", "masks") if masks else ("boxes", "scores", "labels")
 
     def add(self, found: Sequence[Mapping[str, Tensor]], truths: Sequence[Mapping[str, Tensor]]) -> None:
-        """Images, each once.
+        """Add images; each image must be added once.
 
         Args:
-            found: of each image, as :meth:`simmim.tasks.detection.Detect.predict` gives it.
-            truths: as :meth:`simmim.data.boxes.CocoImages.truth` gives it.
+            found: detections of each image, see :meth:`simmim.tasks.detection.Detection.predict`.
+            truths: true objects of each image, see :meth:`simmim.data.boxes.CocoImages.truth`.
         """
         self.metric.update([{key: own[key].cpu() for key in self.fields} for own in found], [dict(t) for t in truths])
 
     def gather(self, gather_object: Callable[[list], list]) -> None:
-        """Add what other processes have added; ``gather_object`` makes one list of the lists of all."""
+        """Add the images of the other processes; ``gather_object`` concatenates the lists of all processes."""
         for name in self.metric.metric_state:
             setattr(self.metric, name, gather_object(list(getattr(self.metric, name))))
 
     def compute(self) -> dict[str, float]:
-        """``box_ap`` and ``mask_ap``, at an overlap of 50 and 75 % (``ap50``, ``ap75``), of small, medium and large
-        objects, and the mean recall of a hundred detections (``ar``). What no object is there for is left out.
+        """Return the average precision by name, with the prefixes ``box_`` and ``mask_``.
+
+        ``ap`` is the mean over overlaps from 50 to 95 %, ``ap50`` and ``ap75`` are at 50 and 75 %, ``ap_small``,
+        ``ap_medium`` and ``ap_large`` are by object size, and ``ar`` is the mean recall with 100 detections per image.
+        Numbers for which there are no objects are left out.
         """
         numbers = self.metric.compute()
         result = {
@@ -75,30 +78,36 @@ class AveragePrecision:
 def coco_results(
     found: Sequence[Mapping[str, Tensor]], image_ids: Sequence[int], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections as COCO wants them, for its servers and tools.
+    """Convert detections to the COCO result format, for its servers and tools.
 
     Args:
-        found: as of :meth:`AveragePrecision.add`.
-        image_ids, category_ids: of the data set; ``category_ids`` by class.
+        found: detections of each image, see :meth:`AveragePrecision.add`.
+        image_ids: COCO ids of the images.
+        category_ids: COCO ids of the classes, in the order of the labels.
+
+    Raises:
+        ValueError: there are masks and pycocotools is not installed.
     """
     results = []
     for own, image_id in zip(found, image_ids, strict=True):
         boxes = torch.cat([own["boxes"][:, :2], own["boxes"][:, 2:] - own["boxes"][:, :2]], dim=1).tolist()
-        for number, (box, score, label) in enumerate(
+        for index, (box, score, label) in enumerate(
             zip(boxes, own["scores"].tolist(), own["labels"].tolist(), strict=True)
         ):
             result = {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
             if "masks" in own:
-                mask = np.asfortranarray(own["masks"][number].cpu().numpy().astype(np.uint8))
-                packed = _packing().encode(mask)
+                mask = np.asfortranarray(own["masks"][index].cpu().numpy().astype(np.uint8))
+                packed = _mask_encoder().encode(mask)
                 result["segmentation"] = {"size": packed["size"], "counts": packed["counts"].decode()}
             results.append(result)
     return results
 
 
-def _packing() -> Any:
+def _mask_encoder() -> Any:
     try:
         from pycocotools import mask as coco_mask
     except ImportError as error:
-        raise ValueError(f"masks are told as COCO packs them ({error}): pip install 'simmim[detection]'") from None
+        raise ValueError(
+            f"writing masks as COCO results needs pycocotools ({error}): pip install 'simmim[detection]'"
+        ) from None
     return coco_mask

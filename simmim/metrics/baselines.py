@@ -1,4 +1,4 @@
-"""Predictors without any learning: what a masked loss has to be compared with."""
+"""Reconstruction baselines without learning, to compare a masked loss with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def mean_of_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Every pixel predicted as the mean of the visible ones of its image and channel.
+    """Predict every pixel as the mean of the visible pixels of its image and channel.
 
     Args:
         images: ``(b, c, H, W)``
@@ -19,7 +19,12 @@ def mean_of_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
 
 
 def copy_nearest_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Every pixel predicted as a copy of the nearest visible pixel (Euclidean distance)."""
+    """Predict every pixel as a copy of the nearest visible pixel (Euclidean distance).
+
+    Args:
+        images: ``(b, c, H, W)``
+        pixel_mask: bool ``(b, 1, H, W)``, True = masked.
+    """
     copies = []
     for image, mask in zip(images, pixel_mask[:, 0], strict=True):
         rows, columns = nearest_visible(mask)
@@ -28,7 +33,7 @@ def copy_nearest_visible(images: Tensor, pixel_mask: Tensor) -> Tensor:
 
 
 def average_distance(mask: Tensor) -> float:
-    """AvgDist: mean distance of masked pixels to the nearest visible one, in pixels (SimMIM, section 4.1.2).
+    """Compute AvgDist: the mean distance in px of masked pixels to the nearest visible one (SimMIM, section 4.1.2).
 
     Args:
         mask: bool ``(H, W)``, True = masked, at least one pixel visible.
@@ -41,9 +46,9 @@ def average_distance(mask: Tensor) -> float:
 
 
 def nearest_visible(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column, each ``(H, W)``, of the visible pixel nearest to every pixel of a mask ``(H, W)``.
+    """Return row and column, each ``(H, W)``, of the visible pixel nearest to every pixel of a mask ``(H, W)``.
 
-    Exact, by two passes: nearest visible row within every column, then the best column of a row.
+    The result is exact and takes two passes: the nearest visible row in every column, then the best column per row.
     """
     height, width = mask.shape
     rows = torch.arange(height, device=mask.device)
@@ -57,6 +62,6 @@ def nearest_visible(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_l1(prediction: Tensor, images: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Mean absolute error over masked pixels and channels."""
+    """Compute the mean absolute error over masked pixels and channels."""
     weight = pixel_mask.expand_as(images)
     return (prediction - images).abs()[weight].mean()

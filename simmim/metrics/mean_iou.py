@@ -1,4 +1,4 @@
-"""How good label maps are: mean intersection over union of a data set, by torchmetrics."""
+"""Mean intersection over union of a data set, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from simmim.data.segments import IGNORED
 
 
 class MeanIoU:
-    """Scores over the pixels of all images that were added; a mean over images is another number.
+    """Segmentation scores over the pixels of all added images, which differ from means over images.
 
     Args:
-        classes: how many.
+        classes: number of classes.
 
     Raises:
         ValueError: torchmetrics is not installed.
@@ -32,40 +32,40 @@ class MeanIoU:
         )
 
     def add(self, predicted: Tensor, segments: Tensor) -> None:
-        """Images, each once.
+        """Add images; each image must be added once.
 
         Args:
-            predicted: int64 numbers of classes ``(b, H, W)``.
+            predicted: class indices, int64 ``(b, H, W)``.
             segments: uint8 ``(b, H, W)``, 255 = ignored.
         """
         self.metric.to(predicted.device).update(predicted, segments)
 
     def gather(self, gather_object: Callable[[list], list]) -> None:
-        """Add what other processes have added; ``gather_object`` makes one list of the lists of all."""
-        self.metric.to("cpu").confmat = torch.stack(gather_object([self.confusion()])).sum(dim=0)
+        """Add the images of the other processes; ``gather_object`` concatenates the lists of all processes."""
+        self.metric.to("cpu").confmat = torch.stack(gather_object([self.confusion_matrix()])).sum(dim=0)
 
-    def confusion(self) -> Tensor:
-        """int64 ``(classes, classes)``: how many pixels of the class of the row were taken for that of the column."""
+    def confusion_matrix(self) -> Tensor:
+        """Return pixel counts, int64 ``(classes, classes)``: rows are true classes, columns predicted ones."""
         return self.metric.confmat.cpu()
 
     def compute(self) -> dict[str, float]:
-        """The usual numbers; NaN where no pixel has a label.
+        """Return the scores by name; they are NaN if no pixel has a label.
 
-        - ``mean_iou``: intersection over union, mean over the classes; a class that is neither in the labels nor
-          in any prediction is not counted.
-        - ``mean_accuracy``: share of the pixels of a class that were found, mean over the classes in the labels.
-        - ``pixel_accuracy``: share of all pixels that have a label.
+        - ``mean_iou``: intersection over union, averaged over the classes that occur in the labels or in a prediction.
+        - ``mean_accuracy``: fraction of the pixels of a class that are classified correctly, averaged over the
+          classes in the labels.
+        - ``pixel_accuracy``: fraction of all labeled pixels that are classified correctly.
         """
-        matrix = self.confusion().double()
-        right, labelled = matrix.diagonal(), matrix.sum(dim=1)
+        matrix = self.confusion_matrix().double()
+        correct, labeled = matrix.diagonal(), matrix.sum(dim=1)
         return {
             "mean_iou": float(self.metric.compute()),
-            "mean_accuracy": float((right / labelled)[labelled > 0].mean()),
-            "pixel_accuracy": float(right.sum() / labelled.sum()),
+            "mean_accuracy": float((correct / labeled)[labeled > 0].mean()),
+            "pixel_accuracy": float(correct.sum() / labeled.sum()),
         }
 
-    def of_classes(self) -> list[float | None]:
-        """Intersection over union of each class; None of those that ``mean_iou`` does not count."""
-        matrix = self.confusion().double()
+    def iou_per_class(self) -> list[float | None]:
+        """Return the intersection over union of each class; None for classes that ``mean_iou`` leaves out."""
+        matrix = self.confusion_matrix().double()
         union = matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diagonal()
-        return [float(r / u) if u else None for r, u in zip(matrix.diagonal(), union, strict=True)]
+        return [float(i / u) if u else None for i, u in zip(matrix.diagonal(), union, strict=True)]

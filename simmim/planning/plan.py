@@ -104,7 +104,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         name,
         config,
         grids_of(config),
-        task.masks if isinstance(task, SimMIM | VideoSimMIM) else None,
+        task.mask_generator if isinstance(task, SimMIM | VideoSimMIM) else None,
         sizes(task),
         flops(task, stage.memory.checkpointing),
         None if isinstance(config, VideoConfig) else official_flops(config),

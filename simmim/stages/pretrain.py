@@ -127,5 +127,5 @@ def reconstruction_of(task: SimMIM | VideoSimMIM, batch: dict[str, Tensor]) -> R
         return task.reconstruct(*task.inputs(batch))
     clips, patch_mask = task.inputs(batch)
     drawn = task.reconstruct(clips, patch_mask).flatten(1, 2)
-    mask = expand_mask(patch_mask, task.masks.mask_patch_size)[:, None]
+    mask = expand_mask(patch_mask, task.mask_generator.mask_patch_size)[:, None]
     return Reconstruction(clips.flatten(1, 2), clips.flatten(1, 2), drawn, mask)

@@ -1,1 +1,1 @@
-"""What is trained for: modules that take a batch and return a loss and numbers."""
+"""Tasks: each joins an encoder with its head and its loss, and computes evaluation numbers for a batch."""

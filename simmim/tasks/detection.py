@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation: boxes, classes and masks on the encoder's pyramid."""
+"""Object detection and instance segmentation: boxes, classes and masks from the encoder's feature pyramid."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ from simmim.tasks.task import Task
 from simmim.visualization import drawing
 from swin import SwinEncoder
 
-_PICTURE_PX = 448
+_PREVIEW_PX = 448
 
 
 class Detection(Task):
-    """Mask R-CNN around any encoder; the norm of its last map is the encoder's own.
+    """Mask R-CNN (arXiv 1703.06870) on an image encoder, as in the Swin papers (arXiv 2103.14030, section 4.2).
 
-    Batches hold ``image`` uint8 ``(b, c, H, W)``, each image at the upper left, ``image_size`` int64 ``(b, 2)``, and
-    the objects of all images one after the other: ``boxes`` float32 ``(n, 4)`` (left, top, right, bottom, px),
-    ``box_labels`` int64 ``(n,)`` from 1, ``box_counts`` int64 ``(b,)``, and ``masks`` uint8 ``(n, H, W)``.
+    The last feature map is normalized by the encoder's own norm.
 
-    Losses are means over sampled anchors and regions, as many per image, so accumulation is exact but for two things:
-    what is sampled comes from the global generator, and the mask loss is a mean over the objects of a micro-batch.
+    Batches hold ``image`` uint8 ``(b, c, H, W)``, each image at the upper left of its canvas, ``image_size`` int64
+    ``(b, 2)``, and the concatenated objects of all images: ``boxes`` float32 ``(n, 4)`` (left, top, right, bottom,
+    px), ``box_labels`` int64 ``(n,)`` from 1, ``box_counts`` int64 ``(b,)``, and ``masks`` uint8 ``(n, H, W)``.
+
+    Losses are means over a fixed number of sampled anchors and regions per image, so gradient accumulation is exact
+    with two exceptions: samples are drawn from the global random generator, and the mask loss is a mean over the
+    objects of a micro-batch.
 
     Args:
-        classes: their names, without the background; label 1 is the first.
-        mean, std: channel statistics of pixels in [0, 1], one number per channel.
-        masks: False for boxes only (Faster R-CNN).
-        cascade, width, hidden, anchor_px, regions_per_image: of
+        classes: class names without the background; label 1 is the first.
+        mean, std: channel statistics of pixels in [0, 1], one value per channel.
+        masks: predict masks; False predicts boxes only (Faster R-CNN).
+        cascade, width, hidden, anchor_px, regions_per_image: see
             :class:`simmim.tasks.detection_head.DetectionHead`.
-        soft_nms: instead of dropping detections that overlap a better one, see
-            :func:`simmim.tasks.nms.soft_nms`; detections count from a score of 0.001 on, not 0.05.
-        scales, flip: of :meth:`detections`, when :meth:`predict` looks.
+        soft_nms: lower the scores of detections that overlap a better one instead of dropping them, see
+            :func:`simmim.tasks.nms.soft_nms`; detections then need a score of 0.001 instead of 0.05.
+        scales, flip: test-time augmentation of :meth:`predict`, see :meth:`detections`.
 
     Raises:
-        ValueError: statistics that do not match the channels, anchors that do not match the maps.
+        ValueError: the statistics do not match the channels, or the anchors do not match the feature maps.
     """
 
     def __init__(
@@ -83,56 +86,62 @@ class Detection(Task):
             self.head.regions.least_score = 1e-3
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the losses."""
+        """Return the sum of the losses of a batch."""
         return torch.stack(list(self.losses(batch).values())).sum()
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of objects against background and of boxes, in the proposals (``objectness``, ``rpn_box_reg``) and in the
-        head (``classifier``, ``box_reg``), and of ``mask``.
+        """Return the losses of a batch by name.
+
+        ``loss_objectness`` and ``loss_rpn_box_reg`` are those of the proposals, ``loss_classifier`` and
+        ``loss_box_reg`` those of the box heads, ``loss_mask`` that of the mask head.
         """
         counts = batch["box_counts"].tolist()
         fields = {"boxes": batch["boxes"], "labels": batch["box_labels"]}
         if self.masks:
             fields["masks"] = batch["masks"]
         parts = {name: values.split(counts) for name, values in fields.items()}
-        targets = [{name: part[number] for name, part in parts.items()} for number in range(len(counts))]
+        targets = [{name: part[index] for name, part in parts.items()} for index in range(len(counts))]
         return self._run(self.normalize(batch["image"]), batch["image_size"], targets)[1]
 
     def _run(
         self, images: Tensor, sizes: Tensor, targets: list[Objects] | None = None
     ) -> tuple[list[Objects], dict[str, Tensor]]:
-        """Of normalised images ``(b, c, H, W)`` of such sizes ``(b, 2)``: what the head gives.
+        """Run encoder and head on normalized images ``(b, c, H, W)`` of ``sizes (b, 2)``.
 
-        What was padded becomes the mean colour, and the canvas a multiple of the largest stride.
+        Padding is set to zero, the mean color, and the canvas is extended to a multiple of the largest stride.
+
+        Returns:
+            Detections and losses, see :meth:`simmim.tasks.detection_head.DetectionHead.forward`.
         """
         height, width = images.shape[-2:]
         images = F.pad(
-            images * self._inside(images, sizes), (0, -width % self.strides[-1], 0, -height % self.strides[-1])
+            images * self._image_mask(images, sizes), (0, -width % self.strides[-1], 0, -height % self.strides[-1])
         )
         return self.head(images, self._maps(images), [(h, w) for h, w in sizes.tolist()], targets)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps ``(b, c, h, w)`` of normalized images, finest first, the last one normalized."""
         maps = self.encoder.pyramid(images)
         last = self.encoder.norm(rearrange(maps[-1], "b c h w -> b h w c"))
         return [*maps[:-1], rearrange(last, "b h w c -> b c h w")]
 
     def loss_on_fake_tensors(self, images: Tensor) -> Tensor:
-        """With as many regions as are drawn at most; cutting them out of the maps is left out."""
+        """Return the loss of fake images with the largest number of regions, without cropping them from the maps."""
         return self.head.loss_on_fake_tensors(self._maps(images))
 
     @staticmethod
-    def _inside(images: Tensor, sizes: Tensor) -> Tensor:
-        """What of ``(b, c, H, W)`` is image: bool ``(b, 1, H, W)``."""
+    def _image_mask(images: Tensor, sizes: Tensor) -> Tensor:
+        """Return bool ``(b, 1, H, W)``, False where the canvas ``(b, c, H, W)`` is padding."""
         rows = torch.arange(images.shape[-2], device=images.device) < sizes[:, :1]
         columns = torch.arange(images.shape[-1], device=images.device) < sizes[:, 1:]
         return rows[:, None, :, None] & columns[:, None, None, :]
 
     @torch.no_grad()
     def eval_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of held-out images, and their sum as ``loss``.
+        """Return the losses of a validation batch, and their sum as ``loss``.
 
-        The model stays in evaluation mode, so no path is dropped; what is sampled is the same every time, and the
-        global generator is left as it was.
+        The model stays in evaluation mode, so drop path is off. Anchors and regions are sampled with a fixed seed,
+        and the state of the global random generator is restored.
         """
         device = batch["image"].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -144,93 +153,103 @@ class Detection(Task):
     def detections(
         self, images: Tensor, sizes: Tensor, *, scales: Sequence[float] = (1.0,), flip: bool = False
     ) -> list[Objects]:
-        """What is found in each image, best first, in its own pixels.
+        """Detect objects; boxes are in pixels of the given images, best first.
 
         Args:
             images: uint8 ``(b, c, H, W)``.
-            sizes: int64 ``(b, 2)``, without what was padded.
-            scales: looked at in each of these sizes; detections of all of them are merged by suppression. Enlarging
-                cannot bring back what was lost: load images at the largest size.
-            flip: looked at mirrored too.
+            sizes: int64 ``(b, 2)``, height and width without padding.
+            scales: factors by which the images are resized; detections at all scales are merged by suppression.
+                Upscaling adds no detail, so load images at the largest size.
+            flip: detect in a horizontally mirrored copy at every scale too.
 
         Returns:
-            ``boxes (n, 4)``, ``scores (n,)``, ``labels (n,)``, and ``masks (n, 1, 28, 28)`` inside the boxes.
+            For each image ``boxes (n, 4)``, ``scores (n,)``, ``labels (n,)``, and ``masks (n, 1, 28, 28)`` inside
+            the boxes.
         """
-        pixels, looks = self.normalize(images), []
-        for zoom in scales:
-            height, width = (max(1, round(side * zoom)) for side in images.shape[-2:])
+        pixels, views = self.normalize(images), []
+        for factor in scales:
+            height, width = (max(1, round(side * factor)) for side in images.shape[-2:])
             scale = pixels.new_tensor([height / images.shape[-2], width / images.shape[-1]])
-            own_sizes = (sizes * scale).round().long().clamp(min=1)
-            seen = pixels if zoom == 1 else F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+            view_sizes = (sizes * scale).round().long().clamp(min=1)
+            resized = pixels if factor == 1 else F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
             for flipped in (False, True)[: 1 + flip]:
-                found, _ = self._run(_mirrored(seen, own_sizes) if flipped else seen, own_sizes)
-                looks.append([_back(o, s, scale, flipped) for o, s in zip(found, own_sizes.tolist(), strict=True)])
-        return looks[0] if len(looks) == 1 else [self._merged(own) for own in zip(*looks, strict=True)]
+                found, _ = self._run(_mirror(resized, view_sizes) if flipped else resized, view_sizes)
+                sides = zip(found, view_sizes.tolist(), strict=True)
+                views.append([_undo_view(own, size, scale, flipped) for own, size in sides])
+        return views[0] if len(views) == 1 else [self._merge(own) for own in zip(*views, strict=True)]
 
     def predict(self, batch: Mapping[str, Tensor]) -> list[Objects]:
-        """:meth:`detections` in pixels of the original images, whose size is ``original_size`` int64 ``(b, 2)``.
+        """Detect objects in pixels of the original images, whose size is ``original_size`` int64 ``(b, 2)``.
 
         Returns:
             For each image ``boxes`` float32 ``(n, 4)``, ``scores``, ``labels``, and ``masks`` bool ``(n, H, W)``.
         """
         found = self.detections(batch["image"], batch["image_size"], scales=self.scales, flip=self.flip)
         results = []
-        for own, seen, size in zip(found, batch["image_size"], batch["original_size"], strict=True):
-            zoom = (size / seen).flip(0).repeat(2)
-            results.append(_pasted({**own, "boxes": own["boxes"] * zoom}, size.tolist()))
+        for own, view_size, size in zip(found, batch["image_size"], batch["original_size"], strict=True):
+            factors = (size / view_size).flip(0).repeat(2)
+            results.append(_paste_masks({**own, "boxes": own["boxes"] * factors}, size.tolist()))
         return results
 
-    def _merged(self, looks: Sequence[Objects]) -> Objects:
-        """The detections of one image that was looked at several times."""
-        every = {key: torch.cat([look[key] for look in looks]) for key in looks[0]}
+    def _merge(self, views: Sequence[Objects]) -> Objects:
+        """Merge the detections of several views of one image by suppression."""
+        merged = {key: torch.cat([view[key] for view in views]) for key in views[0]}
         regions = self.head.regions
         kept, scores = suppress(
-            every["boxes"],
-            every["scores"],
-            every["labels"],
+            merged["boxes"],
+            merged["scores"],
+            merged["labels"],
             iou=regions.iou,
             limit=regions.limit,
             soft=regions.soft_nms,
         )
-        return {key: value[kept] for key, value in every.items()} | {"scores": scores}
+        return {key: value[kept] for key, value in merged.items()} | {"scores": scores}
 
     @torch.no_grad()
     def visualize(self, batch: Mapping[str, Tensor], *, least_score: float = 0.5) -> Image.Image:
-        """Every image with its objects, and with what was found: from such a score on, or else the best."""
+        """Render every image with its true objects and with the detected ones.
+
+        Args:
+            least_score: lowest score of detections that are drawn; the best one of each image is always drawn.
+        """
         images, sizes = batch["image"], batch["image_size"]
-        zoom = _PICTURE_PX / max(images.shape[-2:])
-        size = [max(1, round(side * zoom)) for side in images.shape[-2:]]
-        shown = torch.where(self._inside(images, sizes), drawing.to_rgb(images / 255), 1.0)
-        shown = F.interpolate(shown, size, mode="bilinear", antialias=True).clamp(0, 1)
+        factor = _PREVIEW_PX / max(images.shape[-2:])
+        size = [max(1, round(side * factor)) for side in images.shape[-2:]]
+        previews = torch.where(self._image_mask(images, sizes), drawing.to_rgb(images / 255), 1.0)
+        previews = F.interpolate(previews, size, mode="bilinear", antialias=True).clamp(0, 1)
         counts = batch["box_counts"].tolist()
         truths = zip(batch["boxes"].split(counts), batch["box_labels"].split(counts), strict=True)
         masks = batch["masks"].split(counts) if self.masks else [None] * len(counts)
-        columns: dict[str, list[Tensor]] = {"objects": [], f"found: {least_score:g} and above, or the best": []}
+        columns: dict[str, list[Tensor]] = {
+            "objects": [],
+            f"detections: score {least_score:g} or more, or the best": [],
+        }
         for image, (boxes, labels), mask, found in zip(
-            shown, truths, masks, self.detections(images, sizes), strict=True
+            previews, truths, masks, self.detections(images, sizes), strict=True
         ):
-            shown_from = found["scores"][:1].clamp(max=least_score)
-            found = {key: value[found["scores"] >= shown_from] for key, value in found.items()}
-            found = _pasted(found, list(images.shape[-2:]))
+            lowest = found["scores"][:1].clamp(max=least_score)
+            found = {key: value[found["scores"] >= lowest] for key, value in found.items()}
+            found = _paste_masks(found, list(images.shape[-2:]))
             objects = {"boxes": boxes, "labels": labels} | ({} if mask is None else {"masks": mask})
             for column, own in zip(columns.values(), (objects, found), strict=True):
                 names = [self.classes[label - 1] for label in own["labels"].tolist()]
                 if "scores" in own:
                     names = [f"{name} {score:.2f}" for name, score in zip(names, own["scores"].tolist(), strict=True)]
-                column.append(drawing.with_objects(image, own["boxes"] * zoom, own["labels"], names, own.get("masks")))
-        return drawing.panels([(caption, torch.stack(column)) for caption, column in columns.items()])
+                boxes = own["boxes"] * factor
+                column.append(drawing.draw_objects(image, boxes, own["labels"], names, own.get("masks")))
+        return drawing.draw_panels([(caption, torch.stack(column)) for caption, column in columns.items()])
 
 
-def _mirrored(images: Tensor, sizes: Tensor) -> Tensor:
-    """Each image left to right, still at the upper left of its canvas."""
+def _mirror(images: Tensor, sizes: Tensor) -> Tensor:
+    """Mirror each image horizontally, inside its own size, so that it stays at the upper left of its canvas."""
     result = images.clone()
     for image, (height, width) in zip(result, sizes.tolist(), strict=True):
         image[:, :height, :width] = image[:, :height, :width].flip(-1)
     return result
 
 
-def _back(found: Objects, size: Sequence[int], scale: Tensor, flipped: bool) -> Objects:
-    """Detections of an image that was zoomed by ``scale`` (y, x), and then perhaps mirrored, on the image itself."""
+def _undo_view(found: Objects, size: Sequence[int], scale: Tensor, flipped: bool) -> Objects:
+    """Map the detections of a view, resized by ``scale`` (y, x) and perhaps mirrored, back to its image."""
     boxes, masks = found["boxes"], found.get("masks")
     if flipped:
         left, top, right, bottom = boxes.unbind(dim=1)
@@ -239,11 +258,12 @@ def _back(found: Objects, size: Sequence[int], scale: Tensor, flipped: bool) -> 
     return found | {"boxes": boxes / scale.flip(0).repeat(2)} | ({} if masks is None else {"masks": masks})
 
 
-def _pasted(found: Objects, size: Sequence[int]) -> Objects:
-    """With masks of the whole image, bool ``(n, H, W)``, in place of those inside the boxes."""
+def _paste_masks(found: Objects, size: Sequence[int]) -> Objects:
+    """Replace masks inside the boxes by masks of the whole image, bool ``(n, H, W)``."""
     if "masks" not in found:
         return found
     masks = torch.zeros(len(found["boxes"]), *size, dtype=torch.bool, device=found["boxes"].device)
-    for whole, mask, box in zip(masks, found["masks"], found["boxes"], strict=True):  # one float map at a time
-        whole.copy_(paste_masks_in_image(mask[None], box[None], (size[0], size[1]))[0, 0] > 0.5)
+    # One mask at a time: the float masks of all objects together may not fit in memory.
+    for pasted, mask, box in zip(masks, found["masks"], found["boxes"], strict=True):
+        pasted.copy_(paste_masks_in_image(mask[None], box[None], (size[0], size[1]))[0, 0] > 0.5)
     return found | {"masks": masks}

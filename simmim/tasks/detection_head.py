@@ -1,7 +1,7 @@
-"""Everything of a detector above the encoder: torchvision's feature pyramid, proposals, box and mask heads.
+"""The parts of a detector above the encoder: torchvision's feature pyramid, proposals, box and mask heads.
 
-No module here looks at more than one image at a time: there is no batch norm, and the only norms are LayerNorms over
-the channels of the encoder's maps. Proposals and regions that are trained on are drawn from the global generator.
+No module mixes images: there is no batch norm, and the only norms are LayerNorms over the channels of the encoder's
+feature maps. The proposals and regions used for training are sampled with the global random generator.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from simmim.tasks.nms import SoftNMS, suppress
 
 Objects = dict[str, Tensor]
-"""Of one image: ``boxes (n, 4)``, ``labels (n,)``, and for detections ``scores (n,)``; ``masks``."""
+"""Objects of one image: ``boxes (n, 4)``, ``labels (n,)``, for detections ``scores (n,)``, and ``masks``."""
 
-POSITIVE = 0.25  # the share of objects among the regions that are trained on
-# Of each box head: the overlap from which on a proposal is an object, the weights of its box coordinates, and the
-# weight of its losses. The cascade is that of arXiv 1712.00726.
+POSITIVE = 0.25  # fraction of objects among the sampled regions
+# For each box head: the lowest overlap of a proposal with an object, the weights of the box coordinates, and the
+# weight of the losses. The values of the cascade are those of arXiv 1712.00726.
 PLAIN = ((0.5, (10.0, 10.0, 5.0, 5.0), 1.0),)
 CASCADE = (
     (0.5, (10.0, 10.0, 5.0, 5.0), 1.0),
@@ -39,18 +39,21 @@ CASCADE = (
 
 
 class DetectionHead(nn.Module):
-    """Mask R-CNN (arXiv 1703.06870) or Faster R-CNN on a feature pyramid (arXiv 1612.03144), or their cascade.
+    """Mask R-CNN (arXiv 1703.06870) or Faster R-CNN on a feature pyramid (arXiv 1612.03144), optionally as a cascade.
 
     Args:
-        widths: channels of the encoder's maps; the last comes normalised.
-        strides: of the maps, px.
-        num_classes: without the background.
-        masks: a mask for every box.
-        cascade: three box heads, each on the boxes of the one before (arXiv 1712.00726).
-        width: channels of the pyramid.
+        widths: channels of the encoder's feature maps; the last map is already normalized.
+        strides: strides of the maps in px.
+        num_classes: number of classes without the background.
+        masks: predict a mask for every box.
+        cascade: use three box heads, each refining the boxes of the previous one (arXiv 1712.00726).
+        width: channels of the feature pyramid.
         hidden: width of the box heads.
-        anchor_px: side of the anchors on each map and one more; None: 8 times its stride.
-        regions_per_image: on so many of an image each box head is trained at most.
+        anchor_px: side of the anchors in px, for each map and one coarser level; None: 8 times the stride.
+        regions_per_image: largest number of regions per image on which a box head is trained.
+
+    Raises:
+        ValueError: the number of anchors does not match the number of levels.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class DetectionHead(nn.Module):
         strides = [*strides, 2 * strides[-1]]
         anchor_px = anchor_px or [8 * stride for stride in strides]
         if len(anchor_px) != len(strides):
-            raise ValueError(f"anchor_px {list(anchor_px)}: expected a side for each of the strides {strides}")
+            raise ValueError(f"anchor_px {list(anchor_px)}: expected one side in px for each of the strides {strides}")
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in widths[:-1])
         self.fpn = FeaturePyramidNetwork(list(widths), width, LastLevelMaxPool())
         anchors = Anchors([(side,) for side in anchor_px], strides)
@@ -85,27 +88,31 @@ class DetectionHead(nn.Module):
             post_nms_top_n={"training": 1000, "testing": 1000},
             nms_thresh=0.7,
         )
-        maps = [str(number) for number in range(len(widths))]
+        maps = [str(level) for level in range(len(widths))]
         self.regions = RegionHeads(maps, num_classes, width, hidden, regions_per_image, masks=masks, cascade=cascade)
 
     def forward(
         self, images: Tensor, maps: Sequence[Tensor], sizes: list[tuple[int, int]], targets: list[Objects] | None = None
     ) -> tuple[list[Objects], dict[str, Tensor]]:
-        """Detections of each image, or with ``targets`` the losses, whether in training mode or not.
+        """Detect objects, or compute losses if there are targets, in training and in evaluation mode.
 
         Args:
-            images: ``(b, c, H, W)``, of which only the shape matters.
-            maps: of the encoder, ``(b, c, h, w)``; the last is normalised.
-            sizes: of each image without what it was padded with, px.
+            images: ``(b, c, H, W)``; only the shape is used.
+            maps: feature maps ``(b, c, h, w)`` of the encoder; the last one is normalized.
+            sizes: height and width of each image without padding, in px.
+            targets: the objects of each image; None: detect.
+
+        Returns:
+            The detections of each image, empty with targets, and the losses by name, empty without targets.
         """
         features = self._pyramid(maps)
-        self.rpn.train(targets is not None)  # the only thing that its mode decides is whether there are losses
+        self.rpn.train(targets is not None)  # in this module the mode only switches the losses
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, more = self.regions(features, proposals, sizes, tuple(images.shape[-2:]), targets)
         return detections, losses | more
 
     def loss_on_fake_tensors(self, maps: Sequence[Tensor]) -> Tensor:
-        """Of maps without numbers: what a training step computes, but for what depends on numbers."""
+        """Return a loss of fake maps through all layers, without the operations that depend on values."""
         features = self._pyramid(maps)
         logits, deltas = self.rpn.head(list(features.values()))
         losses = [x.mean() for x in (*logits, *deltas)]
@@ -113,18 +120,20 @@ class DetectionHead(nn.Module):
         return torch.stack([*losses, *self.regions.losses_on_fake_tensors(finest)]).sum()
 
     def _pyramid(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
+        """Normalize all maps except the last and compute the feature pyramid, by level name."""
         normed = [
             rearrange(norm(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
             for norm, x in zip(self.norms, maps, strict=False)
         ]
-        return self.fpn(OrderedDict((str(number), x) for number, x in enumerate([*normed, maps[-1]])))
+        return self.fpn(OrderedDict((str(level), x) for level, x in enumerate([*normed, maps[-1]])))
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors at the true strides, in float32 whatever the maps are.
+    """torchvision's anchors with exact strides, always in float32.
 
-    torchvision divides the size of the image by that of the map, which gives 61 px for the coarsest map of 800 px,
-    and takes the type of the map: bfloat16 counts in steps of 4 px from 512 on.
+    torchvision derives the stride by dividing the size of the image by that of the map, which gives 61 px instead
+    of 64 px for the coarsest map of an 800 px image. It also uses the dtype of the map, and bfloat16 has a
+    resolution of 4 px from 512 px on.
     """
 
     def __init__(self, sizes: Sequence[tuple[int]], strides: Sequence[int]) -> None:
@@ -143,7 +152,7 @@ class Anchors(AnchorGenerator):
 
 
 class ProposalHead(RPNHead):
-    """torchvision's, with float32 results: boxes are computed from them."""
+    """torchvision's proposal head with float32 outputs, because boxes are computed from them."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -151,10 +160,10 @@ class ProposalHead(RPNHead):
 
 
 class BoxPredictor(nn.Module):
-    """Class logits ``(n, k)`` and box deltas ``(n, 4 k)``, float32; ``k`` counts the background.
+    """Predicts float32 class logits ``(n, k)`` and box deltas ``(n, 4 k)``; the ``k`` outputs include the background.
 
     Args:
-        shared: the same deltas for all classes, as in a cascade.
+        shared: use the same deltas for all classes, as in a cascade.
     """
 
     def __init__(self, hidden: int, num_outputs: int, *, shared: bool) -> None:
@@ -165,7 +174,7 @@ class BoxPredictor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As Fast R-CNN (arXiv 1504.08083, section 2.3)."""
+        """Initialize the layers as in Fast R-CNN (arXiv 1504.08083, section 2.3)."""
         for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -176,11 +185,12 @@ class BoxPredictor(nn.Module):
 
 
 class RegionHeads(nn.Module):
-    """Box heads, one after the other, and a mask head.
+    """One box head or a cascade of three, and a mask head.
 
-    Each box head is a ``RoIHeads`` of torchvision. With one of them, losses and detections are those of torchvision;
-    with three, each begins with the boxes of the one before and chooses anew what it is trained on, and scores are
-    the mean of all. The mask head is trained on what the first box head is, and applied to the final boxes.
+    Each box head is a ``RoIHeads`` of torchvision. With one head, losses and detections equal those of torchvision.
+    In a cascade, each head starts from the boxes of the previous one and samples its own training regions, and
+    scores are the mean over all heads. The mask head is trained on the regions of the first box head and applied to
+    the final boxes.
     """
 
     iou, limit, least_score = 0.5, 100, 0.05
@@ -232,41 +242,44 @@ class RegionHeads(nn.Module):
         canvas: tuple[int, int],
         targets: list[Objects] | None = None,
     ) -> tuple[list[Objects], dict[str, Tensor]]:
-        """Detections, or with ``targets`` losses.
+        """Detect objects, or compute losses if there are targets.
 
         Args:
+            features: the feature pyramid, by level name.
             proposals: boxes ``(n, 4)`` of each image.
-            canvas: what all images were padded to. torchvision takes the strides from it: from the sizes it would
-                take wrong ones for small images, and keep them.
+            sizes: height and width of each image without padding, in px.
+            canvas: padded height and width of all images. torchvision derives the strides from it, once; from
+                ``sizes`` it would derive wrong strides for small images and keep them.
+            targets: the objects of each image; None: detect.
         """
         losses: dict[str, Tensor] = {}
         probabilities: list[Tensor] = []
         chosen: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
-        for number, stage in enumerate(cast(Iterable[RoIHeads], self.stages)):
+        for index, stage in enumerate(cast(Iterable[RoIHeads], self.stages)):
             if targets is not None:
                 proposals, matched, labels, wanted = stage.select_training_samples(list(proposals), targets)
                 chosen = chosen or (proposals, matched, labels)
             pooled = stage.box_roi_pool(features, proposals, [canvas])
             logits, deltas = stage.box_predictor(stage.box_head(pooled))
             if targets is not None:
-                of_class, of_box = fastrcnn_loss(logits, deltas, labels, wanted)
-                end, weight = f"_{number + 1}" if number else "", self.weights[number]
-                losses |= {f"loss_classifier{end}": weight * of_class, f"loss_box_reg{end}": weight * of_box}
+                class_loss, box_loss = fastrcnn_loss(logits, deltas, labels, wanted)
+                suffix, weight = f"_{index + 1}" if index else "", self.weights[index]
+                losses |= {f"loss_classifier{suffix}": weight * class_loss, f"loss_box_reg{suffix}": weight * box_loss}
             else:
                 probabilities.append(logits.softmax(dim=1))
             boxes = stage.box_coder.decode(deltas.detach(), proposals)  # (n, k, 4)
-            if number + 1 < len(self.stages):
-                proposals = self._refined(boxes[:, 1], [len(own) for own in proposals], sizes, targets is not None)
+            if index + 1 < len(self.stages):
+                proposals = self._clip(boxes[:, 1], [len(own) for own in proposals], sizes, targets is not None)
         if targets is not None:
             assert chosen is not None
             return [], losses | self._mask_loss(features, *chosen, canvas, targets)
         scores = torch.stack(probabilities).mean(dim=0)
         counts = [len(own) for own in proposals]
-        found = [self._best(*own) for own in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
+        found = [self._select(*own) for own in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
         return self._with_masks(features, found, canvas), losses
 
     def losses_on_fake_tensors(self, features: Tensor) -> list[Tensor]:
-        """Of one map ``(b, c, h, w)`` without numbers: as many regions an image as are drawn at most."""
+        """Return losses of one fake map ``(b, c, h, w)``, with the largest number of regions per image."""
         images, width = features.shape[:2]
         losses: list[Tensor] = []
         for stage in cast(Iterable[RoIHeads], self.stages):
@@ -278,13 +291,13 @@ class RegionHeads(nn.Module):
             losses.append(self.masks(pooled).float().mean())
         return losses
 
-    def _refined(self, boxes: Tensor, counts: list[int], sizes: list[tuple[int, int]], is_choice: bool) -> list[Tensor]:
-        """The boxes of each image, inside it; in training without those of which nothing is left."""
+    def _clip(self, boxes: Tensor, counts: list[int], sizes: list[tuple[int, int]], drop_empty: bool) -> list[Tensor]:
+        """Clip the boxes of each image to it; with ``drop_empty`` (training), remove boxes that become empty."""
         clipped = [clip_boxes_to_image(own, size) for own, size in zip(boxes.split(counts), sizes, strict=True)]
-        return [own[remove_small_boxes(own, 1e-2)] for own in clipped] if is_choice else clipped
+        return [own[remove_small_boxes(own, 1e-2)] for own in clipped] if drop_empty else clipped
 
-    def _best(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Objects:
-        """Detections of an image: boxes ``(n, k, 4)`` and scores ``(n, k)`` of proposals, the background first."""
+    def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Objects:
+        """Select the detections of an image from boxes ``(n, k, 4)`` and scores ``(n, k)``, the background first."""
         boxes, scores = clip_boxes_to_image(boxes, size)[:, 1:], scores[:, 1:]
         labels = torch.arange(1, scores.shape[1] + 1, device=boxes.device).expand_as(scores)
         likely = scores > self.least_score
@@ -303,17 +316,18 @@ class RegionHeads(nn.Module):
         canvas: tuple[int, int],
         targets: list[Objects],
     ) -> dict[str, Tensor]:
+        """Return the mask loss of the regions that contain an object, or nothing without a mask head."""
         if self.masks is None:
             return {}
         positive = [own > 0 for own in labels]
         boxes = [own[kept] for own, kept in zip(proposals, positive, strict=True)]
-        numbers = [own[kept] for own, kept in zip(matched, positive, strict=True)]
+        indices = [own[kept] for own, kept in zip(matched, positive, strict=True)]
         logits = self.masks(self.mask_pool(features, boxes, [canvas]))
         truth, classes = [own["masks"] for own in targets], [own["labels"] for own in targets]
-        return {"loss_mask": maskrcnn_loss(logits.float(), boxes, truth, classes, numbers)}
+        return {"loss_mask": maskrcnn_loss(logits.float(), boxes, truth, classes, indices)}
 
     def _with_masks(self, features: dict[str, Tensor], found: list[Objects], canvas: tuple[int, int]) -> list[Objects]:
-        """With ``masks (n, 1, 28, 28)``, probabilities inside each box."""
+        """Add ``masks (n, 1, 28, 28)``, probabilities inside each box, to the detections."""
         if self.masks is None:
             return found
         logits = self.masks(self.mask_pool(features, [own["boxes"] for own in found], [canvas]))

@@ -1,4 +1,4 @@
-"""Which of many overlapping detections are kept."""
+"""Non-maximum suppression of overlapping detections, hard and soft."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ SoftNMS = Literal["linear", "gaussian"]
 def suppress(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, iou: float, limit: int, soft: SoftNMS | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The best detections, best first, and their scores; boxes of other classes do not matter to each other.
+    """Suppress overlapping boxes, separately for each class.
 
     Args:
         boxes, scores, labels: ``(n, 4)``, ``(n,)``, ``(n,)``.
-        iou: overlap from which on a box is dropped, or with linear :func:`soft_nms` loses.
-        limit: how many are kept at most.
+        iou: overlap (intersection over union) above which a box is dropped, or loses score in linear :func:`soft_nms`.
+        limit: largest number of detections to keep.
+        soft: method of :func:`soft_nms`; None: drop overlapping boxes.
 
     Returns:
-        int64 and float ``(k,)``.
+        Indices int64 ``(k,)`` and scores float ``(k,)`` of the kept detections, best first.
     """
     if soft is not None:
         return soft_nms(boxes, scores, labels, method=soft, iou=iou, limit=limit)
@@ -41,32 +42,30 @@ def soft_nms(
     least_score: float = 1e-3,
     limit: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """Detections lose score for each better one that they overlap, instead of being dropped (arXiv 1704.04503, fig. 2).
+    """Lower the score of detections for each better one that they overlap (Soft-NMS, arXiv 1704.04503, figure 2).
 
-    Scores only fall, so the first ``limit`` that are chosen are the best ``limit`` of all.
+    Scores never rise, so the first ``limit`` selected detections are the best ``limit`` of all.
 
     Args:
-        method: ``gaussian``: times ``exp(-overlap^2 / sigma)``, eq. 4; ``linear``: times ``1 - overlap`` where the
-            overlap is above ``iou``, eq. 3.
-        least_score: of which detections are left out.
+        boxes, scores, labels, iou, limit: see :func:`suppress`.
+        method: ``gaussian`` multiplies scores by ``exp(-overlap^2 / sigma)`` (equation 4); ``linear`` multiplies
+            them by ``1 - overlap`` if the overlap is above ``iou`` (equation 3).
+        least_score: lowest score of detections to keep.
 
     Returns:
-        As :func:`suppress`.
+        See :func:`suppress`.
     """
     device = boxes.device
-    boxes, left, labels = (
-        boxes.float().cpu(),
-        scores.float().cpu().clone(),
-        labels.cpu(),
-    )  # one at a time: no work for a GPU
+    # On the CPU, because detections are selected one at a time.
+    boxes, remaining, labels = boxes.float().cpu(), scores.float().cpu().clone(), labels.cpu()
     kept, final = [], []
     for _ in range(min(limit, len(boxes))):
-        best = int(left.argmax())
-        if left[best] < least_score:
+        best = int(remaining.argmax())
+        if remaining[best] < least_score:
             break
         kept.append(best)
-        final.append(float(left[best]))
+        final.append(float(remaining[best]))
         overlap = box_iou(boxes[best : best + 1], boxes)[0] * (labels == labels[best])
-        left *= torch.exp(-overlap.square() / sigma) if method == "gaussian" else 1 - overlap * (overlap > iou)
-        left[best] = -1.0
+        remaining *= torch.exp(-overlap.square() / sigma) if method == "gaussian" else 1 - overlap * (overlap > iou)
+        remaining[best] = -1.0
     return torch.tensor(kept, dtype=torch.int64, device=device), torch.tensor(final, device=device)

@@ -1,4 +1,4 @@
-"""What draws pixels from features: the one linear layer of SimMIM, and the heavier heads it was compared with.
+"""Reconstruction heads: the linear layer of SimMIM, and the heavier heads of its ablation (section 4.2.3).
 
 Letters: b batch, h w token grid, c channels, p q pixels inside a token.
 """
@@ -17,15 +17,15 @@ from swin.config import SwinConfig
 from swin.encoder import make_blocks
 from swin.linear import Linear
 
-BLOCKS = 2  # of an inverse Swin at every scale: one with windows as they are, one shifted
+BLOCKS = 2  # per scale of an inverse Swin: one with regular and one with shifted windows
 
 
 def make_head(kind: str, config: SwinConfig) -> nn.Module:
-    """A module from features ``(b, h, w, num_features)`` to pixels ``(b, h, w, in_chans stride stride)``.
+    """Build a module from features ``(b, h, w, num_features)`` to pixels ``(b, h, w, in_chans stride stride)``.
 
     Args:
-        kind: ``linear``; ``mlp`` of two layers; ``inverse_swin``, the encoder upside down, with two blocks at
-            every scale (SimMIM, arXiv 2111.09886, section 4.2.3: the heavier heads cost more and transfer no better).
+        kind: ``linear``; ``mlp`` with two layers; ``inverse_swin``, the stages of the encoder in reverse order with
+            two blocks each (SimMIM, arXiv 2111.09886, section 4.2.3: heavier heads cost more and transfer no better).
     """
     pixels = config.stride**2 * config.in_chans
     if kind == "linear":
@@ -37,8 +37,11 @@ def make_head(kind: str, config: SwinConfig) -> nn.Module:
 
 
 class InverseSwin(nn.Module):
-    """Blocks at every scale of the encoder from the coarsest, each followed by a linear layer that splits a token
-    into four, at the finest into pixels."""
+    """Swin blocks at every scale of the encoder, from the coarsest to the finest.
+
+    The blocks of a scale are followed by a linear layer that splits each token into four, or into pixels at the
+    finest scale.
+    """
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -52,14 +55,14 @@ class InverseSwin(nn.Module):
             self.scales.append(nn.ModuleList([*make_blocks(config, index, [0.0] * BLOCKS), split]))
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(b, h, w, num_features)`` -> ``(b, h, w, c p q)``"""
+        """Predict the pixels ``(b, h, w, c p q)`` of features ``(b, h, w, num_features)``."""
         height, width = features.shape[1:3]
         x = features
-        for number, scale in enumerate(self.scales, start=1):
+        for index, scale in enumerate(self.scales):
             *blocks, split = cast(Iterable[SwinBlock | Linear], scale)
             for block in blocks:
                 x = block(x)
             x = split(x)
-            side = self.token if number == len(self.scales) else 2
+            side = self.token if index == len(self.scales) - 1 else 2
             x = rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=side, q=side)
         return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", h=height, w=width)

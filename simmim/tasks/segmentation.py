@@ -1,4 +1,4 @@
-"""Semantic segmentation: UPerNet on all maps of the encoder, cross-entropy over pixels."""
+"""Semantic segmentation: UPerNet on the feature maps of all encoder stages, cross-entropy over pixels."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simmim.data.segments import IGNORED
-from simmim.tasks.sliding_window import averaged_log_probabilities, resized, sliding_logits
+from simmim.tasks.sliding_window import averaged_log_probabilities, resize_maps, sliding_window_logits
 from simmim.tasks.task import Task
-from simmim.tasks.upernet import ChannelNorm, FCNHead, UPerHead, enlarge
+from simmim.tasks.upernet import ChannelNorm, FCNHead, UPerHead, upsample
 from simmim.visualization import drawing
 from swin import SwinEncoder
 from swin.config import Pair
 
 
 class Segmentation(Task):
-    """The segmenter of the Swin papers (UPerNet, and an FCN head on the last map but one while training).
+    """The segmentation model of the Swin papers (arXiv 2103.14030, section 4.3): UPerNet and an auxiliary FCN head.
 
-    Each map of the encoder has a norm; of the last map it is the encoder's own, so that features are those that
-    everything else sees. Heads have LayerNorm, see :mod:`simmim.tasks.upernet`.
+    The FCN head, on the second-coarsest map, is used in training only. Each feature map is normalized; the last one
+    by the encoder's own norm, so that it equals the output of the encoder. Heads use LayerNorm, see
+    :mod:`simmim.tasks.upernet`.
 
     Args:
-        classes: their names; how many decides the size of the heads.
-        mean, std: channel statistics of pixels in [0, 1], one number per channel.
-        channels, auxiliary_channels: inside the heads.
-        auxiliary_weight: of the loss of the auxiliary head.
-        dropout: of channels before the last layer of either head.
-        window, stride: px, for predictions in windows (:func:`simmim.tasks.sliding_window.sliding_logits`); None:
-            the whole image at once. A window alone has two thirds of itself for a stride.
-        scales, flip: see :func:`simmim.tasks.sliding_window.averaged_log_probabilities`; for predictions.
-        short_px: the short side at which whole images are looked at; None: that of the encoder's image size.
-        first_label: the number of the first class in label maps; 1 where 0 is no class (ADE20K).
+        classes: class names; their count is the number of output channels of the heads.
+        mean, std: channel statistics of pixels in [0, 1], one value per channel.
+        channels, auxiliary_channels: width of the heads.
+        auxiliary_weight: weight of the auxiliary loss.
+        dropout: probability of dropping a channel before the last layer of each head.
+        window, stride: (height, width) in px for sliding-window prediction
+            (:func:`simmim.tasks.sliding_window.sliding_window_logits`); without a window, the image is predicted in
+            one piece; without a stride, it is two thirds of the window.
+        scales, flip: test-time augmentation, see :func:`simmim.tasks.sliding_window.averaged_log_probabilities`.
+        short_px: short side to which images are resized for prediction; None: short side of the encoder's image size.
+        first_label: value of the first class in label maps; 1 if 0 means "no class" (ADE20K).
 
     Raises:
-        ValueError: statistics that do not match the channels, an encoder of one stage, a stride without a window or
-            longer than it, scales that are not positive.
+        ValueError: the statistics do not match the channels, the encoder has one stage, the stride has no window or
+            is longer than it, or a scale is not positive.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Segmentation(Task):
         super().__init__(encoder, mean, std)
         stages = len(encoder.config.depths)
         if stages < 2:
-            raise ValueError("an encoder of one stage has no pyramid to segment with: expected two stages or more")
+            raise ValueError("an encoder with one stage has no feature pyramid: segmentation needs two stages or more")
         if window is None and stride is not None:
             raise ValueError(f"stride {list(stride)} without a window: give the window too, or neither")
         if window is not None:
@@ -85,7 +87,7 @@ class Segmentation(Task):
         self.auxiliary_head = FCNHead(widths[-2], len(self.classes), auxiliary_channels, dropout)
 
     def description(self) -> dict[str, Any]:
-        """What must be known to rebuild it around its encoder; plain JSON."""
+        """Return the settings needed to rebuild the task around its encoder, as plain JSON."""
         return {
             "classes": self.classes,
             "channels": self.head.classifier.linear.in_features,
@@ -101,82 +103,84 @@ class Segmentation(Task):
         }
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``segments`` uint8 ``(b, H, W)``, 255 = ignored."""
+        """Return the loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``segments`` ``(b, H, W)``, 255 = ignored."""
         return self.loss(self.normalize(batch["image"]), batch["segments"])
 
     def loss(self, images: Tensor, segments: Tensor) -> Tensor:
-        """Of both heads; images are normalised."""
+        """Return the loss of both heads for normalized images."""
         maps = self.maps(images)
-        loss = pixel_loss(self.at_pixels(self.head(maps), 0, images), segments)
-        auxiliary = self.auxiliary_head(maps[-2])
-        return loss + self.auxiliary_weight * pixel_loss(self.at_pixels(auxiliary, len(maps) - 2, images), segments)
+        loss = pixel_loss(self.upsample_logits(self.head(maps), 0, images), segments)
+        logits = self.upsample_logits(self.auxiliary_head(maps[-2]), len(maps) - 2, images)
+        return loss + self.auxiliary_weight * pixel_loss(logits, segments)
 
     def loss_on_fake_tensors(self, images: Tensor) -> Tensor:
+        """Return the loss of fake images, with one class everywhere."""
         return self.loss(images, torch.zeros(len(images), *images.shape[-2:], dtype=torch.uint8))
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Normalised images ``(b, c, H, W)`` -> normalised maps ``(b, c, h, w)``, finest first."""
+        """Return the normalized feature maps ``(b, c, h, w)`` of normalized images ``(b, c, H, W)``, finest first."""
         *fine, coarsest = self.encoder.pyramid(images)
         last = self.encoder.norm(coarsest.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return [norm(x) for norm, x in zip(self.norms, fine, strict=True)] + [last]
 
-    def at_pixels(self, logits: Tensor, level: int, images: Tensor) -> Tensor:
-        """Logits on the grid of a map -> float32 at every pixel of the images."""
+    def upsample_logits(self, logits: Tensor, level: int, images: Tensor) -> Tensor:
+        """Upsample logits from the grid of map ``level`` (0 = finest) to the pixels of the images, in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            return enlarge(logits.float(), self.encoder.config.patch_size * 2**level, images.shape[-2:])
+            return upsample(logits.float(), self.encoder.config.patch_size * 2**level, images.shape[-2:])
 
     def logits(self, images: Tensor) -> Tensor:
-        """Normalised ``(b, c, H, W)`` -> float32 ``(b, classes, H, W)``, the whole image at once."""
-        return self.at_pixels(self.head(self.maps(images)), 0, images)
+        """Return float32 logits ``(b, classes, H, W)`` of normalized images ``(b, c, H, W)``, without windows."""
+        return self.upsample_logits(self.head(self.maps(images)), 0, images)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """uint8 ``(b, c, H, W)`` of any size -> logits ``(b, classes, H, W)`` up to a constant at every pixel.
+        """Return logits ``(b, classes, H, W)`` of uint8 images ``(b, c, H, W)`` of any size.
 
-        In windows, at several scales and mirrored, as the constructor was told.
+        Windows, scales and flip are those of the constructor. With several scales or flip the result is the
+        log-probability, which differs from logits by a constant at every pixel.
         """
         images = self.normalize(images)
         if self.scales == (1.0,) and not self.flip:
-            return self._seen(images)
-        return averaged_log_probabilities(self._seen, images, self.scales, self.flip)
+            return self._windowed_logits(images)
+        return averaged_log_probabilities(self._windowed_logits, images, self.scales, self.flip)
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def _windowed_logits(self, images: Tensor) -> Tensor:
         if self.window is None or self.stride is None:
             return self.logits(images)
-        return sliding_logits(self.logits, images, self.window, self.stride)
+        return sliding_window_logits(self.logits, images, self.window, self.stride)
 
     @torch.no_grad()
     def eval_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Loss of the main head and share of pixels with the right class, of each image, and then their means.
+        """Return the loss of the main head and the pixel accuracy, averaged over the images of a validation batch.
 
-        ``segments`` may have another size than ``image``: predictions are resized to it. The mean
-        intersection over union is no mean over images: see :class:`simmim.metrics.mean_iou.MeanIoU`.
+        Predictions are resized to ``segments``, which may differ in size from ``image``. The mean intersection over
+        union is not a mean over images and is computed by :class:`simmim.metrics.mean_iou.MeanIoU`.
         """
         scores, segments = self.scores(batch), batch["segments"]
-        right = (scores.argmax(dim=1) == segments) & (segments != IGNORED)
-        share = right.sum(dim=(1, 2)) / num_valid(segments)
-        return {"loss": pixel_loss(scores, segments), "pixel_accuracy": share.mean()}
+        correct = (scores.argmax(dim=1) == segments) & (segments != IGNORED)
+        accuracy = correct.sum(dim=(1, 2)) / num_valid(segments)
+        return {"loss": pixel_loss(scores, segments), "pixel_accuracy": accuracy.mean()}
 
     @torch.no_grad()
     def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Predictions ``(b, classes, H, W)`` at the size of ``segments``; the highest is the class."""
-        return resized(self.predict(batch["image"]), batch["segments"].shape[-2:])
+        """Return the predictions ``(b, classes, H, W)`` of a batch, resized to its ``segments``."""
+        return resize_maps(self.predict(batch["image"]), batch["segments"].shape[-2:])
 
     @torch.no_grad()
     def visualize(self, batch: Mapping[str, Tensor]) -> Image.Image:
-        """Every image, what it holds, what was found, and the classes that are meant by the colours."""
-        images = resized(drawing.to_rgb(batch["image"] / 255), batch["segments"].shape[-2:])
-        return drawing.segmentation(images, batch["segments"], self.scores(batch).argmax(dim=1), self.classes)
+        """Render one row per image: image, true classes, predicted classes, and a legend."""
+        images = resize_maps(drawing.to_rgb(batch["image"] / 255), batch["segments"].shape[-2:])
+        return drawing.draw_segmentation(images, batch["segments"], self.scores(batch).argmax(dim=1), self.classes)
 
 
 def pixel_loss(logits: Tensor, segments: Tensor) -> Tensor:
-    """Cross-entropy: the mean over the pixels of an image that have a label, then over images.
+    """Compute the cross-entropy, averaged over the labeled pixels of each image and then over the images.
 
-    So an image counts the same in whatever batch, and a batch in one piece and in several has the same loss. An
-    image without any label has loss 0, and gives no gradient.
+    Each image therefore has the same weight in any batch, and splitting a batch does not change its loss. An image
+    without labels has loss 0 and no gradient.
 
     Args:
-        logits: ``(b, classes, H, W)``, taken in float32.
+        logits: ``(b, classes, H, W)``, converted to float32.
         segments: uint8 ``(b, H, W)``, 255 = ignored.
     """
     losses = F.cross_entropy(logits.float(), segments.long(), ignore_index=IGNORED, reduction="none")
@@ -184,5 +188,5 @@ def pixel_loss(logits: Tensor, segments: Tensor) -> Tensor:
 
 
 def num_valid(segments: Tensor) -> Tensor:
-    """Of each image the pixels that have a label, int64 ``(b,)``; 1 where there are none, for a divisor."""
+    """Count the labeled pixels of each image, int64 ``(b,)``, at least 1 so that the result can be a divisor."""
     return (segments != IGNORED).sum(dim=(1, 2)).clamp(min=1)

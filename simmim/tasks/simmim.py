@@ -1,4 +1,6 @@
-"""SimMIM: mask tokens between embed and encode, one linear layer, L1 on the masked pixels; and what it was chosen from.
+"""SimMIM: mask tokens between embed and encode, predict pixels with one linear layer, L1 loss on the masked pixels.
+
+The alternatives that the paper compares (losses, targets, heads) are options of the same class.
 
 Letters: b batch, h w token grid, c channels, k masked tokens, p q pixels inside a token, H W pixels.
 """
@@ -26,7 +28,7 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class Reconstruction(NamedTuple):
-    """What a picture needs; all but ``pixel_mask`` are float ``(b, c, H, W)`` in normalised pixels."""
+    """Images, target and prediction, float ``(b, c, H, W)`` in normalized pixels, and the pixel mask."""
 
     images: Tensor
     target: Tensor
@@ -36,26 +38,31 @@ class Reconstruction(NamedTuple):
 
 
 class SimMIM(Task):
-    """Masked image modelling around any encoder with ``embed`` and ``encode`` (arXiv 2111.09886, section 3).
+    """Masked image modeling (SimMIM, arXiv 2111.09886, section 3) around any encoder with ``embed`` and ``encode``.
+
+    The methods are the components of the paper's framework: :meth:`embed` and :meth:`mask` (section 3.2, masking
+    strategy), :meth:`encode` (section 3.1), :meth:`predict` (section 3.3, prediction head) and :meth:`loss`
+    (section 3.4, prediction targets).
 
     Args:
-        mean, std: channel statistics of pixels in [0, 1], one number per channel.
+        mask_generator: generates the mask of every sample.
+        mean, std: channel statistics of pixels in [0, 1], one value per channel.
         loss: ``l1``, ``l2`` or ``smooth_l1``, averaged over pixels and channels.
-        norm_target_window: side of the sliding window, in pixels, over which the target is
-            normalised; None predicts plain pixels. The published Swin V2 models use 47.
-        pixels: ``masked`` or ``all``: of which the loss is.
-        downsample: prediction and target are averaged over squares of so many pixels a side.
+        norm_target_window: side in pixels of the sliding window over which the target is normalized;
+            None predicts plain pixels. The published Swin V2 models use 47.
+        pixels: ``masked`` or ``all``: the pixels over which the loss is averaged.
+        downsample: side in pixels of the squares over which prediction and target are averaged.
         head: ``linear``, ``mlp`` or ``inverse_swin``, see :func:`simmim.tasks.reconstruction_heads.make_head`.
 
     Raises:
-        ValueError: statistics that do not match the channels, an even window, cells that do not
-            hold whole tokens, or squares that neither cells nor features can be divided into.
+        ValueError: the statistics do not match the channels, the window is even, the mask patch size is not a
+            multiple of the token size, or ``downsample`` does not divide the mask patch size and the stride.
     """
 
     def __init__(
         self,
         encoder: SwinEncoder,
-        masks: MaskGenerator,
+        mask_generator: MaskGenerator,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -67,54 +74,78 @@ class SimMIM(Task):
     ) -> None:
         super().__init__(encoder, mean, std)
         self.pixels, self.downsample, self.head_kind = pixels, downsample, head
-        self.use_masks(masks)
+        self.set_mask_generator(mask_generator)
         if norm_target_window is not None and (norm_target_window % 2 == 0 or norm_target_window < 3):
-            raise ValueError(f"the window of a normalised target must be odd, from 3, got {norm_target_window}")
+            raise ValueError(f"norm_target_window must be an odd number from 3 on, got {norm_target_window}")
         self.elementwise_loss = LOSSES[loss]
         self.norm_target_window = norm_target_window
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, encoder.config.embed_dim))
         self.head = make_head(head, encoder.config)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
-        return self.loss(*self.inputs(batch))
-
-    def use_masks(self, masks: MaskGenerator) -> None:
-        """Hide by other masks from now on.
+    def set_mask_generator(self, mask_generator: MaskGenerator) -> None:
+        """Replace the mask generator.
 
         Raises:
-            ValueError: cells that do not hold whole tokens or whole squares of the target.
+            ValueError: the mask patch size is not a multiple of the token size or of ``downsample``.
         """
-        token, stride, cell = self.encoder.config.patch_size, self.encoder.config.stride, masks.mask_patch_size
-        if cell % token:
-            raise ValueError(f"mask_patch_size {cell} must be a multiple of the token size {token} px")
-        if cell % self.downsample or stride % self.downsample:
+        token, stride = self.encoder.config.patch_size, self.encoder.config.stride
+        patch = mask_generator.mask_patch_size
+        if patch % token:
+            raise ValueError(f"mask_patch_size {patch} must be a multiple of the token size {token} px")
+        if patch % self.downsample or stride % self.downsample:
             raise ValueError(
-                f"downsample {self.downsample} must divide mask_patch_size {cell} and the stride {stride} of the "
-                f"encoder: {gcd(cell, stride)} is the largest"
+                f"downsample {self.downsample} must divide mask_patch_size {patch} and the stride {stride} of the "
+                f"encoder: {gcd(patch, stride)} is the largest"
             )
-        self.masks = masks
+        self.mask_generator = mask_generator
 
-    def eval_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What held-out images are judged by: the loss."""
-        return {"loss": self(batch)}
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a batch: ``image`` uint8 ``(b, c, H, W)``, ``epoch`` and ``index`` int64 ``(b,)``."""
+        return self.loss(*self.inputs(batch))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalised images ``(b, c, H, W)`` and their ``patch_mask (b, hm, wm)``."""
-        return self.normalize(batch["image"]), self.masks(batch["epoch"], batch["index"])
+        """Return the normalized images ``(b, c, H, W)`` of a batch and their ``patch_mask (b, hm, wm)``."""
+        return self.normalize(batch["image"]), self.mask_generator(batch["epoch"], batch["index"])
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed normalized images ``(b, c, H, W)`` as tokens ``(b, h, w, embed_dim)``."""
+        return self.encoder.embed(images)
+
+    def mask(self, tokens: Tensor, patch_mask: Tensor) -> Tensor:
+        """Replace the tokens ``(b, h, w, embed_dim)`` under ``patch_mask (b, hm, wm)`` by the mask token."""
+        token_mask = expand_mask(patch_mask, self.mask_generator.mask_patch_size // self.encoder.config.patch_size)
+        return torch.where(token_mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Encode tokens as features ``(b, h, w, num_features)``, on the grid of the last stage."""
+        return self.encoder.encode(tokens)
+
+    def masked_features(self, images: Tensor, patch_mask: Tensor) -> Tensor:
+        """Embed, mask and encode normalized images ``(b, c, H, W)``; returns ``(b, h, w, num_features)``."""
+        return self.encode(self.mask(self.embed(images), patch_mask))
+
+    def predict(self, features: Tensor, needed: Tensor) -> Tensor:
+        """Predict the pixels ``(k, c p q)`` of the ``k`` tokens where ``needed (b, h, w)`` is True."""
+        # A linear layer predicts each token from its own features, so only the needed ones are computed.
+        if isinstance(self.head, nn.Linear):
+            return self.head(features[needed])
+        return self.head(features)[needed]
 
     def loss(self, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """Mean error over the pixels; only tokens that hold any of them are predicted."""
-        features = self.encode(images, patch_mask)
-        counted = self._pixel_mask(patch_mask)
+        """Return the mean error over the masked pixels, or over all pixels with ``pixels="all"``.
+
+        Args:
+            images: normalized ``(b, c, H, W)``.
+            patch_mask: bool ``(b, hm, wm)``, True = masked.
+        """
+        features = self.masked_features(images, patch_mask)
+        pixel_mask = self._pixel_mask(patch_mask)
         if self.pixels == "all":
-            counted = torch.ones_like(counted)
-        mask = self._patchify(counted, features)
+            pixel_mask = torch.ones_like(pixel_mask)
+        mask = self._patchify(pixel_mask, features)
         needed = mask.any(dim=-1)
-        # A linear layer draws every token alone, so the others need not be drawn.
-        is_linear = isinstance(self.head, nn.Linear)
-        prediction = self.head(features[needed]) if is_linear else self.head(features)[needed]  # (k, c p q)
+        prediction = self.predict(features, needed)
         with torch.autocast(images.device.type, enabled=False):
             target = self._patchify(self._target(images), features)[needed]
             prediction = self._downsample_tokens(prediction.to(target.dtype))
@@ -123,18 +154,22 @@ class SimMIM(Task):
             weight = mask[needed].to(error.dtype)[:, None]
             return (error * weight).sum() / (weight.sum() * images.shape[1])
 
+    def eval_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the loss of a validation batch."""
+        return {"loss": self(batch)}
+
     def loss_on_fake_tensors(self, images: Tensor) -> Tensor:
-        """Of as many tokens as masks leave on average."""
-        features = self.encode(images, torch.zeros(len(images), *self.masks.grid, dtype=torch.bool))
-        share = 1.0 if self.pixels == "all" else masked_token_fraction(self.encoder.config, self.masks)
-        rows = max(1, round(share * features[..., 0].numel()))
+        """Return the loss of fake images, with as many predicted tokens as masks select on average."""
+        features = self.masked_features(images, torch.zeros(len(images), *self.mask_generator.grid, dtype=torch.bool))
+        fraction = 1.0 if self.pixels == "all" else masked_token_fraction(self.encoder.config, self.mask_generator)
+        rows = max(1, round(fraction * features[..., 0].numel()))
         is_linear = isinstance(self.head, nn.Linear)
-        drawn = self.head(features.flatten(0, 2)[:rows]) if is_linear else self.head(features)
-        return F.l1_loss(drawn.float(), torch.zeros_like(drawn, dtype=torch.float32))
+        prediction = self.head(features.flatten(0, 2)[:rows]) if is_linear else self.head(features)
+        return F.l1_loss(prediction.float(), torch.zeros_like(prediction, dtype=torch.float32))
 
     def reconstruct(self, images: Tensor, patch_mask: Tensor) -> Reconstruction:
-        """Predict every pixel, masked or not."""
-        prediction = self.head(self.encode(images, patch_mask))
+        """Predict every pixel of normalized images, masked or not."""
+        prediction = self.head(self.masked_features(images, patch_mask))
         stride = self.encoder.config.stride
         prediction = rearrange(prediction, "b h w (c p q) -> b c (h p) (w q)", p=stride, q=stride)
         prediction = prediction[:, :, : images.shape[2], : images.shape[3]].to(images.dtype)
@@ -143,44 +178,44 @@ class SimMIM(Task):
 
     @torch.no_grad()
     def visualize(self, batch: Mapping[str, Tensor]) -> Image.Image:
-        """The views of a batch, every image a row."""
-        return drawing.panels(self.views(*self.inputs(batch)), across=1)
+        """Render the panels of every image of a batch, one row per image."""
+        return drawing.draw_panels(self.panels(*self.inputs(batch)), across=1)
 
     @torch.no_grad()
-    def views(
+    def panels(
         self, images: Tensor, patch_mask: Tensor, bands: Sequence[int] | str | None = None
     ) -> list[tuple[str, Tensor]]:
-        """Captions and colours ``(b, 3, H, W)``: original, masked, prediction, pasted into what is visible, error.
+        """Return captions and RGB panels ``(b, 3, H, W)``: original, masked, prediction, pasted prediction, error.
 
-        A normalised target says nothing of local brightness: its prediction is shown beside the normalised
-        target, at its own scale; and once more with the mean and deviation of the true pixels, which no
-        model has seen, and which says so.
+        A normalized target carries no local brightness. Its prediction is shown beside the normalized target, on
+        the same scale, and once more with the mean and standard deviation of the true pixels, which the model has
+        not seen; the caption states this.
 
         Args:
-            images: normalised ``(b, c, H, W)``.
+            images: normalized ``(b, c, H, W)``.
             patch_mask: ``(b, hm, wm)``
-            bands: as of :func:`simmim.visualization.drawing.to_rgb`.
+            bands: see :func:`simmim.visualization.drawing.to_rgb`.
         """
         result = self.reconstruct(images, patch_mask)
         mask, pixels = result.pixel_mask, images * self.std + self.mean
-        colours = drawing.principal_colours(pixels) if bands == "pca" else partial(drawing.to_rgb, bands=bands)
-        original = colours(pixels)
-        columns = [("original", original), ("masked", drawing.hide(original, mask))]
+        colors = drawing.principal_colors(pixels) if bands == "pca" else partial(drawing.to_rgb, bands=bands)
+        original = colors(pixels)
+        columns = [("original", original), ("masked", drawing.gray_out(original, mask))]
         if self.norm_target_window is None:
-            predicted = colours(result.prediction * self.std + self.mean)
+            predicted = colors(result.prediction * self.std + self.mean)
             columns += [("prediction", predicted), ("prediction, pasted", torch.where(mask, predicted, original))]
             largest = 1.0
         else:
             scaled = [x / 4 + 0.5 for x in (result.target, result.prediction)]
             if bands == "pca":
-                colours_of_target = drawing.principal_colours(scaled[0])
+                colors_of_target = drawing.principal_colors(scaled[0])
             else:
-                colours_of_target = partial(drawing.to_rgb, bands=bands)
-            target, predicted = map(colours_of_target, scaled)
-            mean, deviation, centre = local_statistics(images, self.norm_target_window)
-            restored = colours((result.prediction * deviation + mean + centre) * self.std + self.mean)
+                colors_of_target = partial(drawing.to_rgb, bands=bands)
+            target, predicted = map(colors_of_target, scaled)
+            mean, deviation, center = local_statistics(images, self.norm_target_window)
+            restored = colors((result.prediction * deviation + mean + center) * self.std + self.mean)
             columns += [
-                ("normalised target", target),
+                ("normalized target", target),
                 ("its prediction, pasted", torch.where(mask, predicted, target)),
                 ("with TRUE local mean, s.d.", torch.where(mask, restored, original)),
             ]
@@ -188,26 +223,19 @@ class SimMIM(Task):
         return [*columns, ("error", drawing.error_map(result.prediction, result.target, mask, largest=largest))]
 
     def description(self) -> dict[str, Any]:
-        """What must be known to rebuild it around its encoder; plain JSON."""
+        """Return the settings needed to rebuild the task around its encoder, as plain JSON."""
         return {
-            "mask_patch_size": self.masks.mask_patch_size,
-            "mask_ratio": self.masks.mask_ratio,
-            "mask_strategy": self.masks.strategy,
+            "mask_patch_size": self.mask_generator.mask_patch_size,
+            "mask_ratio": self.mask_generator.mask_ratio,
+            "mask_strategy": self.mask_generator.strategy,
             "norm_target_window": self.norm_target_window,
             "downsample": self.downsample,
             "head": self.head_kind,
         }
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """As of any objective, and the mask token."""
+        """Return the parameters without weight decay: those of every task, and the mask token."""
         return super().no_decay_parameters() | {self.mask_token}
-
-    def encode(self, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """Features ``(b, h, w, num_features)`` of normalised images, the tokens under the mask replaced."""
-        tokens = self.encoder.embed(images)
-        token_mask = expand_mask(patch_mask, self.masks.mask_patch_size // self.encoder.config.patch_size)
-        tokens = torch.where(token_mask[..., None], self.mask_token.to(tokens.dtype), tokens)
-        return self.encoder.encode(tokens)
 
     def _target(self, images: Tensor) -> Tensor:
         if self.norm_target_window is not None:
@@ -215,7 +243,7 @@ class SimMIM(Task):
         return mean_of_squares(images, self.downsample)
 
     def _downsample_tokens(self, pixels: Tensor) -> Tensor:
-        """``(k, c p q)`` -> the same, every pixel the mean of its square."""
+        """Replace every pixel of tokens ``(k, c p q)`` by the mean of its square."""
         if self.downsample == 1:
             return pixels
         stride = self.encoder.config.stride
@@ -223,10 +251,11 @@ class SimMIM(Task):
         return mean_of_squares(squares, self.downsample).flatten(1)
 
     def _pixel_mask(self, patch_mask: Tensor) -> Tensor:
-        return expand_mask(patch_mask, self.masks.mask_patch_size)[:, None]
+        """Expand ``patch_mask (b, hm, wm)`` to pixels, bool ``(b, 1, H, W)``."""
+        return expand_mask(patch_mask, self.mask_generator.mask_patch_size)[:, None]
 
     def _patchify(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """``(b, c, H, W)`` -> ``(b, h, w, c p q)`` on the grid of the features, zeros beyond the image."""
+        """Split ``(b, c, H, W)`` into the tokens of the features, ``(b, h, w, c p q)``, zero-padded to their grid."""
         stride = self.encoder.config.stride
         bottom = features.shape[1] * stride - pixels.shape[2]
         right = features.shape[2] * stride - pixels.shape[3]
@@ -235,14 +264,17 @@ class SimMIM(Task):
         return rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=stride, q=stride)
 
 
-def masked_token_fraction(config: SwinConfig, masks: MaskGenerator) -> float:
-    """Of the tokens of the last stage those that hold masked pixels: exact where cells are no smaller than tokens."""
-    cells = max(1, config.stride // masks.mask_patch_size) ** 2
-    return 1 - (1 - masks.num_masked / masks.num_mask_patches) ** cells
+def masked_token_fraction(config: SwinConfig, mask_generator: MaskGenerator) -> float:
+    """Return the expected fraction of last-stage tokens that hold masked pixels.
+
+    It is exact if mask patches are at least as large as these tokens.
+    """
+    patches = max(1, config.stride // mask_generator.mask_patch_size) ** 2
+    return 1 - (1 - mask_generator.num_masked / mask_generator.num_mask_patches) ** patches
 
 
 def mean_of_squares(pixels: Tensor, side: int) -> Tensor:
-    """``(b, c, H, W)`` -> the same, every pixel the mean of the square of ``side`` pixels that it lies in.
+    """Replace every pixel of ``(b, c, H, W)`` by the mean of the square of ``side`` pixels that contains it.
 
     H and W are multiples of ``side``.
     """
@@ -253,33 +285,33 @@ def mean_of_squares(pixels: Tensor, side: int) -> Tensor:
 
 
 def normalize_locally(images: Tensor, window: int) -> Tensor:
-    """Every pixel minus the mean, over the standard deviation, of the window around it, per channel.
-
-    ``images`` is ``(b, c, H, W)``; so is the result.
-    """
-    mean, deviation, centre = local_statistics(images, window)
-    return (images - centre - mean) / deviation
+    """Normalize every pixel of ``(b, c, H, W)`` with mean and deviation of the window around it, per channel."""
+    mean, deviation, center = local_statistics(images, window)
+    return (images - center - mean) / deviation
 
 
 def local_statistics(images: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and standard deviation of the window around every pixel, ``(b, c, H, W)``, the mean relative to the
-    third, the mean of the image ``(b, c, 1, 1)``.
+    """Compute mean and standard deviation of the window around every pixel, per channel.
 
     The window is cut off at the border and the variance is unbiased (official SimMIM code for Swin V2).
+
+    Returns:
+        Local means, relative to the mean of the image, and local standard deviations, both ``(b, c, H, W)``, and
+        the means of the images ``(b, c, 1, 1)``.
     """
 
     def window_mean(x: Tensor) -> Tensor:
-        # Two passes along one axis each: the mean over a rectangle is separable, also at the border.
+        # The mean over a rectangle is separable, also at the border, so two passes along one axis each suffice.
         for kernel in ((window, 1), (1, window)):
             padding = (kernel[0] // 2, kernel[1] // 2)
             x = F.avg_pool2d(x, kernel, stride=1, padding=padding, count_include_pad=False)
         return x
 
-    # E[x^2] - E[x]^2 cancels where the picture is flat; around the image's own mean it cancels less.
-    centre = images.mean(dim=(2, 3), keepdim=True)
-    images = images - centre
+    # E[x^2] - E[x]^2 loses digits in flat regions; subtracting the mean of the image first reduces the loss.
+    center = images.mean(dim=(2, 3), keepdim=True)
+    images = images - center
     mean = window_mean(images)
     ones = torch.ones_like(images[:1, :1])
     count = F.avg_pool2d(ones, window, 1, window // 2, count_include_pad=True) * window**2
     variance = (window_mean(images**2) - mean**2).clamp(min=0) * count / (count - 1)
-    return mean, (variance + 1e-6).sqrt(), centre
+    return mean, (variance + 1e-6).sqrt(), center

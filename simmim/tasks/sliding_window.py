@@ -1,4 +1,4 @@
-"""Predictions for images of any size: in windows, at several scales, mirrored.
+"""Prediction for images of any size: sliding windows and test-time augmentation (scales, horizontal flip).
 
 Letters: b batch, c channels, k classes, H W pixels.
 """
@@ -15,20 +15,22 @@ from torch import Tensor
 from swin.config import Pair
 
 Logits = Callable[[Tensor], Tensor]
-"""Images ``(b, c, H, W)`` -> logits ``(b, k, H, W)``, at any size."""
+"""A function from images ``(b, c, H, W)`` of any size to logits ``(b, k, H, W)``."""
 
 
 @torch.no_grad()
-def sliding_logits(logits: Logits, images: Tensor, window: Pair, stride: Pair) -> Tensor:
-    """Means of the logits of all windows that cover a pixel; the last ones of a row or column lie at the border.
+def sliding_window_logits(logits: Logits, images: Tensor, window: Pair, stride: Pair) -> Tensor:
+    """Compute logits in overlapping windows and average them at every pixel.
+
+    The last window of a row or column is aligned with the border of the image.
 
     Args:
-        window: px; an image that is smaller is seen whole.
-        stride: px, not longer than the window.
+        window: (height, width) in px, at most the size of the image is used.
+        stride: (vertical, horizontal) in px, not longer than the window.
     """
     size = images.shape[-2:]
     height, width = (min(side, wanted) for side, wanted in zip(size, window, strict=True))
-    tops, lefts = starts(size[0], height, stride[0]), starts(size[1], width, stride[1])
+    tops, lefts = window_starts(size[0], height, stride[0]), window_starts(size[1], width, stride[1])
     if len(tops) == len(lefts) == 1:
         return logits(images)
     total: Tensor | None = None
@@ -45,8 +47,8 @@ def sliding_logits(logits: Logits, images: Tensor, window: Pair, stride: Pair) -
     return total / count
 
 
-def starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin so that they cover a side."""
+def window_starts(side: int, window: int, stride: int) -> list[int]:
+    """Return the first pixels of windows that together cover a side, all in px."""
     return [*range(0, side - window, stride), side - window]
 
 
@@ -54,21 +56,25 @@ def starts(side: int, window: int, stride: int) -> list[int]:
 def averaged_log_probabilities(
     logits: Logits, images: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False
 ) -> Tensor:
-    """Logarithms of the probabilities, averaged over the image at several scales, on request also mirrored.
+    """Average class probabilities over rescaled and mirrored copies of images, and return their logarithm.
 
     Args:
+        logits: computes logits of images.
         images: ``(b, c, H, W)``.
-        scales: of both sides.
+        scales: factors by which both sides are resized.
+        flip: use a horizontally mirrored copy at every scale too.
 
     Returns:
-        ``(b, k, H, W)``
+        Log-probabilities ``(b, k, H, W)``.
     """
     size = images.shape[-2:]
-    total: Tensor | None = None  # one sum, as the maps of many scales and classes would fill the memory
+    total: Tensor | None = None  # a running sum: all maps together may not fit in memory
     for scale in scales:
         scaled = [max(1, round(scale * side)) for side in size]
-        seen = images if scaled == list(size) else F.interpolate(images, scaled, mode="bilinear", antialias=True)
-        views = [resized(logits(seen), size)] + ([resized(logits(seen.flip(-1)), size).flip(-1)] if flip else [])
+        resized = images if scaled == list(size) else F.interpolate(images, scaled, mode="bilinear", antialias=True)
+        views = [resize_maps(logits(resized), size)] + (
+            [resize_maps(logits(resized.flip(-1)), size).flip(-1)] if flip else []
+        )
         for view in views:
             found = view.log_softmax(dim=1)
             total = found if total is None else torch.logaddexp(total, found)
@@ -76,6 +82,6 @@ def averaged_log_probabilities(
     return total - math.log(len(scales) * (1 + flip))
 
 
-def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, where the size differs."""
+def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps ``(b, c, h, w)`` bilinearly to ``size``, if they differ from it."""
     return maps if tuple(maps.shape[-2:]) == tuple(size) else F.interpolate(maps, list(size), mode="bilinear")

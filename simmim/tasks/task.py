@@ -1,4 +1,4 @@
-"""What the training loop trains."""
+"""Base class of everything the training loop trains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from swin.encoder import no_decay_parameters
 
 
 class Task(nn.Module):
-    """An encoder and what is around it; ``forward(batch)`` is the loss of a batch of the stage's loader.
+    """An encoder with its head and loss; ``forward(batch)`` returns the training loss of a batch.
 
     Args:
-        mean, std: channel statistics of pixels in [0, 1], one number per channel.
+        mean, std: channel statistics of pixels in [0, 1], one value per channel.
 
     Raises:
-        ValueError: statistics that do not match the channels.
+        ValueError: the statistics do not match the channels.
     """
 
     mean: Tensor
@@ -38,28 +38,34 @@ class Task(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels ``(b, c, H, W)`` or ``(b, c, T, H, W)`` -> float, mean 0 and deviation 1 over the data."""
+        """Normalize uint8 pixels ``(b, c, H, W)`` or ``(b, c, T, H, W)`` with the channel statistics."""
         mean, std = (self.mean, self.std) if images.ndim == 4 else (self.mean[:, None], self.std[:, None])
         return (images.to(mean.dtype) / 255 - mean) / std
 
     def eval_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Numbers of held-out images by name, each a mean over the images; ``loss`` is one of them."""
+        """Return the evaluation numbers of a validation batch, each a mean over its images; one is ``loss``."""
         raise NotImplementedError
 
     def visualize(self, batch: Mapping[str, Tensor]) -> Image.Image:
-        """What is to be seen of a batch."""
+        """Render a preview image of a batch."""
         raise NotImplementedError
 
     def loss_on_fake_tensors(self, images: Tensor) -> Tensor:
-        """Of normalised images without numbers, through all that a training step goes through, to be planned by."""
+        """Return the loss of normalized fake (meta) images, through all modules that a training step uses.
+
+        It is run to plan memory and FLOPs, so it must not depend on the values of tensors.
+        """
         raise NotImplementedError
 
     def no_decay_parameters(self) -> set[nn.Parameter]:
-        """Vectors, temperatures and position biases, of the encoder and of what is around it."""
+        """Return the parameters without weight decay, in encoder and head: vectors, temperatures, position biases."""
         return no_decay_parameters(self)
 
     def depth_of_parameters(self) -> dict[nn.Parameter, int]:
-        """For layer-wise learning rates: as in the encoder, all else as deep as its last norm."""
+        """Return the depth of every parameter for layer-wise learning rates.
+
+        Depths inside the encoder are its own; all other parameters are as deep as the last norm of the encoder.
+        """
         depths = self.encoder.depth_of_parameters()
         by_parameter = {parameter: depths[name] for name, parameter in self.encoder.named_parameters()}
         return {parameter: by_parameter.get(parameter, max(depths.values())) for parameter in self.parameters()}

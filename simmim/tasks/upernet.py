@@ -1,10 +1,10 @@
-"""UPerNet: from the maps of an encoder to a class for every place (arXiv 1807.10221), and the auxiliary FCN head.
+"""UPerNet (arXiv 1807.10221) and the auxiliary FCN head: from the feature maps of an encoder to class logits.
 
-The normalisation is LayerNorm over channels, place by place, instead of BatchNorm: a batch in one piece and in
-several gives the same gradient, one image is enough, and a map that is pooled to 1 x 1 is no special case.
+Norms are LayerNorm over channels at each position instead of BatchNorm. Splitting a batch then does not change the
+gradient, a batch may have one image, and a map pooled to 1 x 1 needs no special case.
 
-What resizes maps is a product with a matrix for either side, as its gradient is the same every time on a GPU too;
-those of ``F.interpolate`` and of adaptive pooling are not.
+Maps are resized by a product with one matrix per side, whose gradient is deterministic on a GPU; the gradients of
+``F.interpolate`` and of adaptive pooling are not.
 
 Letters: b batch, h w token grid, c channels, k classes.
 """
@@ -24,14 +24,14 @@ POOLS = (1, 2, 3, 6)
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of ``(b, c, h, w)``, by itself at every place."""
+    """LayerNorm over the channels of ``(b, c, h, w)``, separately at every position."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution of 1 or 3 x 3 pixels without bias, norm, ReLU."""
+    """A 1 x 1 or 3 x 3 convolution without bias, a norm and ReLU."""
 
     def __init__(self, in_channels: int, channels: int, kernel: int) -> None:
         super().__init__(
@@ -42,7 +42,7 @@ class ConvBlock(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """Dropout of whole channels and a linear layer: ``(b, c, h, w)`` -> logits ``(b, k, h, w)``."""
+    """Channel dropout and a linear layer: ``(b, c, h, w)`` -> logits ``(b, k, h, w)``."""
 
     def __init__(self, channels: int, classes: int, dropout: float) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Classifier(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """Pyramid pooling on the coarsest map, a feature pyramid down to the finest, and all levels together.
+    """Pyramid pooling on the coarsest map, a top-down feature pyramid, and a convolution over all its levels.
 
     Args:
         widths: channels of the maps, finest first; each map has half the sides of the one before, rounded up.
-        classes: how many.
-        channels: of everything inside.
-        dropout: of channels before the last layer.
+        classes: number of classes.
+        channels: width of all layers of the head.
+        dropout: probability of dropping a channel before the last layer.
     """
 
     def __init__(self, widths: Sequence[int], classes: int, channels: int = 512, dropout: float = 0.1) -> None:
@@ -74,28 +74,28 @@ class UPerHead(nn.Module):
         self.classifier = Classifier(channels, classes, dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps ``(b, c, h, w)``, finest first -> logits ``(b, k, h, w)`` on the grid of the finest."""
+        """Compute logits ``(b, k, h, w)`` on the finest grid from maps ``(b, c, h, w)``, finest first."""
         *fine, coarsest = maps
-        levels = [self.bottleneck(torch.cat([coarsest, *self.pooled(coarsest)], dim=1))]
+        levels = [self.bottleneck(torch.cat([coarsest, *self.pyramid_pooling(coarsest)], dim=1))]
         for conv, finer in zip(reversed(self.lateral_convs), reversed(fine), strict=True):
-            levels.append(conv(finer) + enlarge(levels[-1], 2, finer.shape[-2:]))
+            levels.append(conv(finer) + upsample(levels[-1], 2, finer.shape[-2:]))
         top, *others = levels
         smooth = [top] + [conv(level) for conv, level in zip(reversed(self.fpn_convs), others, strict=True)]
         size = maps[0].shape[-2:]
-        whole = [enlarge(level, 2**steps, size) for steps, level in enumerate(reversed(smooth))]
-        return self.classifier(self.fpn_bottleneck(torch.cat(whole, dim=1)))
+        upsampled = [upsample(level, 2**steps, size) for steps, level in enumerate(reversed(smooth))]
+        return self.classifier(self.fpn_bottleneck(torch.cat(upsampled, dim=1)))
 
-    def pooled(self, x: Tensor) -> list[Tensor]:
-        """Means over 1, 2, 3 and 6 parts of either side, at the size of the map (PSPNet, arXiv 1612.01105)."""
+    def pyramid_pooling(self, x: Tensor) -> list[Tensor]:
+        """Average over 1, 2, 3 and 6 bins per side and resize back to the map (PSPNet, arXiv 1612.01105)."""
         found = []
         for bins, conv in zip(POOLS, self.psp_modules, strict=True):
-            small = conv(resample(x, *(pooling(side, bins, x) for side in x.shape[-2:])))
-            found.append(resample(small, *(interpolation(bins, side, x) for side in x.shape[-2:])))
+            small = conv(resample(x, *(pooling_matrix(side, bins, x) for side in x.shape[-2:])))
+            found.append(resample(small, *(interpolation_matrix(bins, side, x) for side in x.shape[-2:])))
         return found
 
 
 class FCNHead(nn.Module):
-    """One convolution and a classifier (arXiv 1411.4038): ``(b, c, h, w)`` -> logits ``(b, k, h, w)``."""
+    """One convolution and a classifier (FCN, arXiv 1411.4038): ``(b, c, h, w)`` -> logits ``(b, k, h, w)``."""
 
     def __init__(self, width: int, classes: int, channels: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
@@ -106,28 +106,32 @@ class FCNHead(nn.Module):
         return self.classifier(self.conv(x))
 
 
-def enlarge(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
-    """Bilinear, ``factor`` times larger, then cut to ``size``: maps of padded images cover more than the image."""
+def upsample(x: Tensor, factor: int, size: Sequence[int]) -> Tensor:
+    """Upsample bilinearly by ``factor`` and crop to ``size``.
+
+    Cropping is needed because the maps of padded images extend beyond the image.
+    """
     if factor == 1 and tuple(x.shape[-2:]) == tuple(size):
         return x
     rows, columns = (
-        interpolation(side, factor * side, x)[:, :wanted] for side, wanted in zip(x.shape[-2:], size, strict=True)
+        interpolation_matrix(side, factor * side, x)[:, :wanted]
+        for side, wanted in zip(x.shape[-2:], size, strict=True)
     )
     return resample(x, rows, columns)
 
 
 def resample(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``(b, c, h, w)`` times ``(h, H)`` and ``(w, W)`` -> ``(b, c, H, W)``."""
+    """Multiply maps ``(b, c, h, w)`` by ``rows (h, H)`` and ``columns (w, W)``; returns ``(b, c, H, W)``."""
     return rows.T @ (x @ columns)
 
 
-def interpolation(side: int, size: int, like: Tensor) -> Tensor:
-    """The matrix ``(side, size)`` of linear interpolation between pixel centres."""
+def interpolation_matrix(side: int, size: int, like: Tensor) -> Tensor:
+    """Return the matrix ``(side, size)`` of linear interpolation between pixel centers."""
     unit = torch.eye(side, device=like.device)[None]
     return F.interpolate(unit, size, mode="linear", align_corners=False)[0].to(like.dtype)
 
 
-def pooling(side: int, bins: int, like: Tensor) -> Tensor:
-    """The matrix ``(side, bins)`` of adaptive mean pooling."""
+def pooling_matrix(side: int, bins: int, like: Tensor) -> Tensor:
+    """Return the matrix ``(side, bins)`` of adaptive average pooling."""
     unit = torch.eye(side, device=like.device)[None]
     return F.adaptive_avg_pool1d(unit, bins)[0].to(like.dtype)

@@ -1,4 +1,4 @@
-"""Tensors -> pictures."""
+"""Figures drawn from tensors: panels with captions, objects, segmentations, heat maps and film strips."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import colorsys
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-MASK_GREY = 0.5
+MASK_GRAY = 0.5
 _GAP, _CAPTION_PX, _MIN_PANEL_PX = 6, 22, 128
 _LINE_PX, _NAME_LETTERS = 17, 28
 
 
 def to_rgb(pixels: Tensor, bands: Sequence[int] | str | None = None) -> Tensor:
-    """Float ``(b, c, H, W)`` in [0, 1] -> ``(b, 3, H, W)``.
+    """Convert float pixels ``(b, c, H, W)`` in [0, 1] to RGB ``(b, 3, H, W)``.
 
     Args:
-        bands: three channels to show; ``"pca"`` for :func:`principal_colours` of all; None: one channel
-            as grey, two as red and green, of more the first three.
+        bands: three channels to show, or ``"pca"`` for the :func:`principal_colors` of all channels. None shows one
+            channel as gray, two as red and green, and the first three of more.
 
     Raises:
-        ValueError: bands that the images do not have.
+        ValueError: the images do not have these bands.
     """
     channels = pixels.shape[1]
     if bands == "pca":
-        return principal_colours(pixels)(pixels)
+        return principal_colors(pixels)(pixels)
     if bands is not None:
         wanted = [int(band) for band in bands]
         if len(wanted) != 3 or not all(0 <= band < channels for band in wanted):
@@ -43,10 +44,10 @@ def to_rgb(pixels: Tensor, bands: Sequence[int] | str | None = None) -> Tensor:
     return pixels[:, :3]
 
 
-def principal_colours(pixels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A map from c channels to colours, fitted on ``pixels (b, c, H, W)``: their three principal components.
+def principal_colors(pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Fit a map from c channels to RGB on ``pixels (b, c, H, W)``: their first three principal components.
 
-    Each is stretched so that two standard deviations fill the range. To compare pictures, use one map for all.
+    Two standard deviations of a component fill its color range. Use one map for all images that are compared.
     """
     samples = rearrange(pixels, "b c h w -> (b h w) c").double()
     mean = samples.mean(dim=0)
@@ -54,53 +55,61 @@ def principal_colours(pixels: Tensor) -> Callable[[Tensor], Tensor]:
     count = min(3, pixels.shape[1])
     scale = (values[:count] / math.sqrt(len(samples))).clamp(min=1e-9)
     axes = vectors[:count] / (4 * scale[:, None])
-    signs = torch.where(axes.sum(dim=1) < 0, -1.0, 1.0)  # brighter where there is more
+    # The sign of a component is arbitrary: choose the one for which larger pixels are brighter.
+    signs = torch.where(axes.sum(dim=1) < 0, -1.0, 1.0)
     axes = axes * signs[:, None]
 
-    def colours(x: Tensor) -> Tensor:
-        shown = torch.einsum("kc,bchw->bkhw", axes, x.double() - mean[:, None, None]) + 0.5
-        return to_rgb(shown.clamp(0, 1).to(x.dtype))
+    def colors(x: Tensor) -> Tensor:
+        projected = torch.einsum("kc,bchw->bkhw", axes, x.double() - mean[:, None, None]) + 0.5
+        return to_rgb(projected.clamp(0, 1).to(x.dtype))
 
-    return colours
+    return colors
 
 
-def film(pixels: Tensor, most: int = 4) -> Tensor:
-    """Frames of each clip side by side, from the first to the last, with white between them.
+def frames_side_by_side(pixels: Tensor, most: int = 4) -> Tensor:
+    """Join up to ``most`` evenly spaced frames of each clip horizontally, with white gaps.
 
-    ``(b, c, T, H, W)`` in [0, 1] -> ``(b, c, H, W')``; images ``(b, c, H, W)`` stay as they are.
+    Args:
+        pixels: clips ``(b, c, T, H, W)`` in [0, 1]; images ``(b, c, H, W)`` are returned unchanged.
+
+    Returns:
+        ``(b, c, H, W')``
     """
     if pixels.ndim == 4:
         return pixels
-    numbers = torch.linspace(0, pixels.shape[2] - 1, min(most, pixels.shape[2])).round().long()
+    indices = torch.linspace(0, pixels.shape[2] - 1, min(most, pixels.shape[2])).round().long()
     gap = max(1, pixels.shape[-1] // 32)
-    frames = F.pad(pixels[:, :, numbers.to(pixels.device)], (0, gap), value=1.0)
+    frames = F.pad(pixels[:, :, indices.to(pixels.device)], (0, gap), value=1.0)
     return rearrange(frames, "b c k h w -> b c h (k w)")[..., :-gap]
 
 
 def error_map(prediction: Tensor, target: Tensor, pixel_mask: Tensor, *, largest: float) -> Tensor:
-    """Mean absolute error over channels under the mask, as colours ``(b, 3, H, W)``; grey where nothing is predicted.
+    """Color the absolute error under the mask, averaged over channels, ``(b, 3, H, W)``; unmasked pixels are gray.
 
-    Black is no error, then red and yellow; white is ``largest`` or more.
+    Colors go from black (no error) over red and yellow to white (an error of ``largest`` or more).
     """
     error = ((prediction - target).abs().mean(dim=1, keepdim=True) / largest).clamp(0, 1) * 3
-    colours = torch.cat([(error - channel).clamp(0, 1) for channel in range(3)], dim=1)
-    return torch.where(pixel_mask, colours, torch.full_like(colours, MASK_GREY))
+    colors = torch.cat([(error - channel).clamp(0, 1) for channel in range(3)], dim=1)
+    return torch.where(pixel_mask, colors, torch.full_like(colors, MASK_GRAY))
 
 
-def hide(pixels: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Grey where ``pixel_mask (b, 1, H, W)`` is True: nothing of the hidden pixels remains."""
-    return torch.where(pixel_mask, torch.full_like(pixels, MASK_GREY), pixels)
+def gray_out(pixels: Tensor, pixel_mask: Tensor) -> Tensor:
+    """Replace all pixels where ``pixel_mask (b, 1, H, W)`` is True by gray."""
+    return torch.where(pixel_mask, torch.full_like(pixels, MASK_GRAY), pixels)
 
 
-def panels(columns: Sequence[tuple[str, Tensor]], *, across: int = 2) -> Image.Image:
-    """One picture: every sample is a row of captioned panels, ``across`` samples side by side.
+def draw_panels(columns: Sequence[tuple[str, Tensor]], *, across: int = 2) -> Image.Image:
+    """Draw a row of captioned panels for every sample, with ``across`` samples side by side.
 
     Args:
-        columns: caption and float ``(b, 3, H, W)`` in [0, 1], the same shape in all.
+        columns: captions and float panels ``(b, 3, H, W)`` in [0, 1], of one shape.
+
+    Returns:
+        The figure; ``info["rows"]`` holds its number of rows.
     """
     images = torch.stack([images for _, images in columns], dim=1).detach().float().cpu()  # (b, k, 3, H, W)
-    zoom = max(1, _MIN_PANEL_PX // min(images.shape[-2:]))
-    height, width = images.shape[-2] * zoom, images.shape[-1] * zoom
+    factor = max(1, _MIN_PANEL_PX // min(images.shape[-2:]))
+    height, width = images.shape[-2] * factor, images.shape[-1] * factor
     across = min(across, len(images))
     rows = -(-len(images) // across)
     group = len(columns) * (width + _GAP) + 2 * _GAP
@@ -108,8 +117,8 @@ def panels(columns: Sequence[tuple[str, Tensor]], *, across: int = 2) -> Image.I
     canvas.info["rows"] = str(rows)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     pixels = rearrange((images.clamp(0, 1) * 255).round().to(torch.uint8), "b k c h w -> b k h w c").numpy()
-    for number, sample in enumerate(pixels):
-        row, column = divmod(number, across)
+    for index, sample in enumerate(pixels):
+        row, column = divmod(index, across)
         for k, panel in enumerate(sample):
             left = column * group + _GAP + k * (width + _GAP)
             tile = Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST)
@@ -119,18 +128,18 @@ def panels(columns: Sequence[tuple[str, Tensor]], *, across: int = 2) -> Image.I
     return canvas
 
 
-def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Image.Image:
-    """One picture: every image under its caption. ``images`` is float ``(b, 3, H, W)`` in [0, 1]."""
-    zoom = max(1, _MIN_PANEL_PX // min(images.shape[-2:]))
-    height, width = images.shape[-2] * zoom, images.shape[-1] * zoom
+def draw_captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Image.Image:
+    """Draw float images ``(b, 3, H, W)`` in [0, 1] in a grid, each below its caption."""
+    factor = max(1, _MIN_PANEL_PX // min(images.shape[-2:]))
+    height, width = images.shape[-2] * factor, images.shape[-1] * factor
     across = min(across, len(images))
-    cell = height + _CAPTION_PX + _GAP
-    canvas = Image.new("RGB", (across * (width + _GAP) + _GAP, -(-len(images) // across) * cell), "white")
+    row_px = height + _CAPTION_PX + _GAP
+    canvas = Image.new("RGB", (across * (width + _GAP) + _GAP, -(-len(images) // across) * row_px), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     pixels = rearrange((images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8), "b k h w -> b h w k").numpy()
-    for number, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
-        row, column = divmod(number, across)
-        left, top = _GAP + column * (width + _GAP), row * cell
+    for index, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
+        row, column = divmod(index, across)
+        left, top = _GAP + column * (width + _GAP), row * row_px
         draw.text((left, top + 3), caption, fill="black", font=font)
         canvas.paste(
             Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top + _CAPTION_PX)
@@ -138,196 +147,204 @@ def captioned(images: Tensor, captions: Sequence[str], *, across: int = 4) -> Im
     return canvas
 
 
-def ranked(image: Tensor, shares: Sequence[tuple[str, float]]) -> Image.Image:
-    """One image ``(3, H, W)`` in [0, 1], and names beside it with bars for their shares."""
-    picture, font = captioned(image[None], [""]), ImageFont.load_default(13)
-    lines = [f"{share:.1%}  {name[:_NAME_LETTERS]}" for name, share in shares]
+def draw_ranked(image: Tensor, probabilities: Sequence[tuple[str, float]]) -> Image.Image:
+    """Draw one image ``(3, H, W)`` in [0, 1], and beside it class names with bars for their probabilities."""
+    preview, font = draw_captioned(image[None], [""]), ImageFont.load_default(13)
+    lines = [f"{probability:.1%}  {name[:_NAME_LETTERS]}" for name, probability in probabilities]
     width = int(max((font.getlength(line) for line in lines), default=0)) + 4 * _GAP
-    canvas = Image.new("RGB", (picture.width + max(width, _MIN_PANEL_PX), picture.height), "white")
-    canvas.paste(picture, (0, 0))
-    draw, room = ImageDraw.Draw(canvas), canvas.width - picture.width - _GAP
-    for row, (line, (_, share)) in enumerate(zip(lines, shares, strict=True)):
-        left, top = picture.width, _CAPTION_PX + row * (_LINE_PX + _GAP)
-        draw.rectangle((left, top, left + round(share * room), top + _LINE_PX), fill=(190, 215, 240))
+    canvas = Image.new("RGB", (preview.width + max(width, _MIN_PANEL_PX), preview.height), "white")
+    canvas.paste(preview, (0, 0))
+    draw, longest = ImageDraw.Draw(canvas), canvas.width - preview.width - _GAP
+    for row, (line, (_, probability)) in enumerate(zip(lines, probabilities, strict=True)):
+        left, top = preview.width, _CAPTION_PX + row * (_LINE_PX + _GAP)
+        draw.rectangle((left, top, left + round(probability * longest), top + _LINE_PX), fill=(190, 215, 240))
         draw.text((left + 2, top + 1), line, fill="black", font=font)
     return canvas
 
 
-def with_objects(
+def draw_objects(
     image: Tensor, boxes: Tensor, labels: Tensor, names: Sequence[str], masks: Tensor | None = None
 ) -> Tensor:
-    """An image with boxes, their names and masks drawn on it, in one colour per class: ``(3, H, W)`` in [0, 1].
+    """Draw boxes, names and masks on an image, in one color per class; returns float ``(3, H, W)`` in [0, 1].
 
     Args:
         image: float ``(3, H, W)`` in [0, 1].
-        boxes: ``(n, 4)``: left, top, right, bottom, px; drawn last to first, so that the best is on top.
-        labels: int ``(n,)``, which decide the colours.
-        names: written at the boxes.
-        masks: ``(n, h, w)`` of any size, shown as large as the image.
+        boxes: ``(n, 4)``: left, top, right, bottom in px, best first; better objects are drawn over others.
+        labels: int ``(n,)``, which select the colors.
+        names: texts to write at the boxes.
+        masks: ``(n, h, w)`` of any size, resized to the image.
     """
-    image = image.float().cpu()
-    palette = (255 * class_colours(int(labels.max()) + 1 if len(labels) else 0)).round().int().tolist()
-    colours = [tuple(palette[label]) for label in labels.tolist()]
-    if masks is not None and len(masks):
-        masks = F.interpolate(masks[:, None].float().cpu(), image.shape[-2:], mode="bilinear", antialias=True)
-        for mask, colour in reversed(list(zip(masks, colours, strict=True))):
-            image = image + 0.45 * mask * (torch.tensor(colour)[:, None, None] / 255 - image)
-    pixels = (rearrange(image, "c h w -> h w c").clamp(0, 1) * 255).round().to(torch.uint8)
-    canvas = Image.fromarray(pixels.numpy())
+    pixels = (image.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    if not len(boxes):
+        return pixels / 255
+    palette = (255 * class_colors(int(labels.max()) + 1)).round().int().tolist()
+    colors = [tuple(palette[label]) for label in labels.tolist()]
+    if masks is not None:
+        masks = F.interpolate(masks[:, None].float().cpu(), pixels.shape[-2:], mode="bilinear", antialias=True)
+        covers = masks[:, 0] >= 0.5
+        # torchvision paints overlaps black, so each pixel is left to the best object that covers it.
+        first = covers & (covers.cumsum(dim=0) == 1)
+        pixels = draw_segmentation_masks(pixels, first, alpha=0.45, colors=colors)
+    pixels = draw_bounding_boxes(pixels, boxes.cpu().round().flip(0), colors=colors[::-1], width=2)
+    canvas = to_pil_image(pixels)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for box, colour, name in reversed(list(zip(boxes.tolist(), colours, names, strict=True))):
-        draw.rectangle(tuple(round(side) for side in box), outline=colour, width=2)
+    # torchvision writes names inside of boxes, where the border of the image may cut them off.
+    for box, color, name in reversed(list(zip(boxes.tolist(), colors, names, strict=True))):
         left, top = max(0, min(box[0], canvas.width - font.getlength(name) - 4)), max(0, box[1] - 14)
-        draw.rectangle((left, top, left + font.getlength(name) + 4, top + 14), fill=colour)
-        draw.text((left + 2, top), name, fill="white" if sum(colour) < 384 else "black", font=font)
-    return rearrange(torch.from_numpy(np.array(canvas)), "h w c -> c h w") / 255
+        draw.rectangle((left, top, left + font.getlength(name) + 4, top + 14), fill=color)
+        draw.text((left + 2, top), name, fill="white" if sum(color) < 384 else "black", font=font)
+    return pil_to_tensor(canvas) / 255
 
 
-def overlay(images: Tensor, maps: Tensor) -> Tensor:
-    """A map over each image, grey: where it is high the image keeps its brightness.
+def overlay_heatmap(images: Tensor, maps: Tensor) -> Tensor:
+    """Darken each image where its map is low; returns ``(b, 3, H, W)``.
 
     Args:
         images: float ``(b, 3, H, W)`` in [0, 1].
-        maps: ``(b, h, w)`` of any range; each is stretched to its own.
+        maps: ``(b, h, w)`` of any range; each is scaled from its minimum to its maximum.
     """
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    share = F.interpolate(((maps - low) / (high - low).clamp(min=1e-9))[:, None], images.shape[-2:], mode="bilinear")
-    return images * (0.15 + 0.85 * share)
+    scaled = F.interpolate(((maps - low) / (high - low).clamp(min=1e-9))[:, None], images.shape[-2:], mode="bilinear")
+    return images * (0.15 + 0.85 * scaled)
 
 
-def segmentation(images: Tensor, truth: Tensor | None, predicted: Tensor, classes: Sequence[str]) -> Image.Image:
-    """One picture: every image, what it holds and what was found in it, with the classes that the colours mean.
+def draw_segmentation(images: Tensor, truth: Tensor | None, predicted: Tensor, classes: Sequence[str]) -> Image.Image:
+    """Draw one row per image: image, true classes, predicted classes, and a legend of the colors.
 
-    Beside each class stands its intersection over union in this image. Pixels without a label stay grey in both.
-    Where the truth is not known only what was found is shown, and its share of the pixels.
+    The legend gives the intersection over union of each class in this image. Unlabeled pixels are gray in both maps.
+    Without ``truth`` only the prediction is drawn, and the legend gives the fraction of pixels of each class.
 
     Args:
         images: float ``(b, 3, H, W)`` in [0, 1].
-        truth, predicted: numbers of classes ``(b, H, W)``; in ``truth`` what is not one of them has no label.
+        truth, predicted: class indices ``(b, H, W)``; other values in ``truth`` mean that a pixel has no label.
     """
-    images, predicted, colours = images.float().cpu(), predicted.long().cpu(), class_colours(len(classes))
+    images, predicted, colors = images.float().cpu(), predicted.long().cpu(), class_colors(len(classes))
     if truth is None:
-        picture = panels([("original", images), ("prediction", _painted(images, predicted, colours))], across=1)
-        lines = [_shares(found, classes) for found in predicted]
+        panels = draw_panels([("original", images), ("prediction", _paint(images, predicted, colors))], across=1)
+        lines = [_class_fractions(labels, classes) for labels in predicted]
     else:
         truth = truth.long().cpu()
-        labelled = truth < len(classes)
-        painted = [_painted(images, labels.where(labelled, len(classes)), colours) for labels in (truth, predicted)]
+        labeled = truth < len(classes)
+        painted = [_paint(images, labels.where(labeled, len(classes)), colors) for labels in (truth, predicted)]
         columns = [("original", images), ("truth", painted[0]), ("prediction", painted[1])]
-        picture = panels(columns, across=1)
+        panels = draw_panels(columns, across=1)
         lines = [
-            _overlaps(own[valid], found[valid], classes)
-            for own, found, valid in zip(truth, predicted, labelled, strict=True)
+            _class_ious(own[valid], found[valid], classes)
+            for own, found, valid in zip(truth, predicted, labeled, strict=True)
         ]
     font, swatch = ImageFont.load_default(13), 12
     longest = max((font.getlength(text) for legend in lines for _, text in legend), default=0)
-    canvas = Image.new("RGB", (picture.width + swatch + int(longest) + 4 * _GAP, picture.height), "white")
-    canvas.info |= picture.info
-    canvas.paste(picture, (0, 0))
-    draw, height = ImageDraw.Draw(canvas), (picture.height - _CAPTION_PX - _GAP) // len(images)
+    canvas = Image.new("RGB", (panels.width + swatch + int(longest) + 4 * _GAP, panels.height), "white")
+    canvas.info |= panels.info
+    canvas.paste(panels, (0, 0))
+    draw, height = ImageDraw.Draw(canvas), (panels.height - _CAPTION_PX - _GAP) // len(images)
     for row, legend in enumerate(lines):
-        for line, (number, text) in enumerate(legend[: height // _LINE_PX]):
-            left, top = picture.width, _CAPTION_PX + row * height + line * _LINE_PX
-            colour = tuple((colours[number] * 255).round().int().tolist())
-            draw.rectangle((left, top + 2, left + swatch, top + 2 + swatch), fill=colour)
+        for line, (label, text) in enumerate(legend[: height // _LINE_PX]):
+            left, top = panels.width, _CAPTION_PX + row * height + line * _LINE_PX
+            color = tuple((colors[label] * 255).round().int().tolist())
+            draw.rectangle((left, top + 2, left + swatch, top + 2 + swatch), fill=color)
             draw.text((left + swatch + _GAP, top), text, fill="black", font=font)
     return canvas
 
 
-def class_colours(count: int) -> Tensor:
-    """Float ``(count, 3)`` in [0, 1]: hues far apart for numbers that are close, the same for ever."""
-    hues = [(0.03 + 0.618034 * number) % 1 for number in range(count)]
-    tones = [((0.75, 1.0), (1.0, 0.7), (0.5, 0.85))[number % 3] for number in range(count)]
+def class_colors(count: int) -> Tensor:
+    """Return ``count`` colors, float ``(count, 3)`` in [0, 1], with distant hues for consecutive classes.
+
+    The color of a class does not depend on ``count``.
+    """
+    hues = [(0.03 + 0.618034 * index) % 1 for index in range(count)]
+    tones = [((0.75, 1.0), (1.0, 0.7), (0.5, 0.85))[index % 3] for index in range(count)]
     return torch.tensor([colorsys.hsv_to_rgb(hue, *tone) for hue, tone in zip(hues, tones, strict=True)])
 
 
-def _painted(images: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
-    """Images in the colours of their classes, with light borders; grey where the label is ``len(colours)``."""
-    grey = images.mean(dim=1, keepdim=True)
-    mixed = 0.35 * grey + 0.65 * rearrange(torch.cat([colours, torch.zeros(1, 3)])[labels], "b h w c -> b c h w")
-    mixed = torch.where((labels == len(colours))[:, None], 0.5 * grey, mixed)
+def _paint(images: Tensor, labels: Tensor, colors: Tensor) -> Tensor:
+    """Paint images in the colors of their classes, with white borders; gray where the label is ``len(colors)``."""
+    gray = images.mean(dim=1, keepdim=True)
+    mixed = 0.35 * gray + 0.65 * rearrange(torch.cat([colors, torch.zeros(1, 3)])[labels], "b h w c -> b c h w")
+    mixed = torch.where((labels == len(colors))[:, None], 0.5 * gray, mixed)
     borders = torch.zeros_like(labels, dtype=torch.bool)
     borders[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     borders[:, :, 1:] |= labels[:, :, 1:] != labels[:, :, :-1]
     return torch.where(borders[:, None], torch.ones(()), mixed)
 
 
-def _overlaps(truth: Tensor, predicted: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
-    """Classes of an image, largest first, and how well each was found."""
+def _class_ious(truth: Tensor, predicted: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """List the classes of an image, largest first, with their intersection over union."""
     counts = torch.bincount(torch.cat([truth, predicted]), minlength=len(classes))
     both = torch.bincount(truth[truth == predicted], minlength=len(classes))
     return _legend(counts, both / (counts - both), classes)
 
 
-def _shares(found: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
-    """Classes of an image, largest first, and their share of it."""
-    counts = torch.bincount(found.flatten(), minlength=len(classes))
-    return _legend(counts, counts / found.numel(), classes)
+def _class_fractions(labels: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """List the classes of an image, largest first, with their fraction of the pixels."""
+    counts = torch.bincount(labels.flatten(), minlength=len(classes))
+    return _legend(counts, counts / labels.numel(), classes)
 
 
-def _legend(counts: Tensor, numbers: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
+def _legend(counts: Tensor, values: Tensor, classes: Sequence[str]) -> list[tuple[int, str]]:
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
-    return [(label, f"{float(numbers[label]):.2f}  {classes[label][:_NAME_LETTERS]}") for label in order]
+    return [(label, f"{float(values[label]):.2f}  {classes[label][:_NAME_LETTERS]}") for label in order]
 
 
-def label_map(labels: Tensor, count: int, *, first: int = 0) -> Image.Image:
-    """Numbers of ``count`` classes ``(H, W)`` -> a palette image that holds them, to be saved as PNG.
+def label_map_image(labels: Tensor, count: int, *, first: int = 0) -> Image.Image:
+    """Convert class indices ``(H, W)`` of ``count`` classes to a palette image, to be saved as PNG.
 
     Args:
-        first: the number of the first class in the file; 1 where 0 is no class (ADE20K).
+        first: value of the first class in the file; 1 if 0 means "no class" (ADE20K).
     """
-    colours = torch.cat([torch.zeros(first, 3), class_colours(count)])
+    colors = torch.cat([torch.zeros(first, 3), class_colors(count)])
     image = Image.fromarray((labels + first).to(torch.uint8).cpu().numpy())
-    image.putpalette((colours * 255).round().int().flatten().tolist())
+    image.putpalette((colors * 255).round().int().flatten().tolist())
     return image
 
 
-def grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:
-    """Images ``(3, H, W)`` in [0, 1] in rows and columns, each with a name."""
+def draw_grid(rows: Sequence[Sequence[Tensor]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:
+    """Draw images ``(3, H, W)`` in [0, 1] in a grid with named rows and columns."""
     columns = [(name, torch.stack([row[k] for row in rows])) for k, name in enumerate(column_names)]
-    picture = panels(columns, across=1)
+    panels = draw_panels(columns, across=1)
     font, margin = ImageFont.load_default(13), 8
     margin += max(int(font.getlength(name)) for name in row_names)
-    canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
-    canvas.paste(picture, (margin, 0))
-    height = (picture.height - _CAPTION_PX - _GAP) // len(rows)
+    canvas = Image.new("RGB", (panels.width + margin, panels.height), "white")
+    canvas.paste(panels, (margin, 0))
+    height = (panels.height - _CAPTION_PX - _GAP) // len(rows)
     draw = ImageDraw.Draw(canvas)
-    for number, name in enumerate(row_names):
-        draw.text((4, _CAPTION_PX + number * height + height // 2 - 8), name, fill="black", font=font)
+    for index, name in enumerate(row_names):
+        draw.text((4, _CAPTION_PX + index * height + height // 2 - 8), name, fill="black", font=font)
     return canvas
 
 
-def folded(picture: Image.Image) -> Image.Image:
-    """A picture of :func:`panels` with the second half of its rows beside the first."""
-    rows = int(picture.info.get("rows", 1))
+def fold_rows(figure: Image.Image) -> Image.Image:
+    """Move the second half of the rows of a figure of :func:`draw_panels` beside the first half."""
+    rows = int(figure.info.get("rows", 1))
     if rows < 2:
-        return picture
-    height = (picture.height - _CAPTION_PX - _GAP) // rows
+        return figure
+    height = (figure.height - _CAPTION_PX - _GAP) // rows
     kept = _CAPTION_PX + -(-rows // 2) * height
-    canvas = Image.new("RGB", (2 * picture.width, kept), "white")
-    canvas.paste(picture.crop((0, 0, picture.width, kept)), (0, 0))
-    canvas.paste(picture.crop((0, 0, picture.width, _CAPTION_PX)), (picture.width, 0))
-    canvas.paste(picture.crop((0, kept, picture.width, _CAPTION_PX + rows * height)), (picture.width, _CAPTION_PX))
+    canvas = Image.new("RGB", (2 * figure.width, kept), "white")
+    canvas.paste(figure.crop((0, 0, figure.width, kept)), (0, 0))
+    canvas.paste(figure.crop((0, 0, figure.width, _CAPTION_PX)), (figure.width, 0))
+    canvas.paste(figure.crop((0, kept, figure.width, _CAPTION_PX + rows * height)), (figure.width, _CAPTION_PX))
     return canvas
 
 
-def filmstrip(pictures: Sequence[tuple[str, Image.Image]], *, row: int = 0, rows: int = 1) -> Image.Image:
-    """The same row of several pictures under each other: one image through training.
+def draw_filmstrip(figures: Sequence[tuple[str, Image.Image]], *, row: int = 0, rows: int = 1) -> Image.Image:
+    """Draw one row of several figures below each other, for instance one image at several training steps.
 
     Args:
-        pictures: caption and picture, all of one size.
-        row: which of the ``rows`` of images that a picture of :func:`panels` holds.
+        figures: captions and figures of :func:`draw_panels`, of one size.
+        row: index of the row to draw.
+        rows: number of rows of each figure.
     """
     font = ImageFont.load_default(13)
-    margin = 8 + max(int(font.getlength(caption)) for caption, _ in pictures)
-    height = (pictures[0][1].height - _CAPTION_PX - _GAP) // rows
-    width = max(picture.width for _, picture in pictures)
-    canvas = Image.new("RGB", (margin + width, len(pictures) * height + _CAPTION_PX), "white")
-    canvas.paste(pictures[0][1].crop((0, 0, width, _CAPTION_PX)), (margin, 0))
+    margin = 8 + max(int(font.getlength(caption)) for caption, _ in figures)
+    height = (figures[0][1].height - _CAPTION_PX - _GAP) // rows
+    width = max(figure.width for _, figure in figures)
+    canvas = Image.new("RGB", (margin + width, len(figures) * height + _CAPTION_PX), "white")
+    canvas.paste(figures[0][1].crop((0, 0, width, _CAPTION_PX)), (margin, 0))
     draw = ImageDraw.Draw(canvas)
-    for number, (caption, picture) in enumerate(pictures):
-        top = _CAPTION_PX + number * height
-        strip = picture.crop((0, _CAPTION_PX + row * height, width, _CAPTION_PX + (row + 1) * height))
+    for index, (caption, figure) in enumerate(figures):
+        top = _CAPTION_PX + index * height
+        strip = figure.crop((0, _CAPTION_PX + row * height, width, _CAPTION_PX + (row + 1) * height))
         canvas.paste(strip, (margin, top))
         draw.text((4, top + height // 2 - 8), caption, fill="black", font=font)
     return canvas

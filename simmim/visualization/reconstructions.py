@@ -1,6 +1,6 @@
-"""Looking at what was learned: a pretraining objective from its export, and pictures of what it draws.
+"""Loads a pretrained SimMIM model from its export and renders reconstructions.
 
-An export of pretraining holds, beside the encoder, ``decoder.safetensors``: the mask token and the head.
+Besides the encoder, the export of a pretraining stage contains ``decoder.safetensors``: the mask token and the head.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def load_simmim(
     image_size: int | Pair | None = None,
     seed: int = 0,
 ) -> SimMIM:
-    """The pretraining objective of an export, on the CPU, ready to be looked at.
+    """Load the pretraining task of an export on the CPU, in evaluation mode.
 
     Args:
-        mask_patch_size, mask_ratio, image_size: None for those of pretraining.
-        seed: of the masks.
+        mask_patch_size, mask_ratio, image_size: None: the values of pretraining.
+        seed: seed of the masks.
 
     Raises:
-        ValueError: an export that is not of pretraining, or masks that do not fit.
+        ValueError: the export is not of a pretraining stage on images, or the masks do not fit the image size.
     """
     export = Path(export)
     description, trained = _described(export)
@@ -72,10 +72,10 @@ def load_simmim(
 
 
 def load_video_simmim(export: Path | str, *, seed: int = 0) -> VideoSimMIM:
-    """As :func:`load_simmim`, of clips, as they were pretrained on.
+    """Load the pretraining task of an export on clips, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: an export that is not of pretraining on clips.
+        ValueError: the export is not of a pretraining stage on clips.
     """
     export = Path(export)
     description, trained = _described(export)
@@ -95,7 +95,7 @@ def load_video_simmim(export: Path | str, *, seed: int = 0) -> VideoSimMIM:
 
 
 def _described(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All that is said of an export, and of its pretraining."""
+    """Return the description of an export and the settings of its pretraining task."""
     description = load_description(export)
     trained = description.get("reconstruction")
     if trained is None or not (export / DECODER).exists():
@@ -104,16 +104,18 @@ def _described(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_images(paths: str, task: SimMIM, count: int = 4, value_range: tuple[float, float] | None = None) -> Tensor:
-    """The first images of a path as the objective sees them: normalised ``(b, c, H, W)``, central crops.
+    """Read the first images of a path, normalized ``(b, c, H, W)``, as central crops of the size of the task.
 
     Args:
-        paths: anything that ``data.path`` of a recipe takes.
+        paths: any value of ``data.path`` in a recipe.
+        count: number of images.
+        value_range: see :class:`simmim.data.Decoder`.
 
     Raises:
-        ValueError: no images, or none of them can be read.
+        ValueError: there are no images, or none of them can be read.
     """
-    channels, (rows, columns) = task.encoder.config.in_chans, task.masks.grid
-    size = (rows * task.masks.mask_patch_size, columns * task.masks.mask_patch_size)
+    channels, (rows, columns) = task.encoder.config.in_chans, task.mask_generator.grid
+    size = (rows * task.mask_generator.mask_patch_size, columns * task.mask_generator.mask_patch_size)
     images: Source
     if paths == "builtin:shapes":
         images = Shapes(count, size, channels, validation=True)
@@ -126,16 +128,16 @@ def read_images(paths: str, task: SimMIM, count: int = 4, value_range: tuple[flo
     raise ValueError(f"no image of {paths} could be read: {corrupt}")
 
 
-def draw_masks(task: SimMIM, count: int) -> Tensor:
-    """bool ``(count, hm, wm)``: the masks of the first samples."""
+def make_masks(task: SimMIM, count: int) -> Tensor:
+    """Return the masks of the first ``count`` samples in epoch 0, bool ``(count, hm, wm)``."""
     index = torch.arange(count)
-    return task.masks(torch.zeros_like(index), index)
+    return task.mask_generator(torch.zeros_like(index), index)
 
 
 @torch.no_grad()
 def reconstruct(task: SimMIM, images: Tensor, bands: Bands = None) -> Image.Image:
-    """One row of views for every image ``(b, c, H, W)``, normalised."""
-    return drawing.panels(task.views(images, draw_masks(task, len(images)), bands), across=1)
+    """Render a row of panels for each normalized image ``(b, c, H, W)``."""
+    return drawing.draw_panels(task.panels(images, make_masks(task, len(images)), bands), across=1)
 
 
 @torch.no_grad()
@@ -147,42 +149,47 @@ def gallery(
     bands: Bands = None,
     seed: int = 0,
 ) -> Image.Image:
-    """One image ``(c, H, W)``, normalised: masked and pasted, for every cell size (rows) and ratio (columns)."""
+    """Render one normalized image ``(c, H, W)``, masked and pasted, per mask patch size (rows) and ratio (columns)."""
     size = (image.shape[-2], image.shape[-1])
     task = load_simmim(export, mask_patch_size=mask_patch_sizes[0], mask_ratio=ratios[0], image_size=size)
     rows, names = [], []
-    for cell in mask_patch_sizes:
+    for mask_patch_size in mask_patch_sizes:
         row = []
         for ratio in ratios:
-            task.use_masks(MaskGenerator(size, cell, ratio, seed=seed, strategy=task.masks.strategy))
-            shown = dict(task.views(image[None], draw_masks(task, 1), bands))
-            pasted = shown.get("prediction, pasted", shown.get("its prediction, pasted"))
+            strategy = task.mask_generator.strategy
+            task.set_mask_generator(MaskGenerator(size, mask_patch_size, ratio, seed=seed, strategy=strategy))
+            panels = dict(task.panels(image[None], make_masks(task, 1), bands))
+            pasted = panels.get("prediction, pasted", panels.get("its prediction, pasted"))
             assert pasted is not None
-            row += [shown["masked"][0], pasted[0]]
+            row += [panels["masked"][0], pasted[0]]
         rows.append(row)
-        names.append(f"{cell} px")
+        names.append(f"{mask_patch_size} px")
     columns = [name for ratio in ratios for name in (f"{ratio:.0%} masked", "pasted")]
-    return drawing.grid(rows, names, columns)
+    return drawing.draw_grid(rows, names, columns)
 
 
 def through_training(folder: Path, *, image: int = 0, at_most: int = 8) -> Image.Image:
-    """One held-out image as a run saw it, from the first picture to the last.
+    """Render one validation image from the first preview of a run to the last.
 
     Args:
-        folder: of a pretraining stage.
+        folder: folder of a pretraining stage.
+        image: index of the row of the previews.
+        at_most: largest number of previews to show.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no previews, or they have fewer rows.
     """
     files = sorted((folder / "reconstructions").glob("step_*.png"))
     if not files:
-        raise ValueError(f"{folder} has no pictures yet: they come every stages.NAME.log.evaluate_every_steps")
-    chosen = [files[round(place * (len(files) - 1) / max(1, at_most - 1))] for place in range(at_most)]
-    pictures, rows = [], 1
+        raise ValueError(
+            f"{folder} has no previews yet: a run writes them every stages.NAME.log.evaluate_every_steps steps"
+        )
+    chosen = [files[round(index * (len(files) - 1) / max(1, at_most - 1))] for index in range(at_most)]
+    previews, rows = [], 1
     for file in dict.fromkeys(chosen):
-        with Image.open(file) as picture:
-            rows = int(picture.info.get("rows", 1))
-            pictures.append((f"step {int(file.stem.removeprefix('step_'))}", picture.convert("RGB")))
+        with Image.open(file) as preview:
+            rows = int(preview.info.get("rows", 1))
+            previews.append((f"step {int(file.stem.removeprefix('step_'))}", preview.convert("RGB")))
     if not 0 <= image < rows:
-        raise ValueError(f"image {image}: the pictures of {folder} show images 0 to {rows - 1}")
-    return drawing.filmstrip(pictures, row=image, rows=rows)
+        raise ValueError(f"image {image}: the previews in {folder} show images 0 to {rows - 1}")
+    return drawing.draw_filmstrip(previews, row=image, rows=rows)

@@ -224,7 +224,7 @@ def test_baselines_are_of_the_target_and_masks_of_the_recipe(change, recipe, tmp
     else:
         assert baseline["zero"] == pytest.approx(summary["predict zero"], rel=1e-3)
         assert baseline["nearest_visible"] == pytest.approx(summary["copy the nearest visible pixel"], rel=1e-3)
-        assert load_simmim(tmp_path / "few/pretrain/export").masks.strategy == (
+        assert load_simmim(tmp_path / "few/pretrain/export").mask_generator.strategy == (
             "square" if "square" in change else "random"
         )
 

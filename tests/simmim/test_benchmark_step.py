@@ -42,8 +42,8 @@ def test_baselines_have_our_loss_and_gradients(name):
     task = make_small().double()
     baseline = make_baseline(name, task).double().train()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    patch_mask = task.masks(torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    tokens = expand_mask(patch_mask, task.masks.mask_patch_size // task.encoder.config.patch_size)
+    patch_mask = task.mask_generator(torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    tokens = expand_mask(patch_mask, task.mask_generator.mask_patch_size // task.encoder.config.patch_size)
     ours, theirs = task.loss(images, patch_mask), baseline(images, tokens)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # the baseline adds 1e-5 to the number of masked pixels
     ours.backward()

@@ -93,7 +93,7 @@ def test_what_a_stage_leaves(chain):
     assert summary["validation_images"] == 5 and {"validation_box_ap", "validation_mask_ap50"} <= set(summary)
     assert [file.name for file in (folder / "predictions").iterdir()] == ["step_00000008.png"]
     page = write_report([folder]).read_text()
-    assert "validation_mask_ap50" in page and "Predictions of held-out images" in page
+    assert "validation_mask_ap50" in page and "Predictions of validation images" in page
 
 
 def test_bad_data_is_counted_and_named(chain):

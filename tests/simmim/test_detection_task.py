@@ -1,4 +1,4 @@
-"""Detection: heads against torchvision's, average precision against COCO's, and that it learns."""
+"""Detection: losses against torchvision, average precision against pycocotools, and learning."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_detector(seed=0, drop_path=0.0, **settings) -> Detection:
     )
     settings = {"width": 32, "hidden": 64, "anchor_px": (8, 16, 32)} | settings
     model = Detection(encoder, ["green", "red"], **STATISTICS, **settings)
-    model.head.rpn._post_nms_top_n = {"training": 60, "testing": 60}  # small images have few places
+    model.head.rpn._post_nms_top_n = {"training": 60, "testing": 60}  # small images have few anchors
     for stage in model.head.regions.stages:
         stage.fg_bg_sampler.batch_size_per_image = 32
     return model
@@ -73,7 +73,7 @@ def fit(model, batch, steps, lr=2e-3):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A detector that knows four images by heart, these as a batch, and their source."""
+    """A detector overfitted on four images, the batch of these images, and their source."""
     model = make_detector()
     batch, source = make_batch(tmp_path_factory.mktemp("coco"), short_px=60)
     fit(model, batch, 150)
@@ -81,7 +81,7 @@ def trained(tmp_path_factory):
 
 
 class Given(nn.Module):
-    """A backbone that gives the maps that it was given."""
+    """A backbone that returns given feature maps."""
 
     out_channels = 32
 
@@ -94,7 +94,7 @@ class Given(nn.Module):
 
 
 class Fixed(nn.Module):
-    """A layer that says the same of everything, and keeps what it was given."""
+    """A layer with a constant result that records its inputs."""
 
     def __init__(self, result, seen=None):
         super().__init__()
@@ -106,7 +106,7 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_losses_and_detections_are_those_of_torchvision(trained, masks):
+def test_losses_and_detections_equal_torchvision(trained, masks):
     """One box head, no padding: the same numbers as ``MaskRCNN`` with the same weights on the same pyramid."""
     model = copy.deepcopy(trained[0])
     images, sizes = torch.randn(2, 3, 64, 96), torch.tensor([[64, 96], [64, 96]])
@@ -144,7 +144,7 @@ def test_losses_and_detections_are_those_of_torchvision(trained, masks):
         image_mean=[0.0] * 3,
         image_std=[1.0] * 3,
     )
-    oracle.transform.torch_choice = lambda sizes: sizes[0]  # a draw that is not made here
+    oracle.transform.torch_choice = lambda sizes: sizes[0]  # avoids a random draw that our model does not make
     head.fpn = Given(features)
     maps = [torch.randn(2, 16, 16, 24), torch.randn(2, 32, 8, 12)]
     if not masks:
@@ -166,23 +166,23 @@ def test_losses_and_detections_are_those_of_torchvision(trained, masks):
 
 
 @pytest.mark.parametrize("settings", [{}, {"masks": False}, {"cascade": True}], ids=str)
-def test_it_learns_and_reaches_the_encoder(tmp_path, settings):
+def test_training_reduces_the_loss_and_reaches_the_encoder(tmp_path, settings):
     model = make_detector(**settings)
     batch, _ = make_batch(tmp_path)
     model(batch).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name  # or several processes would wait for it
+        assert parameter.grad is not None, name  # distributed training waits for every gradient
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
     model.zero_grad()
     losses = fit(model, batch, 40)
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    parts = model.eval().measure(batch)
+    parts = model.eval().eval_step(batch)
     assert len(parts) == 1 + 4 + settings.get("masks", True) + 4 * settings.get("cascade", False)
     assert parts["loss"] == pytest.approx(sum(float(v) for k, v in parts.items() if k != "loss"), rel=1e-5)
 
 
-def test_a_trained_detector_finds_what_it_was_shown(trained):
-    """The whole way: predictions in original pixels, judged by average precision."""
+def test_a_trained_detector_finds_its_training_objects(trained):
+    """Predictions in original pixels, evaluated by average precision."""
     model, batch, source = trained
     assert batch["image"].shape[-2:] == (60, 90) and batch["original_size"].tolist() == [[40, 60]] * 4
     found = model.predict(batch)
@@ -191,23 +191,23 @@ def test_a_trained_detector_finds_what_it_was_shown(trained):
     numbers = metric.compute()
     assert numbers["box_ap50"] > 0.9 and numbers["mask_ap50"] > 0.9 and numbers["box_ap"] > 0.5
     assert found[0]["masks"].shape[1:] == (40, 60) and found[0]["masks"].dtype == torch.bool
-    # Looked at in other sizes and mirrored, it finds the same, once.
+    # With test-time augmentation it finds the same objects, each once.
     several = AveragePrecision(masks=True)
     model = copy.deepcopy(model)
     model.scales, model.flip = (0.9, 1.0), True
-    looks = model.predict(batch)
-    several.add(looks, [source.truth(image_id) for image_id in batch["image_id"].tolist()])
+    views = model.predict(batch)
+    several.add(views, [source.truth(image_id) for image_id in batch["image_id"].tolist()])
     assert several.compute()["mask_ap50"] > 0.9
-    for own in looks:
+    for own in views:
         for label in (1, 2):
             overlaps = box_iou(own["boxes"][own["labels"] == label], own["boxes"][own["labels"] == label])
             assert (overlaps - torch.eye(len(overlaps))).max() <= 0.5
-    picture = model.visualize(batch)
-    assert picture.width > 2 * 448 and len(np.unique(np.array(picture).reshape(-1, 3), axis=0)) > 100
+    preview = model.visualize(batch)
+    assert preview.width > 2 * 448 and len(np.unique(np.array(preview).reshape(-1, 3), axis=0)) > 100
 
 
-def test_mirrored_and_zoomed_looks_come_back_to_where_they_were(tmp_path):
-    """A model of which only the geometry matters: what it says is the bounding box of bright pixels."""
+def test_detections_of_scaled_and_mirrored_views_map_back(tmp_path):
+    """A fake model that returns the bounding box of bright pixels, to test the geometry alone."""
     model = make_detector(masks=True)
     images = torch.zeros(1, 3, 48, 80, dtype=torch.uint8)
     images[:, :, 8:20, 12:36] = 255
@@ -219,7 +219,7 @@ def test_mirrored_and_zoomed_looks_come_back_to_where_they_were(tmp_path):
         mask = torch.zeros(1, 1, 28, 28)
         mirrored = bool(box[0] > 20 * seen.shape[-1] / 80)
         mask[..., slice(14, 28) if mirrored else slice(14)] = 1.0
-        scores = torch.full((1,), 1.0 if mirrored else 0.9)  # of two looks the mirrored one is kept
+        scores = torch.full((1,), 1.0 if mirrored else 0.9)  # suppression keeps the mirrored view
         return [{"boxes": box[None], "scores": scores, "labels": torch.ones(1).long(), "masks": mask}], {}
 
     model._run = brightest
@@ -227,8 +227,8 @@ def test_mirrored_and_zoomed_looks_come_back_to_where_they_were(tmp_path):
     assert torch.allclose(own["boxes"], torch.tensor([[12.0, 8.0, 36.0, 20.0]]), atol=1.1)
     regions, kept = model.head.regions, []
     regions.limit = 1
-    for zoom, flip in ((1.0, False), (0.5, False), (2.0, False), (1.0, True)):
-        (own,) = model.detections(images, sizes, flip=flip, scales=(zoom,))
+    for factor, flip in ((1.0, False), (0.5, False), (2.0, False), (1.0, True)):
+        (own,) = model.detections(images, sizes, flip=flip, scales=(factor,))
         kept.append(own["boxes"])
         assert own["masks"][..., :14].all() and not own["masks"][..., 14:].any()
     assert torch.allclose(torch.cat(kept), torch.tensor([[12.0, 8.0, 36.0, 20.0]]), atol=1.1)
@@ -240,8 +240,8 @@ def test_mirrored_and_zoomed_looks_come_back_to_where_they_were(tmp_path):
     assert (int(y.min()), int(y.max()), int(x.min()), int(x.max())) == (16, 39, 24, 47)
 
 
-def test_padding_changes_nothing(tmp_path):
-    """An image gives the same alone and at the corner of a larger canvas, whatever lies there."""
+def test_padding_does_not_change_detections(tmp_path):
+    """An image gives the same input on a larger canvas, whatever the padding contains."""
     model = make_detector(masks=True).eval()
     batch, _ = make_batch(tmp_path, count=1, short_px=40)
     seen = []
@@ -254,11 +254,11 @@ def test_padding_changes_nothing(tmp_path):
     assert seen[0].shape[-2:] == (40, 64) and not seen[0][..., 60:].any()
 
 
-def test_measures_are_repeatable_and_leave_no_trace(tmp_path):
+def test_eval_step_is_repeatable_and_restores_the_generator(tmp_path):
     model = make_detector(drop_path=0.9).eval()
     for stage in model.encoder.layers:
         for block in stage.blocks:
-            nn.init.ones_(block.norm1.weight)  # fresh branches add nothing that could be missed
+            nn.init.ones_(block.norm1.weight)  # with norm weights of 0, dropping a path would not be visible
     batch, _ = make_batch(tmp_path)
     before = torch.get_rng_state()
     first = model.eval_step(batch)
@@ -273,15 +273,15 @@ def test_measures_are_repeatable_and_leave_no_trace(tmp_path):
     assert not torch.isclose(model(batch), first["loss"])
 
 
-def test_a_cascade_goes_on_from_the_boxes_of_the_head_before():
-    """At test: proposals move with the deltas of each head, scores are the mean, boxes those of the last."""
+def test_cascade_heads_refine_the_boxes_of_the_previous_head():
+    """At test time, each head moves the proposals, scores are the mean, and boxes are those of the last head."""
     model = make_detector(cascade=True).eval()
     regions = model.head.regions
     seen, deltas = [], [torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0]), torch.zeros(4)]
-    for number, stage in enumerate(regions.stages):
+    for index, stage in enumerate(regions.stages):
         stage.box_roi_pool = Fixed(torch.zeros(1, 1), seen)
-        logits = torch.tensor([[0.0, float(number), -9.0]])
-        stage.box_head, stage.box_predictor = nn.Identity(), Fixed((logits, deltas[number].repeat(1, 3)))
+        logits = torch.tensor([[0.0, float(index), -9.0]])
+        stage.box_head, stage.box_predictor = nn.Identity(), Fixed((logits, deltas[index].repeat(1, 3)))
     regions.masks = None
     (found,), _ = regions({}, [torch.tensor([[10.0, 10.0, 30.0, 20.0]])], [(100, 100)], (100, 100))
     boxes = [[10, 10, 30, 20], [12, 10, 32, 20], [12, 11, 32, 21]]  # 1/10 of the width, then 2/20 of the height
@@ -291,7 +291,7 @@ def test_a_cascade_goes_on_from_the_boxes_of_the_head_before():
     assert found["scores"][0] == pytest.approx(wanted[1].item(), rel=1e-5) and found["labels"].tolist() == [1]
 
 
-def test_each_head_of_a_cascade_learns_from_closer_boxes(tmp_path):
+def test_each_cascade_head_is_trained_on_closer_boxes(tmp_path):
     model = make_detector(cascade=True).train()
     batch, _ = make_batch(tmp_path)
     chosen = []
@@ -314,7 +314,7 @@ def test_each_head_of_a_cascade_learns_from_closer_boxes(tmp_path):
     assert coders == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
 
 
-def test_batches_without_any_object(tmp_path):
+def test_batches_without_objects(tmp_path):
     for settings in ({}, {"cascade": True}):
         model = make_detector(**settings)
         batch, _ = make_batch(tmp_path, count=2)
@@ -323,24 +323,24 @@ def test_batches_without_any_object(tmp_path):
         loss = model(batch)
         loss.backward()
         assert torch.isfinite(loss) and all(p.grad is not None for p in model.parameters())
-        assert model.eval().picture(batch).width > 0 and torch.isfinite(model.eval_step(batch)["loss"])
+        assert model.eval().visualize(batch).width > 0 and torch.isfinite(model.eval_step(batch)["loss"])
 
 
-def test_anchors_stand_at_the_strides_of_the_maps_in_float32():
-    """800 px: the coarsest map has 13 cells of 64 px, not of 61; and in bfloat16 centres would be rounded to 4 px."""
+def test_anchors_use_exact_strides_in_float32():
+    """At 800 px the coarsest map has 13 x 64 px, not 61 px, and bfloat16 would round centers to 4 px."""
     generator = Anchors([(32,), (512,)], [4, 64])
     maps = [torch.zeros(1, 1, size, size, dtype=torch.bfloat16) for size in (200, 13)]
     images = type("Images", (), {"image_sizes": [(800, 800)]})()
     (anchors,) = generator(images, maps)
     assert anchors.dtype == torch.float32
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     for side in (0, 1):
-        assert centres[3 * 200**2 :: 3, side].unique().tolist() == [64.0 * n for n in range(13)]
-        assert len(centres[: 3 * 200**2 : 3, side].unique()) == 200
+        assert centers[3 * 200**2 :: 3, side].unique().tolist() == [64.0 * n for n in range(13)]
+        assert len(centers[: 3 * 200**2 : 3, side].unique()) == 200
 
 
-def test_strides_are_right_for_small_images_on_a_large_canvas():
-    """torchvision would take them from the sizes of the first images that it sees, and keep them."""
+def test_strides_are_exact_for_small_images_on_a_large_canvas():
+    """torchvision would derive them from the sizes of the first images and keep them."""
     model = make_detector().eval()
     batch = {"image": torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8), "image_size": torch.tensor([[40, 40]])}
     model.detections(batch["image"], batch["image_size"])
@@ -348,7 +348,7 @@ def test_strides_are_right_for_small_images_on_a_large_canvas():
         assert pool.scales == [1 / 4, 1 / 8]
 
 
-def test_half_precision_keeps_boxes_in_float32(trained):
+def test_autocast_keeps_boxes_in_float32(trained):
     model, batch, _ = trained
     exact_losses, model = model.eval_step(batch), copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -356,13 +356,13 @@ def test_half_precision_keeps_boxes_in_float32(trained):
         loss = model.train()(batch)
         loss.backward()
     assert all(own["boxes"].dtype == own["scores"].dtype == torch.float32 for own in found)
-    # Rounded scores give other regions to the box heads, a few of which decide over the loss of four images.
+    # Rounded scores select other regions for the box heads, and a few of them change the loss of four images.
     assert loss.dtype == torch.float32 and measured["loss"] == pytest.approx(float(exact_losses["loss"]), rel=0.5)
     for name in ("loss_objectness", "loss_rpn_box_reg"):
         assert measured[name] == pytest.approx(float(exact_losses[name]), rel=0.2, abs=1e-3), name
 
 
-def test_parameters_have_their_rates():
+def test_weight_decay_groups_layer_depths_and_invalid_settings():
     model = make_detector(cascade=True)
     depths, no_decay = model.depth_of_parameters(), model.no_decay_parameters()
     assert set(depths) == set(model.parameters())
@@ -376,8 +376,8 @@ def test_parameters_have_their_rates():
         Detection(model.encoder, ["a"], mean=[0.5], std=[0.5])
 
 
-def test_weights_need_numbers_only_where_the_encoder_has_none():
-    """A stage begins with an encoder without numbers; the head has its own, the same on every process."""
+def test_only_meta_modules_of_the_encoder_are_initialized_later():
+    """A stage starts with an encoder on the meta device; the head is initialized, equally on every process."""
     from simmim.training.distributed import draw_weights, give_memory
 
     with torch.device("meta"):
@@ -390,7 +390,7 @@ def test_weights_need_numbers_only_where_the_encoder_has_none():
 
 
 def slow_soft_nms(boxes, scores, labels, method, iou, sigma, least):
-    """Figure 2 of the paper, word for word, class by class."""
+    """Implement figure 2 of the Soft-NMS paper literally, class by class."""
     result = []
     for label in labels.unique().tolist():
         b, s = boxes[labels == label].tolist(), scores[labels == label].tolist()
@@ -409,7 +409,7 @@ def slow_soft_nms(boxes, scores, labels, method, iou, sigma, least):
 
 
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
-def test_soft_nms_is_that_of_the_paper(method):
+def test_soft_nms_equals_the_paper(method):
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(60, 2, generator=generator) * 40
     boxes = torch.cat([corners, corners + 5 + torch.rand(60, 2, generator=generator) * 30], dim=1)
@@ -425,7 +425,7 @@ def test_soft_nms_is_that_of_the_paper(method):
     assert none.shape == (0,) and none.dtype == torch.int64
 
 
-def test_hard_suppression_is_that_of_torchvision():
+def test_hard_suppression_equals_torchvision():
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(50, 2, generator=generator) * 30
     boxes, scores = torch.cat([corners, corners + 15], dim=1), torch.rand(50, generator=generator)
@@ -444,7 +444,7 @@ def test_soft_nms_in_the_detector(trained):
 
 
 def perturbed(truth, generator, categories=2):
-    """Predictions near the truth: some moved, some of another class, some twice, some not there at all."""
+    """Return predictions near the truth: some moved, some of another class, some twice, some missing."""
     keep = torch.rand(len(truth["boxes"]), generator=generator) < 0.8
     boxes = truth["boxes"][keep].repeat(2, 1)
     moved = (torch.rand(boxes.shape, generator=generator) * 6 - 3).round()
@@ -460,8 +460,8 @@ def perturbed(truth, generator, categories=2):
 
 
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
-def test_average_precision_is_that_of_coco(tmp_path, backend, capsys):
-    """With a crowd, an object of another size, an image without objects and one where nothing is found."""
+def test_average_precision_equals_pycocotools(tmp_path, backend, capsys):
+    """The data has a crowd, objects of several sizes, an image without objects and one without detections."""
     pytest.importorskip(backend)
     crowd = [[2, 2, 30, 2, 30, 38, 2, 38]]
     extra = [
@@ -477,13 +477,13 @@ def test_average_precision_is_that_of_coco(tmp_path, backend, capsys):
     ids, generator = source.annotations.image_ids.tolist(), torch.Generator().manual_seed(0)
     truths = [source.truth(image_id) for image_id in ids]
     found = [perturbed(truth, generator) for truth in truths]
-    crowded = ids.index(99)  # a detection inside the crowd is neither right nor wrong
+    crowded = ids.index(99)  # a detection inside a crowd is ignored
     found[crowded]["boxes"][0] = torch.tensor([4.0, 4.0, 20.0, 30.0])
     found[crowded]["labels"][0] = 1
     found[ids.index(97)] = {key: value[:0] for key, value in found[0].items()}
     extra_image = found[0] | {"labels": found[0]["labels"].clone()}
     assert len(truths[ids.index(95)]["boxes"]) == 0
-    found[ids.index(95)] = extra_image  # something where nothing is
+    found[ids.index(95)] = extra_image  # detections in an image without objects
 
     metric = AveragePrecision(masks=True, backend=backend)
     for start in range(0, len(ids), 5):
@@ -504,7 +504,7 @@ def test_average_precision_is_that_of_coco(tmp_path, backend, capsys):
         assert 0.05 < wanted["ap"] < 0.9
 
 
-def test_perfect_predictions_are_perfect(tmp_path):
+def test_perfect_predictions_have_average_precision_1(tmp_path):
     write_coco(tmp_path, "val")
     source = open_coco(tmp_path, "val", training=False)
     truths = [source.truth(image_id) for image_id in source.annotations.image_ids.tolist()]
@@ -515,16 +515,16 @@ def test_perfect_predictions_are_perfect(tmp_path):
     assert numbers == {
         f"{kind}_{name}": 1.0 for kind in ("box", "mask") for name in ("ap", "ap50", "ap75", "ap_small", "ar")
     }
-    # Two processes with half of the images each say the same, all together.
+    # Two processes with half of the images each give the same numbers after gathering.
     halves = [AveragePrecision(masks=True), AveragePrecision(masks=True)]
-    for number, half in enumerate(halves):
-        half.add([{**own, "labels": own["labels"] * 0 + 1} for own in found[number::2]], truths[number::2])
-    whole = AveragePrecision(masks=True)
-    whole.add([{**own, "labels": own["labels"] * 0 + 1} for own in found], truths)
+    for index, half in enumerate(halves):
+        half.add([{**own, "labels": own["labels"] * 0 + 1} for own in found[index::2]], truths[index::2])
+    all_images = AveragePrecision(masks=True)
+    all_images.add([{**own, "labels": own["labels"] * 0 + 1} for own in found], truths)
     states = {name: [list(getattr(h.metric, name)) for h in halves] for name in halves[0].metric.metric_state}
     waiting = iter(states.values())
-    halves[0].gather(lambda own: [x for share in next(waiting) for x in share])
-    assert halves[0].compute() == pytest.approx(whole.compute()) and whole.compute()["box_ap"] < 1
+    halves[0].gather(lambda own: [x for part in next(waiting) for x in part])
+    assert halves[0].compute() == pytest.approx(all_images.compute()) and all_images.compute()["box_ap"] < 1
     boxes_only = AveragePrecision(masks=False)
     boxes_only.add(found, [{key: value for key, value in truth.items() if key != "masks"} for truth in truths])
     assert boxes_only.compute()["box_ap"] == 1.0

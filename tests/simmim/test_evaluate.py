@@ -218,7 +218,7 @@ def test_all_variants_of_imagenet_v2_by_the_numbers_of_their_folders(exports, tm
 
 
 def test_bars_are_as_long_as_shares():
-    picture = np.asarray(drawing.ranked(torch.zeros(3, 128, 128), [("all", 1.0), ("half", 0.5), ("none", 0.0)]))
+    picture = np.asarray(drawing.draw_ranked(torch.zeros(3, 128, 128), [("all", 1.0), ("half", 0.5), ("none", 0.0)]))
     blue = (picture == (190, 215, 240)).all(axis=2)
     lengths = [int(blue[22 + row * 23 + 16].sum()) for row in range(3)]
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=2) and lengths[0] > 60 and lengths[2] <= 1

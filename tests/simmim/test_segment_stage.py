@@ -342,8 +342,8 @@ def test_the_page_and_the_plan(done, capsys):
     for part in (
         "validation_mean_iou",
         "validation_iou square",
-        "held-out share of pixels",
-        "Predictions of held-out images",
+        "validation pixel accuracy",
+        "Predictions of validation images",
     ):
         assert part in page, part
     assert main(["plan", str(done / "recipe.yaml"), "--memory", "8G", "--tflops", "1", "--images", "20"]) == 0

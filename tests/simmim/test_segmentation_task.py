@@ -1,4 +1,4 @@
-"""Semantic segmentation: the heads, the loss over pixels, predictions in windows, and what is measured."""
+"""Semantic segmentation: heads, loss, sliding-window prediction, and scores."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import swin
 from simmim.data.segments import read_label_map
 from simmim.metrics.mean_iou import MeanIoU
 from simmim.tasks.segmentation import Segmentation, pixel_loss
-from simmim.tasks.sliding_window import averaged_log_probabilities, sliding_logits, starts
+from simmim.tasks.sliding_window import averaged_log_probabilities, sliding_window_logits, window_starts
 from simmim.tasks.upernet import (
     POOLS,
     ChannelNorm,
     FCNHead,
     UPerHead,
-    enlarge,
-    interpolation,
-    pooling,
+    interpolation_matrix,
+    pooling_matrix,
     resample,
+    upsample,
 )
 from simmim.training.optim import make_optimizer
 from simmim.visualization import drawing
@@ -50,12 +50,12 @@ def make_segmenter(classes=4, depths=(1, 1), in_chans=3, **settings) -> Segmenta
 
 
 def make_batch(count=2, size=(32, 32), classes=4, seed=0):
-    """Every class has a colour, in squares of 8 px."""
+    """Return images of 8 px squares, in one color per class, and their label maps."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.randint(0, classes, (count, 1, -(-size[0] // 8), -(-size[1] // 8)), generator=generator)
     segments = grid.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, 0, : size[0], : size[1]]
-    colours = torch.randint(0, 256, (classes, 3), generator=generator)
-    return {"image": colours[segments].permute(0, 3, 1, 2).to(torch.uint8), "segments": segments.to(torch.uint8)}
+    colors = torch.randint(0, 256, (classes, 3), generator=generator)
+    return {"image": colors[segments].permute(0, 3, 1, 2).to(torch.uint8), "segments": segments.to(torch.uint8)}
 
 
 def scores_of(predicted, segments, classes) -> MeanIoU:
@@ -64,8 +64,8 @@ def scores_of(predicted, segments, classes) -> MeanIoU:
     return scores
 
 
-def test_as_many_parameters_as_upernet_has():
-    """Swin-T with UPerNet for ADE20K is published with 60 M parameters; all of them by arithmetic."""
+def test_parameter_count_is_that_of_upernet():
+    """Swin-T with UPerNet for ADE20K is published with 60 M parameters; the exact count follows from the layers."""
     with torch.device("meta"):
         model = Segmentation(swin.make_encoder("swin_tiny"), [str(n) for n in range(150)], **STATISTICS)
 
@@ -83,8 +83,8 @@ def test_as_many_parameters_as_upernet_has():
     assert round(total / 1e6) == 60
 
 
-def test_the_head_equals_that_of_transformers():
-    """With the norms taken out of both, which differ on purpose."""
+def test_head_equals_that_of_transformers():
+    """The norms, which differ on purpose, are removed from both."""
     transformers = pytest.importorskip("transformers")
     from transformers.models.upernet.modeling_upernet import UperNetHead
 
@@ -118,26 +118,29 @@ def test_the_head_equals_that_of_transformers():
         torch.testing.assert_close(own(maps), theirs(maps), rtol=1e-4, atol=1e-6)
 
 
-def test_matrices_equal_the_operators():
+def test_resize_matrices_equal_the_operators():
     x = torch.randn(2, 3, 7, 10)
-    resized = resample(x, interpolation(7, 21, x), interpolation(10, 13, x))
+    resized = resample(x, interpolation_matrix(7, 21, x), interpolation_matrix(10, 13, x))
     torch.testing.assert_close(resized, F.interpolate(x, (21, 13), mode="bilinear"), rtol=1e-5, atol=1e-6)
     for bins in POOLS:
         torch.testing.assert_close(
-            resample(x, pooling(7, bins, x), pooling(10, bins, x)), F.adaptive_avg_pool2d(x, bins), rtol=1e-5, atol=1e-6
+            resample(x, pooling_matrix(7, bins, x), pooling_matrix(10, bins, x)),
+            F.adaptive_avg_pool2d(x, bins),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
-def test_what_is_enlarged_stays_in_its_place():
-    """Also where a side is no multiple of the factor: a ramp over pixels remains one."""
-    grid = torch.arange(6.0).expand(1, 1, 5, 6) * 4 + 1.5  # the middles of tokens of 4 px
-    pixels = enlarge(grid, 4, (18, 21))
+def test_upsampling_keeps_positions():
+    """A ramp over pixels remains a ramp, also if a side is not a multiple of the factor."""
+    grid = torch.arange(6.0).expand(1, 1, 5, 6) * 4 + 1.5  # the centers of 4 px tokens
+    pixels = upsample(grid, 4, (18, 21))
     assert pixels.shape == (1, 1, 18, 21)
     torch.testing.assert_close(pixels[0, 0, 3, 2:], torch.arange(21.0)[2:])
-    assert enlarge(grid, 1, (5, 6)) is grid
+    assert upsample(grid, 1, (5, 6)) is grid
 
 
-def test_channels_are_normalised_place_by_place():
+def test_channels_are_normalized_at_each_position():
     norm, x = ChannelNorm(6), torch.randn(2, 6, 3, 4)
     torch.testing.assert_close(norm(x)[1, :, 2, 3], F.layer_norm(x[1, :, 2, 3], (6,)))
 
@@ -155,7 +158,7 @@ def test_any_size(depths, size):
 @pytest.mark.parametrize("in_chans", [1, 2, 6])
 def test_any_number_of_channels(in_chans):
     model, batch = make_segmenter(in_chans=in_chans), make_batch()
-    batch["image"] = batch["image"][:, [number % 3 for number in range(in_chans)]]
+    batch["image"] = batch["image"][:, [channel % 3 for channel in range(in_chans)]]
     model(batch).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.head.parameters())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.auxiliary_head.parameters())
@@ -179,8 +182,8 @@ def test_a_few_steps_reduce_the_loss():
     assert scores["mean_iou"] > 0.8 and scores["pixel_accuracy"] == pytest.approx(after["pixel_accuracy"].item())
 
 
-def test_a_batch_in_pieces_gives_the_same_gradient():
-    """Also where the images have different numbers of labelled pixels."""
+def test_splitting_a_batch_does_not_change_the_gradient():
+    """The images have different numbers of labeled pixels."""
     model, batch = make_segmenter(), make_batch(4)
     batch["segments"][0, :20], batch["segments"][3] = 255, 255
     model(batch).backward()
@@ -192,13 +195,15 @@ def test_a_batch_in_pieces_gives_the_same_gradient():
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_ignored_pixels_change_neither_loss_nor_numbers():
+def test_ignored_pixels_change_neither_loss_nor_scores():
     logits = torch.randn(2, 4, 6, 5)
     segments = make_batch(2, (6, 5))["segments"]
     wide, wide_segments = F.pad(logits, (0, 3, 0, 2), value=7.0), F.pad(segments, (0, 3, 0, 2), value=255)
     torch.testing.assert_close(pixel_loss(wide, wide_segments), pixel_loss(logits, segments))
     torch.testing.assert_close(pixel_loss(logits, segments), F.cross_entropy(logits, segments.long()))
-    found = [scores_of(x.argmax(dim=1), y, 4).confusion() for x, y in ((wide, wide_segments), (logits, segments))]
+    found = [
+        scores_of(x.argmax(dim=1), y, 4).confusion_matrix() for x, y in ((wide, wide_segments), (logits, segments))
+    ]
     assert torch.equal(*found) and found[0].sum() == 60
     model, batch = make_segmenter(), make_batch()
     batch["segments"][:, :, 16:] = 255
@@ -210,7 +215,7 @@ def test_ignored_pixels_change_neither_loss_nor_numbers():
     assert measured["pixel_accuracy"] == pytest.approx(right.item())
 
 
-def test_images_without_labels_give_no_gradient():
+def test_unlabeled_images_have_no_gradient():
     model, batch = make_segmenter(), make_batch()
     batch["segments"][:] = 255
     loss = model(batch)
@@ -218,10 +223,10 @@ def test_images_without_labels_give_no_gradient():
     assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
     assert model.eval_step(batch)["pixel_accuracy"] == 0
     scores = scores_of(model.scores(batch).argmax(dim=1), batch["segments"], 4)
-    assert scores.confusion().sum() == 0 and scores.of_classes() == [None] * 4
+    assert scores.confusion_matrix().sum() == 0 and scores.iou_per_class() == [None] * 4
 
 
-def test_both_heads_are_trained_the_auxiliary_with_its_weight():
+def test_training_loss_includes_the_weighted_auxiliary_loss():
     model, batch = make_segmenter(depths=(1, 1, 1)), make_batch()
     images = model.normalize(batch["image"])
     with torch.no_grad():
@@ -236,7 +241,7 @@ def test_both_heads_are_trained_the_auxiliary_with_its_weight():
         torch.testing.assert_close(model(batch), expected[0])
 
 
-def test_half_precision_is_for_the_network_and_not_for_the_loss():
+def test_autocast_computes_the_loss_in_float32():
     model, batch = make_segmenter(), make_batch()
     full = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -245,7 +250,7 @@ def test_half_precision_is_for_the_network_and_not_for_the_loss():
     assert loss.item() == pytest.approx(full.item(), rel=0.02)
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_in_training_only():
     model, batch = make_segmenter(dropout=0.5), make_batch()
     torch.manual_seed(0)
     assert model(batch).item() != model(batch).item()
@@ -253,12 +258,12 @@ def test_dropout_is_for_training():
     assert model(batch).item() == model(batch).item()
 
 
-def test_windows_begin_where_they_cover_everything():
-    assert starts(100, 40, 30) == [0, 30, 60] and starts(101, 40, 30) == [0, 30, 60, 61]
-    assert starts(40, 40, 30) == [0] and starts(41, 40, 30) == [0, 1]
+def test_windows_cover_every_pixel():
+    assert window_starts(100, 40, 30) == [0, 30, 60] and window_starts(101, 40, 30) == [0, 30, 60, 61]
+    assert window_starts(40, 40, 30) == [0] and window_starts(41, 40, 30) == [0, 1]
 
 
-def test_one_window_equals_the_whole_image():
+def test_one_window_equals_the_full_image():
     images = make_batch(size=(40, 56))["image"]
     whole = make_segmenter().predict(images)
     for window in ((40, 56), (64, 64)):
@@ -270,23 +275,23 @@ def test_windows_are_averaged_where_they_overlap():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 23, 31, generator=generator)
     weight = torch.randn(4, 3, 1, 1, generator=generator)
-    by_pixel = sliding_logits(lambda x: F.conv2d(x, weight), images, (10, 12), (7, 9))
+    by_pixel = sliding_window_logits(lambda x: F.conv2d(x, weight), images, (10, 12), (7, 9))
     torch.testing.assert_close(by_pixel, F.conv2d(images, weight))
 
     def mean_of_window(x):
         return x.mean(dim=(2, 3), keepdim=True).expand(-1, -1, *x.shape[-2:])
 
-    found = sliding_logits(mean_of_window, images, (23, 20), (23, 11))
+    found = sliding_window_logits(mean_of_window, images, (23, 20), (23, 11))
     left, right = images[..., :20].mean(dim=(2, 3)), images[..., 11:].mean(dim=(2, 3))
     torch.testing.assert_close(found[..., 0, 0], left)
     torch.testing.assert_close(found[..., 5, 15], (left + right) / 2)
     torch.testing.assert_close(found[..., 22, 30], right)
     seen = []
-    sliding_logits(lambda x: seen.append(tuple(x.shape[-2:])) or x, images, (10, 50), (10, 10))
-    assert seen == [(10, 31)] * 3  # an image that is narrower than the window
+    sliding_window_logits(lambda x: seen.append(tuple(x.shape[-2:])) or x, images, (10, 50), (10, 10))
+    assert seen == [(10, 31)] * 3  # the image is narrower than the window
 
 
-def test_several_views_are_averaged_as_probabilities():
+def test_views_are_averaged_as_probabilities():
     images = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(averaged_log_probabilities(lambda x: x, images), images.log_softmax(dim=1))
     torch.testing.assert_close(averaged_log_probabilities(lambda x: x, images, flip=True), images.log_softmax(dim=1))
@@ -294,7 +299,7 @@ def test_several_views_are_averaged_as_probabilities():
     found = averaged_log_probabilities(lambda x: ramp, images, flip=True)
     torch.testing.assert_close(found, ((ramp.softmax(1) + ramp.flip(-1).softmax(1)) / 2).log())
     far = averaged_log_probabilities(lambda x: x * 400, torch.tensor([1.0, -1.0]).view(1, 2, 1, 1), flip=True)
-    assert far.flatten().tolist() == [0, -800]  # a class that is sure not to be there has a finite loss
+    assert far.flatten().tolist() == [0, -800]  # a class with probability near 0 has a finite loss
     sizes = []
 
     def at_any_size(x):
@@ -305,7 +310,7 @@ def test_several_views_are_averaged_as_probabilities():
     assert sizes == [(8, 12)] * 2 + [(16, 24)] * 2 + [(28, 42)] * 2
 
 
-def test_the_tests_at_several_scales_are_those_of_the_objective():
+def test_predict_uses_scales_flip_and_window():
     batch = make_batch()
     plain, model = (
         make_segmenter().predict(batch["image"]),
@@ -321,19 +326,19 @@ def test_scores_by_hand():
     segments = torch.tensor([[[0, 0, 0, 1], [1, 1, 255, 255]]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0, 1, 1], [1, 2, 0, 2]]])
     found = scores_of(predicted, segments, 5)
-    assert found.confusion().tolist() == [[2, 1, 0, 0, 0], [0, 2, 1, 0, 0]] + [[0] * 5] * 3
+    assert found.confusion_matrix().tolist() == [[2, 1, 0, 0, 0], [0, 2, 1, 0, 0]] + [[0] * 5] * 3
     scores = found.compute()
-    assert scores["mean_iou"] == pytest.approx((2 / 3 + 2 / 4 + 0 / 1) / 3)  # 2 is predicted, 3 and 4 are nowhere
+    assert scores["mean_iou"] == pytest.approx((2 / 3 + 2 / 4 + 0 / 1) / 3)  # 2 is predicted only, 3 and 4 do not occur
     assert scores["mean_accuracy"] == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert scores["pixel_accuracy"] == pytest.approx(4 / 6)
-    assert found.of_classes() == [pytest.approx(2 / 3), 0.5, 0.0, None, None]
+    assert found.iou_per_class() == [pytest.approx(2 / 3), 0.5, 0.0, None, None]
 
 
 def test_scores_of_a_data_set_equal_those_of_numpy_and_torchmetrics():
     generator = torch.Generator().manual_seed(0)
     processes, pairs = [MeanIoU(7), MeanIoU(7)], []
     for size in ((9, 14), (20, 5), (11, 11)):
-        segments = torch.randint(0, 6, (1, *size), generator=generator).to(torch.uint8)  # class 6 is nowhere
+        segments = torch.randint(0, 6, (1, *size), generator=generator).to(torch.uint8)  # class 6 does not occur
         predicted = torch.where(torch.rand(1, *size, generator=generator) < 0.6, segments, 3).long()
         segments[torch.rand(1, *size, generator=generator) < 0.2] = 255
         processes[len(pairs) % 2].add(predicted, segments)
@@ -342,7 +347,7 @@ def test_scores_of_a_data_set_equal_those_of_numpy_and_torchmetrics():
     predicted, truth = predicted[truth != 255], truth[truth != 255]
     ious = [((predicted == k) & (truth == k)).sum() / ((predicted == k) | (truth == k)).sum() for k in range(6)]
     accuracies = [(predicted[truth == k] == k).mean() for k in range(6)]
-    matrices = [process.confusion() for process in processes]
+    matrices = [process.confusion_matrix() for process in processes]
     processes[0].gather(lambda own: [*own, matrices[1]])
     scores = processes[0].compute()
     assert scores["mean_iou"] == pytest.approx(np.mean(ious))
@@ -352,22 +357,22 @@ def test_scores_of_a_data_set_equal_those_of_numpy_and_torchmetrics():
     for found, known in pairs:
         metric.update(torch.from_numpy(found), torch.from_numpy(known).long())
     assert scores["mean_iou"] == pytest.approx(metric.compute().item(), rel=1e-6)
-    assert processes[0].of_classes() == [*(pytest.approx(iou) for iou in ious), None]
+    assert processes[0].iou_per_class() == [*(pytest.approx(iou) for iou in ious), None]
 
 
-def test_the_largest_number_of_classes_and_255_beside():
+def test_255_classes_and_ignored_pixels():
     segments = torch.tensor([[[254, 254, 255, 0]]], dtype=torch.uint8)
     scores = scores_of(torch.tensor([[[254, 0, 254, 0]]]), segments, 255)
-    assert scores.compute()["mean_iou"] == pytest.approx(1 / 2) and scores.of_classes()[254] == 0.5
+    assert scores.compute()["mean_iou"] == pytest.approx(1 / 2) and scores.iou_per_class()[254] == 0.5
 
 
-def test_without_torchmetrics_it_is_said_what_to_install(monkeypatch):
+def test_missing_torchmetrics_raises_with_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     with pytest.raises(ValueError, match=r"pip install 'simmim\[segmentation\]'"):
         MeanIoU(4)
 
 
-def test_labels_may_be_finer_than_images():
+def test_label_maps_may_be_larger_than_images():
     model, batch = make_segmenter(), make_batch()
     large = {**batch, "segments": batch["segments"].repeat_interleave(2, 1).repeat_interleave(3, 2)}
     assert model.scores(large).shape == (2, 4, 64, 96)
@@ -376,20 +381,20 @@ def test_labels_may_be_finer_than_images():
     assert model.visualize(large).height > 2 * 64
 
 
-def test_who_is_decayed_and_how_fast_each_layer_learns():
+def test_weight_decay_groups_and_layer_depths():
     model = make_segmenter(depths=(1, 2))
-    spared, depths = model.no_decay_parameters(), model.depth_of_parameters()
+    no_decay, depths = model.no_decay_parameters(), model.depth_of_parameters()
     for name, parameter in model.named_parameters():
         if not name.startswith("encoder."):
             assert depths[parameter] == 4, name
-            assert (parameter in spared) == (parameter.ndim == 1), name
+            assert (parameter in no_decay) == (parameter.ndim == 1), name
     own = {p: depth for p, depth in depths.items() if p in set(model.encoder.parameters())}
     expected = model.encoder.depth_of_parameters()
     assert own == {p: expected[name] for name, p in model.encoder.named_parameters()}
-    assert model.encoder.no_decay_parameters() <= spared
+    assert model.encoder.no_decay_parameters() <= no_decay
 
 
-def test_weights_may_be_drawn_later():
+def test_heads_can_be_initialized_after_meta_construction():
     with torch.device("meta"):
         heads = nn.ModuleList([UPerHead((8, 16), 3, 8), FCNHead(8, 3, 8)])
     heads.to_empty(device="cpu")
@@ -400,32 +405,32 @@ def test_weights_may_be_drawn_later():
     assert heads[0].classifier.linear.weight.std().item() == pytest.approx(0.02, rel=0.5)
 
 
-def test_the_picture_names_the_classes():
+def test_preview_has_a_legend():
     model, batch = make_segmenter(), make_batch(3)
     batch["segments"][0, :8] = 255
-    picture = model.visualize(batch)
-    assert picture.width > 4 * 128 and picture.height > 3 * 128 and picture.info["rows"] == "3"
+    preview = model.visualize(batch)
+    assert preview.width > 4 * 128 and preview.height > 3 * 128 and preview.info["rows"] == "3"
 
 
-def test_pictures_without_truth_and_maps_to_be_saved(tmp_path):
+def test_previews_without_truth_and_label_map_images(tmp_path):
     model, batch = make_segmenter(), make_batch()
     found = model.predict(batch["image"]).argmax(dim=1)
-    picture = drawing.segmentation(batch["image"] / 255, None, found, model.classes)
-    both = drawing.segmentation(batch["image"] / 255, found, found, model.classes)
-    assert picture.width < both.width and picture.height == both.height
+    preview = drawing.draw_segmentation(batch["image"] / 255, None, found, model.classes)
+    both = drawing.draw_segmentation(batch["image"] / 255, found, found, model.classes)
+    assert preview.width < both.width and preview.height == both.height
     half = torch.arange(2).repeat_interleave(8).repeat(16, 1)
-    painted = drawing.segmentation(torch.ones(1, 3, 16, 16), None, half[None], ["a", "b"])
+    painted = drawing.draw_segmentation(torch.ones(1, 3, 16, 16), None, half[None], ["a", "b"])
     shown = torch.from_numpy(np.asarray(painted)[30, [6 + 128 + 6 + 20, 6 + 128 + 6 + 110]] / 255).float()
-    torch.testing.assert_close(shown, 0.35 + 0.65 * drawing.class_colours(2), rtol=0, atol=0.01)
-    drawing.label_map(half, 2, first=1).save(tmp_path / "a.png")
+    torch.testing.assert_close(shown, 0.35 + 0.65 * drawing.class_colors(2), rtol=0, atol=0.01)
+    drawing.label_map_image(half, 2, first=1).save(tmp_path / "a.png")
     assert np.array_equal(read_label_map((tmp_path / "a.png").read_bytes()), half.numpy() + 1)
-    colour = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))[0, 15] / 255
-    assert colour == pytest.approx(drawing.class_colours(2)[1].numpy(), abs=0.01)
+    color = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))[0, 15] / 255
+    assert color == pytest.approx(drawing.class_colors(2)[1].numpy(), abs=0.01)
 
 
-def test_models_that_cannot_be():
+def test_invalid_settings_raise():
     encoder = swin.make_encoder("swinv2_tiny", embed_dim=8, depths=(1,), num_heads=(1,), image_size=32, window_size=4)
-    with pytest.raises(ValueError, match="encoder of one stage has no pyramid"):
+    with pytest.raises(ValueError, match="encoder with one stage has no feature pyramid"):
         Segmentation(encoder, ["a", "b"], **STATISTICS)
     with pytest.raises(ValueError, match="mean and std have 2 and 3 numbers for 3 channels"):
         Segmentation(encoder, ["a", "b"], mean=[0.5] * 2, std=[0.25] * 3)

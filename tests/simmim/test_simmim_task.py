@@ -1,4 +1,4 @@
-"""SimMIM as a method: what the loss may and may not depend on."""
+"""SimMIM: the loss, the inputs it depends on, reconstruction heads and baselines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from simmim.tasks.simmim import SimMIM, normalize_locally
 from swin import make_config, make_encoder
 
 
-def make_model(size=(64, 64), cell=16, channels=3, **settings) -> SimMIM:
+def make_model(size=(64, 64), patch=16, channels=3, **settings) -> SimMIM:
     torch.manual_seed(0)
     encoder = make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=size, window_size=4, in_chans=channels
     )
     model = SimMIM(
-        encoder, MaskGenerator(size, cell, 0.6), mean=[0.5] * channels, std=[0.25] * channels, **settings
+        encoder, MaskGenerator(size, patch, 0.6), mean=[0.5] * channels, std=[0.25] * channels, **settings
     ).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,23 +43,23 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("size", "cell", "channels"), SHAPES)
+@pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)
 @pytest.mark.parametrize("loss", ["l1", "l2", "smooth_l1"])
-def test_masked_tokens_only_gives_the_loss_of_the_whole_picture(size, cell, channels, loss):
-    model = make_model(size, cell, channels, loss=loss)
+def test_loss_of_masked_tokens_equals_loss_of_full_reconstruction(size, patch, channels, loss):
+    model = make_model(size, patch, channels, loss=loss)
     images, mask = model.inputs(make_batch(size, channels))
-    whole = model.reconstruct(images, mask)
-    error = model.elementwise_loss(whole.prediction, whole.target, reduction="none")
-    expected = error[whole.pixel_mask.expand_as(error)].mean()
+    full = model.reconstruct(images, mask)
+    error = model.elementwise_loss(full.prediction, full.target, reduction="none")
+    expected = error[full.pixel_mask.expand_as(error)].mean()
     torch.testing.assert_close(model.loss(images, mask), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "inverse_swin"])
 @pytest.mark.parametrize("pixels", ["masked", "all"])
 @pytest.mark.parametrize("downsample", [1, 2, 8])
-def test_what_simmim_was_chosen_from(head, pixels, downsample):
-    size, cell, channels = (40, 56), 8, 2
-    model = make_model(size, cell, channels, head=head, pixels=pixels, downsample=downsample, norm_target_window=5)
+def test_heads_pixels_and_downsampling_equal_their_definition(head, pixels, downsample):
+    size, patch, channels = (40, 56), 8, 2
+    model = make_model(size, patch, channels, head=head, pixels=pixels, downsample=downsample, norm_target_window=5)
     images, mask = model.inputs(make_batch(size, channels))
     shown = model.reconstruct(images, mask)
     target = normalize_locally(images, 5)
@@ -77,12 +77,12 @@ def test_what_simmim_was_chosen_from(head, pixels, downsample):
     assert all(name.endswith("weight") for name in kept) and ("0.weight" in kept) == (head == "mlp")
 
 
-def test_an_inverse_swin_splits_tokens_in_their_places():
+def test_inverse_swin_keeps_the_position_of_tokens():
     config = make_config(
         "swinv2_tiny", embed_dim=8, depths=(2, 2, 2), num_heads=(1, 2, 4), patch_size=2, image_size=48, window_size=3
     )
     head = make_head("inverse_swin", config)
-    # Fresh blocks add nothing yet: what is left is splitting.
+    # Blocks are the identity at initialization, so only the splitting layers act.
     x = features = torch.randn(2, 5, 6, 32)
     for scale in head.scales:
         x = F.pixel_shuffle(scale[-1](x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
@@ -91,7 +91,7 @@ def test_an_inverse_swin_splits_tokens_in_their_places():
 
 
 @pytest.mark.parametrize("norm_target_window", [None, 9])
-def test_the_prediction_sees_visible_pixels_only(norm_target_window):
+def test_prediction_depends_on_visible_pixels_only(norm_target_window):
     model = make_model(norm_target_window=norm_target_window)
     images, mask = model.inputs(make_batch())
     before = model.reconstruct(images, mask)
@@ -100,7 +100,7 @@ def test_the_prediction_sees_visible_pixels_only(norm_target_window):
     assert model.loss(other, mask) != model.loss(images, mask)
 
 
-def test_the_loss_takes_targets_from_masked_pixels_only():
+def test_loss_depends_on_targets_of_masked_pixels_only():
     model = make_model()
     images, mask = model.inputs(make_batch())
     target = images.clone()
@@ -120,7 +120,7 @@ def test_gradient_reaches_every_parameter_and_the_mask_token():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_images_are_normalised_with_the_channel_statistics():
+def test_images_are_normalized_with_the_channel_statistics():
     model = make_model()
     batch = make_batch()
     images, _ = model.inputs(batch)
@@ -128,7 +128,7 @@ def test_images_are_normalised_with_the_channel_statistics():
 
 
 @pytest.mark.parametrize("window", [3, 47])
-def test_local_normalisation_is_the_definition(window):
+def test_local_normalization_equals_its_definition(window):
     torch.manual_seed(0)
     images = torch.randn(2, 2, 20, 24, dtype=torch.float64)
     result, half = normalize_locally(images, window), window // 2
@@ -138,7 +138,7 @@ def test_local_normalisation_is_the_definition(window):
         torch.testing.assert_close(result[:, :, y, x], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_local_normalisation_of_a_flat_image_is_zero_in_single_precision():
+def test_local_normalization_of_a_flat_image_is_zero_in_single_precision():
     result = normalize_locally(torch.full((1, 1, 64, 64), 2.6), 47)
     assert result.abs().max() < 1e-2
 
@@ -152,45 +152,45 @@ def test_bfloat16_stays_close():
     torch.testing.assert_close(loss, model(batch), rtol=0.02, atol=0)
 
 
-def test_the_masked_panel_holds_nothing_of_the_hidden_pixels():
-    from simmim.visualization.drawing import MASK_GREY, hide
+def test_gray_out_removes_masked_pixels_only():
+    from simmim.visualization.drawing import MASK_GRAY, gray_out
 
     images, mask = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8) > 0.5
-    hidden = hide(images, mask)
-    assert (hidden[mask.expand_as(hidden)] == MASK_GREY).all()
+    hidden = gray_out(images, mask)
+    assert (hidden[mask.expand_as(hidden)] == MASK_GRAY).all()
     assert torch.equal(hidden[~mask.expand_as(hidden)], images[~mask.expand_as(images)])
 
 
 @pytest.mark.parametrize(("channels", "window", "panels"), [(3, None, 5), (1, None, 5), (2, 9, 6), (5, None, 5)])
-def test_pictures_of_any_channel_count(channels, window, panels):
+def test_previews_of_any_channel_count(channels, window, panels):
     model = make_model((32, 64), 8, channels, norm_target_window=window).eval()
-    picture = model.visualize(make_batch((32, 64), channels, n=3))
-    assert picture.mode == "RGB"
-    assert picture.size == (panels * (64 * 4 + 6) + 12, 3 * (32 * 4 + 6) + 28)
+    preview = model.visualize(make_batch((32, 64), channels, n=3))
+    assert preview.mode == "RGB"
+    assert preview.size == (panels * (64 * 4 + 6) + 12, 3 * (32 * 4 + 6) + 28)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"mean": [0.5], "std": [0.5]}, "mean and std have 1 and 1 numbers for 3 channels"),
-        ({"norm_target_window": 8}, "must be odd"),
-        ({"norm_target_window": 1}, "must be odd, from 3"),
+        ({"norm_target_window": 8}, "must be an odd number from 3 on, got 8"),
+        ({"norm_target_window": 1}, "must be an odd number from 3 on, got 1"),
         ({"downsample": 3}, "downsample 3 must divide mask_patch_size 32 and the stride 32 of the encoder: 32 is"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings, message):
+def test_invalid_settings_raise(settings, message):
     encoder = make_encoder("swinv2_tiny", image_size=64)
     arguments = {"mean": [0.5] * 3, "std": [0.5] * 3} | settings
     with pytest.raises(ValueError, match=message):
         SimMIM(encoder, MaskGenerator((64, 64), 32, 0.5), **arguments)
 
 
-def test_cells_hold_whole_tokens():
+def test_mask_patch_size_must_be_a_multiple_of_the_token_size():
     with pytest.raises(ValueError, match="must be a multiple of the token size 4 px"):
         SimMIM(make_encoder("swinv2_tiny", image_size=60), MaskGenerator((60, 60), 6, 0.5), mean=[0] * 3, std=[1] * 3)
 
 
-def test_trivial_predictors():
+def test_baselines_equal_brute_force():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 9, 14)
     mask = torch.rand(2, 1, 9, 14) < 0.7

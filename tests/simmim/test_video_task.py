@@ -1,4 +1,4 @@
-"""Clips as a method: SimMIM on tubes, and classes of clips."""
+"""SimMIM with tube masks on clips, and classification of clips."""
 
 from __future__ import annotations
 
@@ -21,41 +21,42 @@ def make_video(size=(32, 32), frames=8) -> VideoEncoder:
 
 
 def shake(model) -> None:
+    """Add noise to all parameters, so that none is at a special value."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
 
 
-def make_model(size=(32, 32), cell=16) -> VideoSimMIM:
-    model = VideoSimMIM(make_video(size), MaskGenerator(size, cell, 0.6), **STATISTICS).double()
+def make_model(size=(32, 32), patch=16) -> VideoSimMIM:
+    model = VideoSimMIM(make_video(size), MaskGenerator(size, patch, 0.6), **STATISTICS).double()
     shake(model)
     return model
 
 
 def moving_squares(n=8, size=(32, 32), frames=8) -> dict[str, torch.Tensor]:
-    """Squares of a random colour that go left or right, which is the class, from anywhere."""
+    """Return clips of squares of random color and start that move left (label 0) or right (label 1)."""
     generator = torch.Generator().manual_seed(1)
     label = torch.arange(n) % 2
     clips = torch.full((n, 3, frames, *size), 40, dtype=torch.uint8)
     for clip, direction in zip(clips, label.tolist(), strict=True):
         top, left = torch.randint(size[0] - 8, (2,), generator=generator).tolist()
-        colour = torch.randint(120, 256, (3, 1, 1), generator=generator, dtype=torch.uint8)
-        for number in range(frames):
-            columns = [(left + x + (2 * direction - 1) * 2 * number) % size[1] for x in range(8)]
-            clip[:, number, top : top + 8, columns] = colour
+        color = torch.randint(120, 256, (3, 1, 1), generator=generator, dtype=torch.uint8)
+        for index in range(frames):
+            columns = [(left + x + (2 * direction - 1) * 2 * index) % size[1] for x in range(8)]
+            clip[:, index, top : top + 8, columns] = color
     return {"image": clips, "label": label, "epoch": torch.zeros(n, dtype=torch.int64), "index": torch.arange(n)}
 
 
-@pytest.mark.parametrize(("size", "cell", "frames"), [((32, 32), 16, 8), ((40, 24), 8, 5), ((36, 60), 12, 1)])
-def test_the_loss_is_that_of_the_masked_pixels_of_all_frames(size, cell, frames):
-    model = make_model(size, cell)
+@pytest.mark.parametrize(("size", "patch", "frames"), [((32, 32), 16, 8), ((40, 24), 8, 5), ((36, 60), 12, 1)])
+def test_loss_is_the_mean_over_masked_pixels_of_all_frames(size, patch, frames):
+    model = make_model(size, patch)
     clips, patch_mask = model.inputs(moving_squares(3, size, frames))
     error = (model.reconstruct(clips, patch_mask) - clips).abs()
-    tubes = expand_mask(patch_mask, cell)[:, None, None].expand_as(error)
+    tubes = expand_mask(patch_mask, patch)[:, None, None].expand_as(error)
     torch.testing.assert_close(model.loss(clips, patch_mask), error[tubes].mean(), rtol=1e-12, atol=0)
 
 
-def test_the_prediction_sees_nothing_behind_a_tube_in_any_frame():
+def test_prediction_does_not_depend_on_masked_pixels_of_any_frame():
     model = make_model()
     clips, patch_mask = model.inputs(moving_squares(3))
     tubes = expand_mask(patch_mask, 16)[:, None, None]
@@ -66,7 +67,7 @@ def test_the_prediction_sees_nothing_behind_a_tube_in_any_frame():
     assert not torch.equal(model.reconstruct(seen, patch_mask), before)
 
 
-def test_gradient_reaches_every_parameter_and_groups_are_sets():
+def test_gradient_reaches_every_parameter_and_decay_groups_are_right():
     model = make_model()
     model(moving_squares(2)).backward()
     for name, parameter in model.named_parameters():
@@ -96,7 +97,7 @@ def test_a_few_steps_reduce_both_losses():
     assert classified[-1] < 0.5 * classified[0]
 
 
-def test_classes_are_of_the_mean_over_time_and_space():
+def test_logits_are_computed_from_the_mean_over_time_and_space():
     model = Classification(make_video(), ["left", "right"], **STATISTICS).double()
     shake(model)
     batch = moving_squares(4)
@@ -123,7 +124,7 @@ def test_probabilities_are_averaged_over_views():
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.0, "cutmix": 1.0}, {"erasing": 1.0}], ids=["cutmix", "erasing"])
-def test_what_is_cut_out_is_the_same_in_all_frames(settings):
+def test_cutmix_and_erasing_replace_the_same_region_in_all_frames(settings):
     model = Classification(make_video(), ["left", "right"], **STATISTICS, **settings).train()
     still = torch.stack([torch.full((3, 8, 32, 32), value, dtype=torch.uint8) for value in (10, 200, 90, 160)])
     seen = []
@@ -135,25 +136,25 @@ def test_what_is_cut_out_is_the_same_in_all_frames(settings):
     assert torch.equal(changed.any(dim=1), changed[:, :, :1].any(dim=1).expand(-1, 8, -1, -1))
 
 
-def test_pictures_show_frames_beside_each_other():
+def test_previews_show_frames_side_by_side():
     batch = moving_squares(2)
     model = make_model()
-    picture = np.asarray(model.visualize(batch)).astype(int)
-    panel = 4 * (4 * 32 + 3)  # four frames of 32 px with white between them, at four times their size
-    assert picture.shape[1] > 3 * panel and picture.shape[0] > 2 * 128
-    original, masked = (picture[22 : 22 + 128, 6 + k * (panel + 6) :][:, :panel] for k in range(2))
-    cells = expand_mask(model.inputs(batch)[1], 16)[0].numpy()
-    for place, number in enumerate([0, 2, 5, 7]):
-        frame = batch["image"][0, :, number].permute(1, 2, 0).numpy()
-        shown, hidden = (x[::4, ::4][:, place * 33 :][:, :32] for x in (original, masked))
+    preview = np.asarray(model.visualize(batch)).astype(int)
+    panel = 4 * (4 * 32 + 3)  # four frames of 32 px with white gaps, enlarged four times
+    assert preview.shape[1] > 3 * panel and preview.shape[0] > 2 * 128
+    original, masked = (preview[22 : 22 + 128, 6 + k * (panel + 6) :][:, :panel] for k in range(2))
+    patches = expand_mask(model.inputs(batch)[1], 16)[0].numpy()
+    for position, frame_index in enumerate([0, 2, 5, 7]):
+        frame = batch["image"][0, :, frame_index].permute(1, 2, 0).numpy()
+        shown, hidden = (x[::4, ::4][:, position * 33 :][:, :32] for x in (original, masked))
         assert np.array_equal(shown, frame)
-        assert (hidden[cells] == 128).all() and np.array_equal(hidden[~cells], frame[~cells])
-        assert (original[:, (place * 33 + 32) * 4 :][:, :4] == 255).all()
-    shown = Classification(make_video(), ["left", "right"], **STATISTICS).picture(batch)
+        assert (hidden[patches] == 128).all() and np.array_equal(hidden[~patches], frame[~patches])
+        assert (original[:, (position * 33 + 32) * 4 :][:, :4] == 255).all()
+    shown = Classification(make_video(), ["left", "right"], **STATISTICS).visualize(batch)
     assert shown.width > 2 * panel
 
 
-def test_what_cannot_be_is_named():
+def test_invalid_settings_raise():
     with pytest.raises(ValueError, match="mask_patch_size 2 must be a multiple of the token size 4 px"):
         VideoSimMIM(make_video(), MaskGenerator((32, 32), 2, 0.6), **STATISTICS)
     with pytest.raises(ValueError, match="give one number per channel"):
