@@ -1,4 +1,8 @@
-"""Scene of any size -> image with boxes and masks that have followed it. Pure functions of the drawn numbers."""
+"""Transforms that resize, crop and flip images together with their boxes and masks.
+
+They are pure functions of the draws. The image is cropped while it is decoded; boxes and masks go through
+:mod:`torchvision.transforms.v2`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+from torchvision.tv_tensors import BoundingBoxes
 
 from simmim.data.boxes import Scene
 from simmim.data.decode import Box
@@ -15,42 +22,39 @@ Size = tuple[int, int]
 
 
 def fitted_size(size: Size, short_px: int, long_px: int) -> Size:
-    """``(H, W)`` with the short side at ``short_px``, or less where the long one would pass ``long_px``."""
-    zoom = min(short_px / min(size), long_px / max(size))
-    return max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
+    """Return ``(H, W)`` with the short side at ``short_px``, or less so that the long side is at most ``long_px``."""
+    scale = min(short_px / min(size), long_px / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def view(scene: Scene, box: Box, size: Size, interpolation: str, *, flip: bool = False) -> dict[str, Tensor]:
-    """A crop of a scene at another size. Objects of which less than a pixel or no mask is left are left out.
+def crop_scene(scene: Scene, box: Box, size: Size, interpolation: str, *, flip: bool = False) -> dict[str, Tensor]:
+    """Crop a scene and resize the crop, leaving out objects smaller than a pixel or with an empty mask.
 
     Returns:
-        ``image`` uint8 ``(3, H, W)``, ``boxes`` float32 ``(n, 4)``, ``box_labels`` int64 ``(n,)``, and where the
-        scene has them ``masks`` uint8 ``(n, H, W)``.
+        ``image`` uint8 ``(3, H, W)``, ``boxes`` float32 ``(n, 4)``, ``box_labels`` int64 ``(n,)``, and if the scene
+        has masks ``masks`` uint8 ``(n, H, W)``.
     """
-    top, left, height, width = box
-    zoom = torch.tensor([size[1] / width, size[0] / height] * 2)
-    limits = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
-    boxes = ((scene.boxes - torch.tensor([left, top] * 2)) * zoom).clamp(min=0).minimum(limits)
-    if flip:
-        boxes = torch.stack([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], dim=1)
-    kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
-    example = {"image": scene.crop(box, size, interpolation, flip=flip)}
+    # Clamp only after the resize: a border scaled in float32 can differ from the image size by a rounding error.
+    boxes = BoundingBoxes(scene.boxes, format="XYXY", canvas_size=scene.size, clamping_mode=None)
+    boxes = transforms.clamp_bounding_boxes(transforms.resized_crop(boxes, *box, list(size)), clamping_mode="hard")
+    boxes = transforms.horizontal_flip(boxes) if flip else boxes
+    boxes, kept = transforms.sanitize_bounding_boxes(boxes, min_size=1)
+    objects = {"boxes": boxes.as_subclass(Tensor), "box_labels": scene.labels[kept]}
     if scene.masks is not None:
-        masks = scene.masks[kept, top : top + height, left : left + width]
-        masks = F.interpolate(masks[None], size, mode="nearest-exact")[0] if len(masks) else masks.new_zeros(0, *size)
+        masks = transforms.resized_crop(scene.masks[kept], *box, list(size), InterpolationMode.NEAREST_EXACT)
         visible = masks.bool().flatten(1).any(dim=1)
-        kept[kept.clone()] = visible
-        example["masks"] = (masks.flip(-1) if flip else masks)[visible]
-    return example | {"boxes": boxes[kept], "box_labels": scene.labels[kept]}
+        objects["masks"] = transforms.horizontal_flip(masks) if flip else masks
+        objects = {key: value[visible] for key, value in objects.items()}
+    return {"image": scene.crop(box, size, interpolation, flip=flip)} | objects
 
 
 def collate_scenes(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Images of several sizes in one batch, each at the upper left of the largest height and width, zeros around.
+    """Batch images of several sizes, each at the upper left of the largest height and width, padded with zeros.
 
     Returns:
-        ``image`` uint8 ``(b, 3, H, W)``, ``image_size`` int64 ``(b, 2)``, and the objects of all images one after
-        the other: ``boxes`` float32 ``(n, 4)``, ``box_labels`` int64 ``(n,)``, ``box_counts`` int64 ``(b,)``, and
-        ``masks`` uint8 ``(n, H, W)`` where there are any.
+        ``image`` uint8 ``(b, 3, H, W)``, ``image_size`` int64 ``(b, 2)``, and the concatenated objects of all images:
+        ``boxes`` float32 ``(n, 4)``, ``box_labels`` int64 ``(n,)``, ``box_counts`` int64 ``(b,)``, and ``masks`` uint8
+        ``(n, H, W)`` if the examples have them.
     """
     sizes = torch.tensor([example["image"].shape[-2:] for example in examples])
     height, width = sizes.amax(dim=0).tolist()
@@ -74,9 +78,9 @@ def collate_scenes(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class EvaluationSize:
-    """The short side as wanted, the long side limited, the aspect ratio kept.
+    """Resizes to a short side with a limited long side, keeping the aspect ratio.
 
-    Examples also say which image it is, and how large: ``image_id`` and ``original_size``.
+    Examples also hold ``image_id`` and ``original_size`` ``(H, W)``.
     """
 
     num_draws = 0
@@ -87,16 +91,16 @@ class EvaluationSize:
 
     def __call__(self, scene: Scene, draws: Sequence[float]) -> dict[str, Tensor]:
         size = fitted_size(scene.size, self.short_px, self.long_px)
-        example = view(scene, (0, 0, *scene.size), size, self.interpolation)
+        example = crop_scene(scene, (0, 0, *scene.size), size, self.interpolation)
         return example | {"image_id": torch.tensor(scene.image_id), "original_size": torch.tensor(scene.size)}
 
 
 class ShortSideJitter:
-    """The short side is drawn from a list, the long side limited, flipped at random: the training of the Swin papers.
+    """Resizes to a random short side with a limited long side, and flips at random, as in the Swin papers.
 
     Args:
-        short_px: the list; 480 to 800 in steps of 32.
-        long_px: the limit.
+        short_px: short sides to choose from; by default 480 to 800 in steps of 32.
+        long_px: limit of the long side.
         flip: probability of a horizontal flip.
     """
 
@@ -115,15 +119,17 @@ class ShortSideJitter:
     def __call__(self, scene: Scene, draws: Sequence[float]) -> dict[str, Tensor]:
         short_px = self.short_px[int(draws[0] * len(self.short_px))]
         size = fitted_size(scene.size, short_px, self.long_px)
-        return view(scene, (0, 0, *scene.size), size, self.interpolation, flip=draws[1] < self.flip)
+        return crop_scene(scene, (0, 0, *scene.size), size, self.interpolation, flip=draws[1] < self.flip)
 
 
 class LargeScaleJitter:
-    """The image fitted into ``size`` times a drawn scale; of what is larger than ``size`` a crop (arXiv 2012.07177).
+    """Resizes by a random scale, crops at random what exceeds ``size``, and flips at random (arXiv 2012.07177).
+
+    At scale 1 the image just fits into ``size``.
 
     Args:
-        size: ``(H, W)`` px; no example is larger.
-        scale: the range that the scale is drawn from.
+        size: ``(H, W)`` px; the upper limit of every example.
+        scale: range of the random scale.
         flip: probability of a horizontal flip.
     """
 
@@ -142,8 +148,8 @@ class LargeScaleJitter:
     def __call__(self, scene: Scene, draws: Sequence[float]) -> dict[str, Tensor]:
         height, width = scene.size
         drawn = self.scale[0] + draws[0] * (self.scale[1] - self.scale[0])
-        zoom = drawn * min(self.size[0] / height, self.size[1] / width)
-        h, w = min(height, max(1, round(self.size[0] / zoom))), min(width, max(1, round(self.size[1] / zoom)))
+        scale = drawn * min(self.size[0] / height, self.size[1] / width)
+        h, w = min(height, max(1, round(self.size[0] / scale))), min(width, max(1, round(self.size[1] / scale)))
         box = (int(draws[1] * (height - h + 1)), int(draws[2] * (width - w + 1)), h, w)
-        size = (min(self.size[0], max(1, round(h * zoom))), min(self.size[1], max(1, round(w * zoom))))
-        return view(scene, box, size, self.interpolation, flip=draws[3] < self.flip)
+        size = (min(self.size[0], max(1, round(h * scale))), min(self.size[1], max(1, round(w * scale))))
+        return crop_scene(scene, box, size, self.interpolation, flip=draws[3] < self.flip)

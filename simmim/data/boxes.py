@@ -1,4 +1,4 @@
-"""Images with objects: boxes, classes and masks, as COCO describes them."""
+"""Images with annotated objects in COCO format: boxes, classes and masks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from simmim.data.coco import POLYGONS, RUNS, Problem, read_annotations, rings_of
+from simmim.data.coco import POLYGONS, RLE, Problem, read_annotations, unpack_polygons
 from simmim.data.decode import Box, DecodedImage, Decoder
 from simmim.data.sources import Subset, split_validation
 
-_NAMES = (("instances_{}2017.json", "{}2017"), ("{}.json", "{}"))
-"""Of annotations and folder of a split: as COCO has them, and short."""
+_SPLIT_NAMES = (("instances_{}2017.json", "{}2017"), ("{}.json", "{}"))
+"""Annotation file and image folder of a split: the names of COCO, and short ones."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, and the objects on it that are to be found: crowds are not among them."""
+    """An image and its annotated objects, without crowds."""
 
-    picture: DecodedImage
+    image: DecodedImage
     image_id: int
     boxes: Tensor
     """float32 ``(n, 4)``: left, top, right, bottom, px."""
@@ -35,35 +35,34 @@ class Scene:
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.picture.size
+        return self.image.size
 
     @property
     def kind(self) -> str:
-        return self.picture.kind
+        return self.image.kind
 
     def crop(self, box: Box, size: tuple[int, int], interpolation: str = "bilinear", *, flip: bool = False) -> Tensor:
-        """Of the picture alone."""
-        return self.picture.crop(box, size, interpolation, flip=flip)
+        """Crop and resize the image alone, without its objects."""
+        return self.image.crop(box, size, interpolation, flip=flip)
 
 
 class CocoImages:
     """The images of a COCO file, a source of :class:`Scene`.
 
-    ``problems`` names what was left out or mended, with the reason: files that are missing, annotations of images or
-    categories that are not listed, boxes without area or outside the image, segmentations that cannot be used,
-    numbers that are used twice.
+    ``problems`` lists what was left out or corrected, with the reason: missing files, annotations whose image or
+    category is not listed, boxes without area or outside the image, unusable segmentations, duplicate ids.
 
     Args:
-        annotations: the JSON.
-        folder: that ``file_name`` is relative to.
+        annotations: the JSON file.
+        folder: the folder that ``file_name`` is relative to.
         training: see :func:`simmim.data.coco.read_annotations`.
         masks: read segmentations too.
-        keep_empty: images without an object; None: not in training.
-        categories: names in the order of their numbers, for a validation set.
+        keep_empty: keep images without objects; None: only in evaluation.
+        categories: class names in the order of their labels, for a validation set.
 
     Raises:
-        ValueError: not a COCO file, or nothing left of it.
-        OSError: it cannot be read.
+        ValueError: not a COCO file, or no usable image in it.
+        OSError: the file cannot be read.
     """
 
     blocks = None
@@ -82,17 +81,18 @@ class CocoImages:
         self.folder, self.decoder, self.masks = Path(folder), decoder or Decoder(), masks
         found = read_annotations(Path(annotations), training=training, masks=masks, categories=categories)
         self.problems: list[Problem] = found.problems
-        there = self._files_there(found.files)
-        self.problems += [(name, "is missing") for name in found.files.filter(pa.array(~there)).to_pylist()]
-        if not there.any():
+        exist = self._files_exist(found.files)
+        self.problems += [(name, "is missing") for name in found.files.filter(pa.array(~exist)).to_pylist()]
+        if not exist.any():
             raise ValueError(
-                f"none of the {len(there)} images of {annotations} is in {self.folder}"
-                f"{f', {found.files[0]} for one' if len(there) else ''}: file_name is relative to that folder"
+                f"none of the {len(exist)} images of {annotations} is in {self.folder}"
+                f"{f', for example {found.files[0]}' if len(exist) else ''}: file_name is relative to that folder"
             )
-        keep = there if keep_empty or (keep_empty is None and not training) else there & (np.diff(found.first) > 0)
+        allow_empty = keep_empty if keep_empty is not None else not training
+        keep = exist if allow_empty else exist & (np.diff(found.object_offsets) > 0)
         if not keep.any():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:3])
-            raise ValueError(f"no image of {annotations} has an object that can be used. {reasons}")
+            raise ValueError(f"no image of {annotations} has a usable object. {reasons}")
         self.annotations = found if keep.all() else found.select(keep)
         self.classes, self.category_ids = found.classes, found.category_ids
 
@@ -106,32 +106,36 @@ class CocoImages:
         return index, Path(self.name(index)).read_bytes()
 
     def decode(self, content: tuple[int, bytes]) -> Scene:
-        """Raises ValueError for a picture that is not of the size that the annotations speak of."""
-        number, data = content
-        picture, size = self.decoder(data), tuple(self.annotations.sizes[number].tolist())
-        if tuple(picture.size) != size:
+        """Combine the image with its annotations.
+
+        Raises:
+            ValueError: the image has another size than its annotations state.
+        """
+        index, data = content
+        image, size = self.decoder(data), tuple(self.annotations.sizes[index].tolist())
+        if tuple(image.size) != size:
             raise ValueError(
-                f"is {picture.size[0]} x {picture.size[1]} px, but its annotations are of {size[0]} x {size[1]}"
+                f"is {image.size[0]} x {image.size[1]} px, but its annotations state {size[0]} x {size[1]}"
             )
-        objects = self._objects(number)
+        objects = self._objects(index)
         objects = objects[~self.annotations.crowds[objects]]
         return Scene(
-            picture,
-            int(self.annotations.image_ids[number]),
+            image,
+            int(self.annotations.image_ids[index]),
             torch.from_numpy(self.annotations.boxes[objects]),
             torch.from_numpy(self.annotations.labels[objects]),
             self._masks(objects, *size) if self.masks else None,
         )
 
     def truth(self, image_id: int) -> dict[str, Tensor]:
-        """All that is known of an image, crowds too, at its own size: what predictions are measured by.
+        """Return the ground truth of an image at its own size, including crowds.
 
         Returns:
             ``boxes`` float32 ``(n, 4)``, ``labels`` int64, ``iscrowd`` int64 and ``area`` float64 ``(n,)``, with
             masks also ``masks`` bool ``(n, H, W)``.
         """
-        number = int(np.searchsorted(self.annotations.image_ids, image_id))
-        objects = self._objects(number)
+        index = int(np.searchsorted(self.annotations.image_ids, image_id))
+        objects = self._objects(index)
         truth = {
             "boxes": torch.from_numpy(self.annotations.boxes[objects]),
             "labels": torch.from_numpy(self.annotations.labels[objects]),
@@ -139,28 +143,29 @@ class CocoImages:
             "area": torch.from_numpy(self.annotations.areas[objects]),
         }
         if self.masks:
-            truth["masks"] = self._masks(objects, *self.annotations.sizes[number].tolist()).bool()
+            truth["masks"] = self._masks(objects, *self.annotations.sizes[index].tolist()).bool()
         return truth
 
-    def _objects(self, number: int) -> np.ndarray:
-        """The numbers of the objects of an image."""
-        return np.arange(self.annotations.first[number], self.annotations.first[number + 1])
+    def _objects(self, index: int) -> np.ndarray:
+        """Return the indices of the objects of an image."""
+        return np.arange(self.annotations.object_offsets[index], self.annotations.object_offsets[index + 1])
 
     def _masks(self, objects: np.ndarray, height: int, width: int) -> Tensor:
-        """uint8 ``(n, H, W)``."""
+        """Return the masks of objects, uint8 ``(n, H, W)``; the box where there is no segmentation."""
+        annotations = self.annotations
         masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-        for mask, number in zip(masks, objects.tolist(), strict=True):
-            start, end = self.annotations.shape_ends[number : number + 2].tolist()
-            shape, kind = self.annotations.shapes[start:end], self.annotations.shape_kinds[number]
-            if kind in (POLYGONS, RUNS):
-                mask.copy_(torch.from_numpy(_draw(kind, shape, height, width)))
+        for mask, index in zip(masks, objects.tolist(), strict=True):
+            start, end = annotations.segmentation_offsets[index : index + 2].tolist()
+            segmentation, kind = annotations.segmentations[start:end], annotations.segmentation_kinds[index]
+            if kind in (POLYGONS, RLE):
+                mask.copy_(torch.from_numpy(_decode_mask(kind, segmentation, height, width)))
             else:
-                left, top, right, bottom = self.annotations.boxes[number].round().astype(int).tolist()
+                left, top, right, bottom = annotations.boxes[index].round().astype(int).tolist()
                 mask[top:bottom, left:right] = 1
         return masks
 
-    def _files_there(self, files: pa.Array) -> np.ndarray:
-        """Which of them exist, bool ``(n,)``: every folder is listed once."""
+    def _files_exist(self, files: pa.Array) -> np.ndarray:
+        """Return which files exist, bool ``(n,)``; lists each folder only once."""
         names = files.to_pylist()
         listed = {
             parent: {entry.name for entry in os.scandir(self.folder / parent)}
@@ -171,40 +176,40 @@ class CocoImages:
 
 
 def open_coco(path: str | Path, split: str, decoder: Decoder | None = None, **settings: object) -> CocoImages:
-    """A split of a folder in the layout of COCO.
+    """Open a split of a folder in COCO layout.
 
-    ``path/annotations/instances_train2017.json`` of images in ``path/train2017``, or ``path/annotations/train.json``
-    of images in ``path/train``; and so for ``val``.
+    The layout is ``path/annotations/instances_train2017.json`` with images in ``path/train2017``, or
+    ``path/annotations/train.json`` with images in ``path/train``; the same for ``val``.
 
     Args:
-        settings: of :class:`CocoImages`.
+        settings: see :class:`CocoImages`.
 
     Raises:
-        ValueError: neither is there; or as :class:`CocoImages`.
+        ValueError: the split is in neither layout; or as :class:`CocoImages`.
     """
-    places = _places(path, split)
-    for file, folder in places:
+    candidates = _split_paths(path, split)
+    for file, folder in candidates:
         if file.is_file() and folder.is_dir():
             return CocoImages(file, folder, decoder, **settings)  # type: ignore[arg-type]
-    tried = [f"{file} with {folder}" for file, folder in places]
-    raise ValueError(f"{path} is not in the layout of COCO: expected {', or '.join(tried)}")
+    tried = [f"{file} with {folder}" for file, folder in candidates]
+    raise ValueError(f"{path} is not in COCO layout: expected {', or '.join(tried)}")
 
 
 def has_split(path: str | Path, split: str) -> bool:
-    """Whether :func:`open_coco` would find it."""
-    return any(file.is_file() and folder.is_dir() for file, folder in _places(path, split))
+    """Return whether :func:`open_coco` would find this split."""
+    return any(file.is_file() and folder.is_dir() for file, folder in _split_paths(path, split))
 
 
 def coco_sources(
     path: str | Path, decoder: Decoder, validation_images: int, *, masks: bool
 ) -> tuple[CocoImages | Subset, CocoImages | Subset, list[Problem]]:
-    """Images to train on, held-out ones, and what is wrong with their annotations.
+    """Open training images, validation images and the list of problems in their annotations.
 
-    ``val`` is held out where it is there, else images of ``train`` as :func:`simmim.data.split_validation` draws them.
-    Held-out images without objects stay.
+    Validation uses ``val`` if it exists, else images of ``train`` chosen by :func:`simmim.data.split_validation`.
+    Validation images without objects are kept.
 
     Raises:
-        ValueError: as :func:`open_coco`; too few images to hold any out.
+        ValueError: as :func:`open_coco`; or too few images for a validation split.
     """
     training = open_coco(path, "train", decoder, masks=masks)
     split = "val" if has_split(path, "val") else "train"
@@ -214,27 +219,30 @@ def coco_sources(
         return training, every, problems
     _, validation = split_validation(every, validation_images)
     if not isinstance(validation, Subset):
-        raise ValueError(f"{path} has no val and {len(every)} images: too few to hold a tenth out, 10 are the least")
+        raise ValueError(
+            f"{path} has no val split and only {len(every)} images: a validation split of a tenth needs at least 10"
+        )
     unseen = every.annotations.image_ids[validation.indices.numpy()]
     kept = np.flatnonzero(~np.isin(training.annotations.image_ids, unseen))
     if not len(kept):
         raise ValueError(
-            f"{path} has no val, and no image with an object beside the {len(validation)} held out: add some"
+            f"{path} has no val split, and no image with an object besides the {len(validation)} validation images: "
+            "add images"
         )
     return Subset(training, torch.from_numpy(kept)), validation, problems
 
 
-def _places(path: str | Path, split: str) -> list[tuple[Path, Path]]:
-    """Where annotations and images of a split may be."""
+def _split_paths(path: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """Return the possible annotation files and image folders of a split."""
     root = Path(path).expanduser()
-    return [(root / "annotations" / file.format(split), root / folder.format(split)) for file, folder in _NAMES]
+    return [(root / "annotations" / file.format(split), root / folder.format(split)) for file, folder in _SPLIT_NAMES]
 
 
-def _draw(kind: int, shape: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 ``(H, W)``, as pycocotools draws it."""
+def _decode_mask(kind: int, segmentation: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Decode a segmentation with pycocotools into uint8 ``(H, W)``."""
     from pycocotools import mask as coco_mask
 
-    if kind == RUNS:
-        return coco_mask.decode({"size": [height, width], "counts": shape.tobytes()})
-    rings = coco_mask.frPyObjects(rings_of(shape), height, width)
-    return coco_mask.decode(coco_mask.merge(rings))
+    if kind == RLE:
+        return coco_mask.decode({"size": [height, width], "counts": segmentation.tobytes()})
+    polygons = coco_mask.frPyObjects(unpack_polygons(segmentation), height, width)
+    return coco_mask.decode(coco_mask.merge(polygons))

@@ -19,7 +19,7 @@ from simmim.config import SegmenterOptions
 from simmim.config.loading import read_options
 from simmim.data import Source, TensorImage
 from simmim.data.loader import Batches
-from simmim.data.segment_transforms import WholeSegments
+from simmim.data.segment_transforms import ShortSideResize
 from simmim.data.segments import class_names_in, validation_segments
 from simmim.data.views import make_views, report_corrupt, told
 from simmim.evaluation.classification import SIZES, decoder_of, pixels_of
@@ -151,7 +151,7 @@ def evaluate_whole_images(
         ValueError: no image could be read, or none of their pixels has a label.
     """
     shares = (0, 1) if is_sharded else (accelerator.process_index, accelerator.num_processes)
-    views = make_views(source, WholeSegments(task.short_px), 1, False, shares, num_workers)
+    views = make_views(source, ShortSideResize(task.short_px), 1, False, shares, num_workers)
     assert isinstance(views, Batches)
     scores, images = MeanIoU(len(task.classes)), 0
     for batch in tqdm(views, unit="image", disable=None if accelerator.is_main_process else True):
@@ -179,7 +179,7 @@ def predict_segments(task: Segmentation, images: Iterable[tuple[str, Tensor]]) -
         images: names, and uint8 ``(c, H, W)``.
     """
     for name, image in images:
-        seen = WholeSegments(task.short_px).image(TensorImage(image))
+        seen = ShortSideResize(task.short_px).resize(TensorImage(image))
         scores = task.predict(seen[None].to(task.mean.device))
         found = resize_maps(scores, image.shape[-2:]).argmax(dim=1).cpu()
         counts = torch.bincount(found.flatten(), minlength=len(task.classes)).tolist()

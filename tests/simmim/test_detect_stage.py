@@ -99,8 +99,8 @@ def test_what_a_stage_leaves(chain):
 def test_bad_data_is_counted_and_named(chain):
     events = [json.loads(line) for line in (chain / "detect" / "events.jsonl").read_text().splitlines()]
     (told,) = [event["text"] for event in events if event["event"] == "left out"]
-    assert told.startswith("3 problem(s) in the data: annotation 90: of image 12345, which is not listed; ")
-    assert "annotation 91: of category 99" in told and "0.png: is missing" in told
+    assert told.startswith("3 problem(s) in the data: annotation 90: image_id 12345 is not listed in images; ")
+    assert "annotation 91: category_id 99" in told and "0.png: is missing" in told
     assert any(event["event"] == "skipped" and "1.png" in event["text"] for event in events)
 
 
@@ -254,7 +254,7 @@ def test_held_out_images_are_not_trained_on_by_any_stage(tmp_path):
         str(tmp_path / "val2017" / f"{n}.png") for n in range(2)
     }
     write_coco(tmp_path / "few", count=9)
-    with pytest.raises(ValueError, match="no val and 9 images: too few to hold a tenth out"):
+    with pytest.raises(ValueError, match="no val split and only 9 images"):
         coco_sources(tmp_path / "few", Decoder(), 3, masks=False)
 
 
