@@ -280,6 +280,11 @@ def test_recipe_keys_exist(page):
             models = fields_of(models, part)
 
 
+def test_the_reference_of_recipes_names_stages_as_recipes_do():
+    named = re.findall(r"^## stages\.(\w+)", (ROOT / "recipes/README.md").read_text(), re.MULTILINE)
+    assert named and set(named) <= set(KINDS)
+
+
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=lambda b: f"{b.page.name}:{b.line}")
 def test_recipes_in_documents_are_valid(block):
     assert Recipe.model_validate(yaml.safe_load(block.text)).stages
