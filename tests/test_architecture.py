@@ -116,16 +116,6 @@ def test_nothing_is_unpickled():
                 assert keywords.get("weights_only") == "True", file
 
 
-def test_the_readme_names_commands_and_files_that_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {target for target in re.findall(r"\bmake ([a-z-]+)", readme)} <= targets
-    for path in re.findall(r"\b(?:recipes|tools|docs|swin|simmim|notebooks)/[\w./-]*\w", readme):
-        assert (ROOT / path).exists(), path
-    for target in ("demo", "test", "check"):
-        assert f"make {target}" in readme
-
-
 def test_versions_agree():
     import swin
     from simmim import __version__
