@@ -1,4 +1,4 @@
-"""Names and docstrings use the field's words: no name of the left column, no docstring that opens with a question word."""
+"""Names and docstrings use the field's words; no docstring opens with a question word."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def nonstandard(names: set[str]) -> dict[str, str]:
     """Return those names that hold a word of the left column, with what to say instead."""
     found = {}
     for name in names - OF_LIBRARIES:
-        for word in words(name):
-            if word in STANDARD:
-                found[name] = STANDARD[word]
-        found |= {name: standard for phrase, standard in PHRASES.items() if phrase in name}
+        wrong = [STANDARD[word] for word in words(name) if word in STANDARD]
+        wrong += [standard for phrase, standard in PHRASES.items() if phrase in name]
+        if wrong:
+            found[name] = wrong[0]
     return found
 
 
