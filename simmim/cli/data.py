@@ -31,7 +31,7 @@ def add_data(commands: Any) -> None:
     actions = data.add_subparsers(required=True, metavar="ACTION")
     check = _add(actions, "check", _check, "decode every image once and report corrupt images, sizes, mean and std")
     check.add_argument(
-        "--report", type=Path, default=Path("bad_images.csv"), help="list of corrupt images (default: %(default)s)"
+        "--report", type=Path, default=Path("corrupt_images.csv"), help="list of corrupt images (default: %(default)s)"
     )
     pack = _add(actions, "pack", _pack, "write images into a few large shards that are smaller and decode faster")
     pack.add_argument("out", type=Path, help="new folder; use it as data.path=OUT")
@@ -97,7 +97,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         f"{result['images']:,} images, {before:,.1f} MB -> {after:,.1f} MB; {result['corrupt']} corrupt images left out"
     )
     if result["corrupt"]:
-        print(f"listed in {arguments.out / 'bad_images.csv'}")
+        print(f"listed in {arguments.out / 'corrupt_images.csv'}")
     mean, std = (",".join(f"{value:g}" for value in result[name]) for name in ("mean", "std"))
     print(f"data.path={arguments.out}\nstatistics of these images: data.mean=[{mean}] data.std=[{std}]")
     return 0

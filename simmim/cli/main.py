@@ -21,6 +21,7 @@ from simmim.cli.experiments import add_experiments
 from simmim.cli.plan import add_plan
 from simmim.cli.visualize import add_visualize
 from simmim.signals import Stopped, raise_on_signals
+from simmim.training.console import configure_logging
 
 PRETRAIN_EXAMPLES = """examples:
   simmim pretrain recipes/demo.yaml
@@ -54,6 +55,7 @@ LAYOUTS = ("native", "timm", "transformers", "official", "onnx", "torch-export")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    configure_logging()
     parser = _parser()
     # argparse accepts positional arguments in one block only, but overrides may also follow options.
     arguments, rest = parser.parse_known_args(argv)

@@ -53,7 +53,7 @@ class Packing(NamedTuple):
 def pack(path: str, out: Path, packing: Packing, *, num_workers: int = 0) -> dict[str, Any]:
     """Pack the images at ``path`` into the folder ``out``; shards that an earlier call finished are kept.
 
-    Corrupt images are left out and listed in ``bad_images.csv``. If there are train and val parts, both
+    Corrupt images are left out and listed in ``corrupt_images.csv``. If there are train and val parts, both
     are packed and stay separate.
 
     Returns:
@@ -249,7 +249,7 @@ def _finish(shards: _Shards, out: Path, settings: dict[str, Any]) -> dict[str, A
     classes = shards.parts[0][1].classes
     save_manifest(out / INDEX_FILE, Manifest(make_table(entries), Path("."), archives, classes=classes), [])
     if summary.corrupt:
-        write_corrupt(out / "bad_images.csv", summary.corrupt)
+        write_corrupt(out / "corrupt_images.csv", summary.corrupt)
     after = sum(shards.file(shard).stat().st_size for shard in range(len(shards)))
     result = {**summary.as_dict(), "bytes_before": before, "bytes_after": after, "packed": settings}
     unfinished = out / f".{SUMMARY}"

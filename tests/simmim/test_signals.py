@@ -95,7 +95,7 @@ def test_signal_during_decoding_does_not_mark_the_image_as_corrupt(tmp_path, mon
 
     monkeypatch.setattr(Shapes, "decode", decode)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
-    assert not (tmp_path / "tiny/pretrain/bad_images.csv").exists()
+    assert not (tmp_path / "tiny/pretrain/corrupt_images.csv").exists()
 
 
 def test_signal_after_the_last_check_is_raised_on_exit():
