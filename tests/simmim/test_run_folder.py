@@ -98,7 +98,7 @@ def test_where_no_locks_are_the_run_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with locked(tmp_path, is_main=True):
         pass
-    assert "cannot be locked (No locks available): start no second run there" in capsys.readouterr().err
+    assert "cannot be locked (No locks available): start no second run in it" in capsys.readouterr().out
 
 
 def test_a_recipe_with_a_tag_is_refused(tmp_path, capsys):
