@@ -31,7 +31,13 @@ def make_recipe(
     if not data:
         raise ValueError("--encoder needs --data FOLDER, with one subfolder per class")
     place = Path(data).expanduser().resolve()
-    last = re.split("[:/]", data.rstrip("/"))[-1] if is_data_set_name(data) else place.stem if place.is_file() else place.name
+    last = (
+        re.split("[:/]", data.rstrip("/"))[-1]
+        if is_data_set_name(data)
+        else place.stem
+        if place.is_file()
+        else place.name
+    )
     name = name or "finetune_" + re.sub(r"[^\w.+-]+", "_", last)
     path = out / name / "recipe.yaml"
     if (encoder / DESCRIPTION).exists():

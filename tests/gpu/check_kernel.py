@@ -68,7 +68,7 @@ def losses(task: SimMIM, batch_size: int, precision: str) -> dict[str, list[floa
     """Return the losses of AdamW steps from the same weights and images: without the kernel, with it, compiled."""
     device, config = task.mean.device, task.encoder.config
     images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
-    cells = task.mask_generator(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
+    patch_mask = task.mask_generator(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
     found = {}
     for name in ("without", "kernel", "compiled"):
         own = copy.deepcopy(task)

@@ -378,7 +378,7 @@ def test_weight_decay_groups_layer_depths_and_invalid_settings():
 
 def test_only_meta_modules_of_the_encoder_are_initialized_later():
     """A stage starts with an encoder on the meta device; the head is initialized, equally on every process."""
-    from simmim.training.distributed import initialize_parameters, allocate_parameters
+    from simmim.training.distributed import allocate_parameters, initialize_parameters
 
     with torch.device("meta"):
         encoder = swin.make_encoder("swinv2_tiny", embed_dim=16, depths=(1, 1), num_heads=(1, 2), image_size=64)
