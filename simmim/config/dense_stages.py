@@ -18,6 +18,7 @@ from simmim.config.sections import (
     Stage,
     Supervised,
 )
+from swin import SwinConfig
 
 
 class SegmentLabels(Settings):
@@ -118,6 +119,16 @@ class SegmentStage(Supervised):
             raise ValueError(f"test.stride {list(stride)} must not be above image_size {list(self.image_size)}")
         return self
 
+    @property
+    def labels_path(self) -> str:
+        return self.labels.path
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        if self.augment.distort and config.in_chans != 3:
+            raise ValueError(f"{where}.augment.distort is for 3 channels: set it to false")
+        if len(config.depths) < 2:
+            raise ValueError(f"{where} needs a pyramid, but the encoder has one stage: give it two or more")
+
 
 class DetectLabels(Settings):
     """Which images with objects: a folder with annotations/instances_train2017.json and train2017, as of COCO, or
@@ -208,3 +219,15 @@ class DetectStage(Supervised):
     jitter: DetectJitter = Field(DetectJitter(), description="what is done to training images")
     test: DetectTest = Field(DetectTest(), description="how other images are looked at")
     schedule: DetectSchedule = Field(DetectSchedule(), description="for how long, and how fast")
+
+    @property
+    def labels_path(self) -> str:
+        return self.labels.path
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        depth = len(config.depths)
+        if self.anchor_px is not None and len(self.anchor_px) != depth + 1:
+            raise ValueError(
+                f"{where}.anchor_px has {len(self.anchor_px)} sides, but an encoder of {depth} stages "
+                f"gives {depth + 1} maps to find objects on"
+            )
