@@ -95,7 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from simmim.evaluation.classification import format_probe, probe
+    from simmim.evaluation.probe import format_probe, probe
 
     if arguments.overrides:
         raise ValueError(f"simmim probe has no options such as {arguments.overrides[0]!r}: simmim probe --help")
@@ -106,7 +106,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _tell(text: str, results: Any, file: Path | None) -> int:
     if os.environ.get("RANK", "0") == "0":
-        from simmim.evaluation.classification import write_results
+        from simmim.evaluation.dispatch import write_results
 
         print(text)
         if file:

@@ -108,11 +108,7 @@ def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, image
         widths = (11, 11, 9, 10, 11)
         line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         lines.append(f"  {line}{chunks:>8}{'  global' if grid.is_global else ''}")
-    if plan.masks is not None:
-        rows, columns = plan.masks.grid
-        lines.append(
-            f"  masks       {plan.masks.num_masked} of {rows} x {columns} cells of {plan.masks.mask_patch_size} px"
-        )
+    lines += [f"  {title:<12}{text}" for title, text in plan.facts.items()]
     lines.append(f"  parameters  {plan.sizes.all:,}, of which the encoder {plan.sizes.encoder:,}")
     forward, training = (readable(number / 1e9) for number in plan.flops)
     everything = f"{forward} with everything, {training} a training step"

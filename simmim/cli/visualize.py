@@ -45,6 +45,7 @@ def add_look(commands: argparse._SubParsersAction) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
+    from simmim.export.export import open_export
     from simmim.visualization.reconstructions import gallery, load_simmim, read_images, reconstruct
 
     if (arguments.cells is None) != (arguments.ratios is None):
@@ -52,15 +53,16 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     if arguments.images < 1:
         raise ValueError(f"--images must be at least 1, got {arguments.images}")
     bands = "pca" if arguments.bands == ["pca"] else arguments.bands and [int(band) for band in arguments.bands]
+    export = open_export(arguments.export)
     task = load_simmim(
-        arguments.export,
+        export,
         mask_patch_size=arguments.mask_patch_size,
         mask_ratio=arguments.mask_ratio,
         seed=arguments.seed,
     )
     images = read_images(arguments.images_path, task, 1 if arguments.cells else arguments.images)
     if arguments.cells:
-        picture = gallery(arguments.export, images[0], arguments.cells, arguments.ratios, bands, arguments.seed)
+        picture = gallery(export, images[0], arguments.cells, arguments.ratios, bands, arguments.seed)
     else:
         picture = reconstruct(task, images, bands)
     picture.save(arguments.out)

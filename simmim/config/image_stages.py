@@ -38,6 +38,11 @@ class Video(Settings):
         """What the encoder has to know."""
         return self.model_dump(include={"frames", "temporal_patch", "temporal_window"})
 
+    @property
+    def inference(self) -> dict[str, int]:
+        """Inference settings of a trained classifier."""
+        return self.model_dump(include={"stride", "views", "crops"})
+
 
 class Mask(Settings):
     """Masking (SimMIM, section 3.2)."""

@@ -58,7 +58,8 @@ def _name_kinds(stages: Any) -> Any:
 @lru_cache
 def _union_of(settings: tuple[type[Stage], ...]) -> TypeAdapter:
     """Make the validator of a stage that has one of these settings, chosen by its kind."""
-    return TypeAdapter(Annotated[Union[settings], Field(discriminator="kind")])  # noqa: UP007 - members are computed
+    union: Any = Annotated[Union[settings], Field(discriminator="kind")]  # noqa: UP007 - the members are computed
+    return TypeAdapter(union)
 
 
 def _validate_stage(value: Any) -> Any:

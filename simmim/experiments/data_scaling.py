@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from simmim.config import Recipe
 from simmim.experiments.results import percent, write_results
 from simmim.experiments.trials import Outcome, check_seeds, make_variant, pearson, pretraining_of, run_variant
-from simmim.stages.datasets import images_of_fraction, make_sources
+from simmim.stages.datasets import make_datasets
+from simmim.stages.pretrain import images_of_fraction
 from simmim.training.distributed import make_accelerator
 
 MARKS = "osD^v"
@@ -83,7 +84,7 @@ def images_of(recipe: Recipe, shares: Sequence[float]) -> tuple[int, dict[float,
     """How many images pretraining has as the recipe is, and with each share; they are looked for once."""
     name, _ = pretraining_of(recipe)
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share": 1.0})})
-    images = len(make_sources(whole, name).training)
+    images = len(make_datasets(whole, name).training)
     numbers = {share: images_of_fraction(share, images) for share in (recipe.data.fraction, *shares)}
     return numbers[recipe.data.fraction], {share: numbers[share] for share in shares}
 

@@ -14,15 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swin import SwinEncoder, VideoConfig, import_encoder, load_description, load_encoder, save_encoder
+from simmim.export.export import open_export
+from swin import SwinEncoder, VideoConfig, import_encoder, load_encoder, save_encoder
 from swin.config import SwinConfig, effective_window
 from swin.position_bias import TableResampling
-from swin.weights.serialization import DESCRIPTION
 from swin.weights.state_dict_names import from_native
 from swin.weights.transfer import Inflation
 
 LARGEST_DIFFERENCE = 1e-4
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
 V2 = {"attention": "cosine", "norm": "res-post", "position_bias": "log_cpb"}
 Pixels = dict[str, list[float]]
@@ -67,13 +66,13 @@ def convert(
 
 
 def _open(source: Path, say: Callable[[str], None], **arguments: Any) -> tuple[SwinEncoder, Pixels]:
-    if (source / DESCRIPTION).exists():
-        encoder = load_encoder(source, **arguments)
-        pixels = load_description(source).get("pixels", IMAGENET)
+    export = open_export(source)
+    pixels = export.pixels
+    if export.is_native:
+        encoder = export.encoder(**arguments)
         say(f"native export: {len(encoder.state_dict())} tensors loaded")
     else:
         encoder, report = import_encoder(source, **arguments)
-        pixels = IMAGENET
         say(str(report))
     channels = encoder.config.in_chans
     per_channel = {key: [pixels[key][i % len(pixels[key])] for i in range(channels)] for key in ("mean", "std")}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from simmim.config import Recipe, Stage, Supervised, encoder_config
-from simmim.masking import MaskGenerator
+from simmim.config import Recipe, Stage, encoder_config
+from simmim.export.export import open_export
 from simmim.stages.initialization import check_start, chunks_of, derive_accumulation, micro_batch_sizes, moved_config
-from simmim.stages.stage_type import room_of
-from simmim.tasks.simmim import SimMIM
+from simmim.stages.stage_type import stage_type_of
 from simmim.tasks.task import Task
-from simmim.tasks.video import VideoSimMIM
 from simmim.training.footprint import (
     ZEROS,
     Flops,
@@ -31,7 +30,6 @@ from simmim.training.footprint import (
 from swin import SwinConfig, VideoConfig
 from swin.activation_checkpointing import CHECKPOINTINGS
 from swin.video import build
-from swin.weights.serialization import DESCRIPTION, load_config
 from swin.windows import fit_windows
 
 
@@ -69,7 +67,8 @@ class StagePlan(NamedTuple):
     name: str
     config: SwinConfig
     grids: list[Grid]
-    masks: MaskGenerator | None
+    facts: Mapping[str, str]
+    """Further lines of the plan, by title."""
     sizes: Sizes
     flops: Flops
     official_flops: int | None
@@ -93,7 +92,8 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
     Raises:
         ValueError: a stage that cannot be built.
     """
-    stage, task = recipe.stages[name], make_planned(recipe, name, classes)
+    stage, task = recipe.stages[name], make_fake_task(recipe, name, classes)
+    stage_type = stage_type_of(stage)
     config = task.encoder.config
     chunks = chunks_of(stage, config, int(machine.memory))
     footprints: dict[str, Footprint] = {
@@ -104,13 +104,13 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         name,
         config,
         grids_of(config),
-        task.masks if isinstance(task, SimMIM | VideoSimMIM) else None,
+        stage_type.plan(task),
         sizes(task),
         flops(task, stage.memory.checkpointing),
         None if isinstance(config, VideoConfig) else official_flops(config),
         chunks,
         footprints,
-        isinstance(stage, Supervised) and stage.ema_decay is not None,
+        stage_type.ema_decay(stage) is not None,
         [],
     )
     try:
@@ -202,11 +202,11 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     path = Path(start).expanduser()
     if start in recipe.stages:
         old = config_of(recipe, start)
-    elif (path / DESCRIPTION).exists():
-        old = load_config(path)
-        check_start(recipe, name, path, old)
     elif not path.exists():
-        raise ValueError(f"{name} starts from {start}, which is not there: set stages.{name}.init_from")
+        raise ValueError(f"{name} starts from {start}, which does not exist: correct stages.{name}.init_from")
+    elif (export := open_export(path)).is_native:
+        old = export.config
+        check_start(recipe, name, path, old)
     elif stage.image_size is not None and stage.window_size is not None:
         return encoder_config(recipe.encoder, stage)
     else:
@@ -217,11 +217,11 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     return moved_config(stage, old)
 
 
-def make_planned(recipe: Recipe, name: str, classes: int) -> Task:
+def make_fake_task(recipe: Recipe, name: str, classes: int) -> Task:
     """The objective of a stage on the meta device, where tensors have shapes only."""
     stage, config = recipe.stages[name], config_of(recipe, name)
     with torch.device("meta"):
-        return room_of(stage).make_fake_task(recipe, stage, build(config), classes)
+        return stage_type_of(stage).make_fake_task(recipe, stage, build(config), classes)
 
 
 def product_rate(device: torch.device, precision: str) -> float:

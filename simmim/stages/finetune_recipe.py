@@ -10,12 +10,11 @@ from typing import Any
 from simmim.config import Recipe
 from simmim.config.loading import dump_recipe, load_recipe
 from simmim.data.sources import is_name
-from simmim.stages.initialization import FIXED
-from swin import SIZES, VideoConfig, import_encoder, load_description, load_encoder
-from swin.weights.serialization import DESCRIPTION
+from simmim.export.export import open_export
+from simmim.stages.initialization import ARCHITECTURE
+from swin import SIZES, VideoConfig
 
 SIZES_OF_A_STAGE = ("image_size", "window_size")
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def make_recipe(
@@ -34,10 +33,8 @@ def make_recipe(
     last = re.split("[:/]", data.rstrip("/"))[-1] if is_name(data) else place.stem if place.is_file() else place.name
     name = name or "finetune_" + re.sub(r"[^\w.+-]+", "_", last)
     path = out / name / "recipe.yaml"
-    if (encoder / DESCRIPTION).exists():
-        config, pixels = load_encoder(encoder).config, load_description(encoder).get("pixels", IMAGENET)
-    else:
-        config, pixels = import_encoder(encoder)[0].config, IMAGENET
+    export = open_export(encoder)
+    config = export.encoder().config  # reading the weights checks them
     if isinstance(config, VideoConfig):
         raise ValueError(f"{encoder} encodes clips: write a recipe whose stage has a video block (recipes/README.md)")
     size = next(size for size in SIZES if size.startswith("swinv2" if config.norm == "res-post" else "swin_"))
@@ -58,9 +55,9 @@ def make_recipe(
             "name": name,
             "data": {
                 "path": data if is_name(data) else str(place),
-                **pixels,
+                **export.pixels,
             },
-            "encoder": {"name": size, **{field: getattr(config, field) for field in FIXED}},
+            "encoder": {"name": size, **{field: getattr(config, field) for field in ARCHITECTURE}},
             "stages": {"finetune": stage},
         }
     )

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from simmim.config.loading import load_recipe
 from simmim.data.loader import Batch, SampleDataset
 from simmim.rng import derive_seed
-from simmim.stages.runner import Job
-from simmim.stages.stage_type import room_of
+from simmim.stages.job import Job
+from simmim.stages.runner import make_job
 from simmim.training.attention_backend import attend_as_before
 from simmim.training.checkpoint import load_weights, verify
 from simmim.training.distributed import give_memory, make_accelerator
@@ -62,7 +62,7 @@ def replay(report: Path) -> Replay:
     accelerator = make_accelerator(about["precision"])
     recipe = load_recipe(str(stage_folder / "recipe.yaml"))
     name = stage_folder.name
-    job = room_of(recipe.stages[name]).make_job(recipe, stage_folder.parents[1], name, accelerator.mixed_precision)
+    job = make_job(recipe, name, stage_folder.parents[1], accelerator.mixed_precision)
     give_memory(job.task, torch.device("cpu"))
     load_weights(weights, job.task)
     job.task.to(accelerator.device).train()
@@ -71,7 +71,13 @@ def replay(report: Path) -> Replay:
 
 
 def _again(about: dict[str, Any], job: Job, timeout_s: float, accelerator: Accelerator) -> Replay:
-    samples = SampleDataset(job.training, job.transform, about["seed"], labelled=job.labelled, timeout_s=timeout_s)
+    samples = SampleDataset(
+        job.datasets.training,
+        job.transforms.training,
+        about["seed"],
+        labelled=job.stage_type.has_image_labels,
+        timeout_s=timeout_s,
+    )
     task, processes = job.task, about["processes"]
     accumulation, losses = len(processes[0]), []
     modules: list[str] = []
@@ -111,7 +117,7 @@ def _images_alone(batch: Batch, samples: SampleDataset, job: Job, accelerator: A
         for place, number in enumerate(batch["index"].tolist()):
             one = samples.__getitems__([(int(batch["epoch"][place]), number)])
             if not math.isfinite(float(job.task.eval_step(to_device(one, accelerator.device))["loss"])):
-                names.append(job.training.name(number))
+                names.append(job.datasets.training.name(number))
     job.task.train()
     return names
 

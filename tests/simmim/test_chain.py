@@ -360,10 +360,11 @@ def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path
     write_images(tmp_path / "all", ["a", "b"], 40)
     seen: dict[str, set[str]] = {}
 
-    def spy(job, recipe, name, *rest):
-        seen[name] = {job.training.name(number) for number in range(len(job.training))}
-        validation.setdefault(name, set()).update(job.validation.name(number) for number in range(len(job.validation)))
-        return train(job, recipe, name, *rest)
+    def spy(job, *rest):
+        name, (training, unseen, *_) = job.name, job.datasets
+        seen[name] = {training.name(index) for index in range(len(training))}
+        validation.setdefault(name, set()).update(unseen.name(index) for index in range(len(unseen)))
+        return train(job, *rest)
 
     validation: dict[str, set[str]] = {}
     train = runner.train

@@ -12,6 +12,7 @@ from PIL import Image
 
 from simmim.cli.main import main
 from simmim.config import DetectStage
+from simmim.data import Decoder
 from simmim.evaluation.classification import labelled_images
 from simmim.export.classifier import save_classifier
 from simmim.export.heads import HEAD, save_head
@@ -70,21 +71,21 @@ def photos(tmp_path_factory):
     return folder
 
 
-def shown_by(capsys, *arguments) -> tuple[list[dict], str, str]:
-    """Lines of JSON, what was printed, and what was complained of."""
+def shown_by(capsys, *arguments) -> tuple[list[dict], str]:
+    """Return the lines of JSON, and the standard output."""
     assert main(["predict", *map(str, arguments)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr().out
     out = arguments[-1]
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()], said.out, said.err
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()], printed
 
 
 @pytest.mark.parametrize("kind", ["classifier", "segmenter", "detector"])
-def test_every_image_gets_a_picture_and_a_line(kind, exports, photos, tmp_path, capsys):
-    lines, printed, complained = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
+def test_every_image_gets_a_preview_and_a_line(kind, exports, photos, tmp_path, capsys, caplog):
+    lines, printed = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
     assert [line["image"].rpartition("/")[2] for line in lines] == list(SIZES)
-    assert printed.startswith("3 picture(s)") and "left out a broken image: " in complained and "bad.png" in complained
+    assert printed.startswith("3 ") and "skipped a corrupt image: " in caplog.text and "bad.png" in caplog.text
     for line in lines:
-        with Image.open(tmp_path / "out" / line["picture"]) as picture:
+        with Image.open(tmp_path / "out" / line["preview"]) as picture:
             assert min(picture.size) >= 32
     if kind == "classifier":
         assert all(next(iter(line["classes"])) == "name 2" and len(line["classes"]) == 5 for line in lines)
@@ -100,7 +101,7 @@ def test_every_image_gets_a_picture_and_a_line(kind, exports, photos, tmp_path, 
 
 def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     lines, *_ = shown_by(capsys, exports / "classifier", "builtin:shapes", "--images", 2, "--out", tmp_path / "out")
-    assert [line["picture"][:6] for line in lines] == ["00000_", "00001_"]
+    assert [line["preview"][:6] for line in lines] == ["00000_", "00001_"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["evaluate", "classifier", ""], "a place without a name"),
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
         (["predict", "classifier", "views=2"], "no data: views=2 are options"),
-        (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
+        (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter processes whole images one by one"),
         (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key, (known here: short_px"),
     ],
 )
@@ -155,10 +156,10 @@ def test_classes_that_are_called_by_numbers_are_matched_by_name(exports, tmp_pat
     for name in ("2", "3"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (40, 40)).save(tmp_path / name / "a.png")
-    encoder = make_small()
-    assert labelled_images(str(tmp_path), encoder, PIXELS, ["0", "3", "2"], 3).label(0) == 2
+    config, decoder = make_small().config, Decoder()
+    assert labelled_images(str(tmp_path), config, decoder, ["0", "3", "2"], 3).label(0) == 2
     with pytest.raises(ValueError, match="holds classes that are not among the 2 known ones: 3"):
-        labelled_images(str(tmp_path), encoder, PIXELS, ["2", "4"], 2)
+        labelled_images(str(tmp_path), config, decoder, ["2", "4"], 2)
 
 
 def test_numbers_of_images_are_above_zero(exports, photos, capsys):
@@ -186,7 +187,7 @@ def test_why_no_image_could_be_judged_is_said(exports, tmp_path, capsys):
         (tmp_path / folder / "a.png").write_bytes(b"nothing")
     assert main(["evaluate", str(exports / "segmenter"), str(tmp_path), "--num-workers", "0"]) == 2
     complained = capsys.readouterr().err
-    assert "left out a broken image: " in complained and "none of 1 images" in complained
+    assert "skipped a corrupt image: " in complained and "none of 1 images" in complained
 
 
 def test_nothing_to_show_is_a_mistake(exports, tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_a_signal_in_the_last_step_leaves_evaluation_and_export_to_the_next_star
 
 
 def test_outside_of_the_loop_there_is_nothing_to_save(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("simmim.stages.pretrain.judge", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("simmim.stages.pretrain.PretrainType.evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
     assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
 

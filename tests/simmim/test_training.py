@@ -26,7 +26,7 @@ from simmim.data.transforms import CenterCrop
 from simmim.masking import MaskGenerator
 from simmim.signals import StopRequest
 from simmim.stages import initialization
-from simmim.stages.pretrain import make_task
+from simmim.stages.pretrain import PRETRAIN
 from simmim.tasks.simmim import SimMIM
 from simmim.training import engine
 from simmim.training.checkpoint import Checkpoints
@@ -273,7 +273,7 @@ def test_learning_rates():
 def test_every_parameter_is_in_exactly_one_group():
     recipe = tiny_recipe()
     encoder = swin.SwinEncoder(encoder_config(recipe.encoder, recipe.stages["pretrain"]))
-    model = make_task(recipe, recipe.stages["pretrain"], encoder)
+    model = PRETRAIN.make_task(recipe, recipe.stages["pretrain"], encoder)
     optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())

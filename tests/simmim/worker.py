@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmim.cli.main import main
-from simmim.stages import initialization, pretrain, runner
+from simmim.stages import initialization, runner
 from simmim.tasks.classification import Classification
 from simmim.tasks.simmim import SimMIM
 from simmim.training.memory import TrackedMemory
@@ -72,7 +72,7 @@ class Building(TrackedMemory):
 
 def note_what_is_held() -> None:
     """Bytes of weights and moments in this process, and the most of weights before its first step."""
-    original, make_start, distribute = runner.fit, pretrain.make_start, runner.distribute
+    original, make_start, distribute = runner.fit, runner.make_start, runner.distribute
     building = Building()
 
     def start(*arguments):
@@ -83,7 +83,7 @@ def note_what_is_held() -> None:
         with building:
             return distribute(*arguments)
 
-    pretrain.make_start, runner.distribute = start, shared_out
+    runner.make_start, runner.distribute = start, shared_out
 
     def fit(accelerator, model, optimizer, *arguments, **options):
         with SentBytes() as sent:
