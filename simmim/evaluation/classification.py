@@ -61,7 +61,7 @@ def evaluate_classifier(
     task = load_classifier(export, **sizes)
     config = task.encoder.config
     video = video_settings(export, config, views=views, crops=crops)
-    classes, count = export.classifier_head.classes, len(task.classes)
+    classes, count = export.classifier_head().classes, len(task.classes)
     images = labelled_images(data, config, export.make_decoder(config), classes, count)
     return evaluate_images(
         task,
@@ -85,7 +85,7 @@ def load_classifier(source: Export | Path | str, **settings: Any) -> Classificat
         ValueError: there is no classifier, or it cannot be read.
     """
     export = open_export(source)
-    encoder, head = export.encoder(**settings), export.classifier_head
+    encoder, head = export.encoder(**settings), export.classifier_head()
     names = head.classes or [str(index) for index in range(len(head.weight))]
     task = Classification(encoder, names, mean=export.mean, std=export.std)
     task.head.load_state_dict({"weight": head.weight, "bias": head.bias})

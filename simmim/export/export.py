@@ -147,13 +147,16 @@ class Export:
             if names:
                 raise ValueError(f"{file} {problem} {names[0]}: its {DESCRIPTION} describes another model")
 
-    @cached_property
     def classifier_head(self) -> ClassifierHead:
-        """Weights and class names of the classifier.
+        """Load the weights and class names of the classifier, once.
 
         Raises:
             ValueError: there is no classifier, or it cannot be read.
         """
+        return self._classifier_head
+
+    @cached_property
+    def _classifier_head(self) -> ClassifierHead:
         if not self.is_native:
             return read_foreign_classifier(self.path)
         if not (self.path / CLASSIFIER).exists():

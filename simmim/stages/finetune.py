@@ -95,7 +95,7 @@ class FinetuneType(SupervisedType[FinetuneStage]):
             return
         if start.export is None:
             raise ValueError(f"head {head!r}: a stage that starts from scratch has no classifier to start from")
-        old = start.export.classifier_head
+        old = start.export.classifier_head()
         if head == "keep":
             load_classifier_head(task.head, old, task.classes, str(start.export.path))
         else:

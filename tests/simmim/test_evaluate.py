@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,8 +109,8 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     ("arguments", "message"),
     [
         (
-            ["predict", "segmenter", "PHOTOS", "scales=[1]"],
-            "scales: unknown key, (known here: short_px, stride, scales, flip, window)",
+            ["predict", "segmenter", "PHOTOS", "zooms=[1]"],
+            "zooms: unknown key, (known here: short_px, stride, scales, flip, window)",
         ),
         (["predict", "detector", "PHOTOS", "scales=[1"], "'scales=[1' is not valid YAML"),
         (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
@@ -134,7 +135,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
         (["predict", "classifier", "views=2"], "no data: views=2 are options"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter processes whole images one by one"),
-        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key, (known here: short_px"),
+        (["evaluate", "detector", "PHOTOS", "zooms=[1]"], "zooms: unknown key, (known here: short_px"),
     ],
 )
 def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):
@@ -181,13 +182,12 @@ def test_what_is_not_installed_is_said(exports, photos, tmp_path, capsys, monkey
     assert main(task) == 2 and "pip install 'simmim[detection]'" in capsys.readouterr().err
 
 
-def test_why_no_image_could_be_judged_is_said(exports, tmp_path, capsys):
+def test_error_names_the_reason_if_no_image_could_be_read(exports, tmp_path, capsys, caplog):
     for folder in ("images", "annotations"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").write_bytes(b"nothing")
     assert main(["evaluate", str(exports / "segmenter"), str(tmp_path), "--num-workers", "0"]) == 2
-    complained = capsys.readouterr().err
-    assert "skipped a corrupt image: " in complained and "none of 1 images" in complained
+    assert "skipped a corrupt image: " in caplog.text and "none of 1 images" in capsys.readouterr().err
 
 
 def test_nothing_to_show_is_a_mistake(exports, tmp_path, capsys):
@@ -223,3 +223,37 @@ def test_bars_are_as_long_as_shares():
     blue = (picture == (190, 215, 240)).all(axis=2)
     lengths = [int(blue[22 + row * 23 + 16].sum()) for row in range(3)]
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=2) and lengths[0] > 60 and lengths[2] <= 1
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter", "detector"])
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_the_description_of_an_export_is_parsed_once(command, kind, exports, photos, tmp_path, monkeypatch):
+    """Counts how often ``encoder.json`` is opened."""
+    data = tmp_path / "data"
+    if command == "predict":
+        data = photos
+    elif kind == "classifier":
+        for name in CLASSES:
+            (data / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(data / name / "a.png")
+    elif kind == "segmenter":
+        for folder, mode in (("images", "RGB"), ("annotations", "L")):
+            (data / folder).mkdir(parents=True)
+            Image.new(mode, (40, 40)).save(data / folder / "a.png")
+    else:
+        write_coco(data, "val", count=2)
+        description = json.loads((data / "annotations/val.json").read_text())
+        description["categories"] = [{**known, "name": name} for known, name in zip(description["categories"], ("cat", "dog"))]
+        names = {known["id"] for known in description["categories"]}
+        description["annotations"] = [box for box in description["annotations"] if box["category_id"] in names]
+        (data / "annotations/val.json").write_text(json.dumps(description))
+    opened, open_path = [], Path.open
+
+    def count(path, *arguments, **options):
+        opened.append(path.name)
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", count)
+    options = ["--num-workers", "0"] if command == "evaluate" else ["--out", str(tmp_path / "out")]
+    assert main([command, str(exports / kind), str(data), *options]) == 0
+    assert opened.count("encoder.json") == 1

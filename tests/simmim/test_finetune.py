@@ -102,7 +102,7 @@ def test_training_mixes_and_erases_and_judging_does_not():
             plain.head.weight.copy_(model.head.weight)
             expected = F.cross_entropy(plain.logits(plain.normalize(batch["image"])), batch["label"])
             assert not torch.isclose(model.train()(batch), expected), settings
-            assert model.eval().measure(batch)["loss"] == pytest.approx(expected.item(), rel=1e-6)
+            assert model.eval().eval_step(batch)["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_mixing_is_tied_to_the_seed_of_the_step():
@@ -195,7 +195,7 @@ def test_rows_of_a_wider_classifier(tmp_path):
     assert torch.equal(model.head.weight, old.weight[[7, 0, 7, 3]])
     assert torch.equal(model.head.bias, old.bias[[7, 0, 7, 3]])
     for text, message in (
-        ("1\n2\n", "has 2 numbers for 4 classes"),
+        ("1\n2\n", "has 2 indices for 4 classes"),
         ("1\n2\n3\n9\n", "names class 9, but the old classifier has 0 to 8"),
         ("a\n", "expected fresh, keep or a file of class numbers"),
     ):
@@ -210,7 +210,7 @@ def test_rows_of_a_wider_classifier(tmp_path):
 def test_classifiers_of_other_projects(name, tmp_path):
     old = wide(9)
     save_file({f"{name}.weight": old.weight, f"{name}.bias": old.bias}, tmp_path / "model.safetensors")
-    found = open_export(tmp_path / "model.safetensors").classifier_head
+    found = open_export(tmp_path / "model.safetensors").classifier_head()
     assert torch.equal(found.weight, old.weight) and torch.equal(found.bias, old.bias) and found.classes is None
 
 
@@ -218,13 +218,13 @@ def test_a_missing_or_damaged_classifier(tmp_path):
     model = make_classifier()
     swin.save_encoder(model.encoder, tmp_path, about={})
     with pytest.raises(ValueError, match="holds no classifier: give the export of a fine-tuned encoder"):
-        open_export(tmp_path).classifier_head
+        open_export(tmp_path).classifier_head()
     save_classifier(tmp_path, model.head.state_dict())
-    assert open_export(tmp_path).classifier_head.weight.shape == (4, 16)
+    assert open_export(tmp_path).classifier_head().weight.shape == (4, 16)
     file = tmp_path / "classifier.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"cannot read .*classifier.safetensors"):
-        open_export(tmp_path).classifier_head
+        open_export(tmp_path).classifier_head()
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"holds no classifier: expected head\.weight or"):
-        open_export(tmp_path / "other.safetensors").classifier_head
+        open_export(tmp_path / "other.safetensors").classifier_head()

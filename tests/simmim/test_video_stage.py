@@ -29,7 +29,7 @@ from simmim.metrics.baselines import nearest_visible
 from simmim.planning.plan import config_of, make_fake_task
 from simmim.stages import run_stage
 from simmim.stages.initialization import make_start
-from simmim.stages.pretrain import PRETRAIN
+from simmim.stages.pretrain import PRETRAIN as PRETRAIN_TYPE
 from simmim.training.distributed import draw_weights, give_memory
 from simmim.training.footprint import footprint, sizes
 from simmim.training.memory import choose_chunks
@@ -297,7 +297,7 @@ def test_planned_bytes_are_those_of_a_step_on_clips(tmp_path):
     recipe = load_recipe(str(written(tmp_path)), ["stages.pretrain_clips.init_from=scratch"])
     stage = recipe.stages["pretrain_clips"]
     planned = footprint(make_fake_task(recipe, "pretrain_clips", 1), "none", 1, precision="fp32", device="cpu")
-    task = PRETRAIN.make_task(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
+    task = PRETRAIN_TYPE.make_task(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
     assert planned.of(3) == pytest.approx(measured_bytes(task.train(), 3, "fp32"), rel=0.1)
 
 
@@ -438,5 +438,5 @@ def test_objectives_of_a_recipe_follow_the_encoder(tmp_path):
     assert names == ["Reconstruct", "VideoSimMIM", "Classification", "Classification", "Classification"]
     with torch.device("meta"):
         encoder = VideoEncoder(config_of(recipe, "pretrain_clips"))
-        task = PRETRAIN.make_task(recipe, recipe.stages["pretrain_clips"], encoder)
+        task = PRETRAIN_TYPE.make_task(recipe, recipe.stages["pretrain_clips"], encoder)
     assert task.description() == {"mask_patch_size": 8, "mask_ratio": 0.6, "mask_strategy": "random"}
