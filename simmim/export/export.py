@@ -23,7 +23,7 @@ HeadKind = Literal["classifier", "segmenter", "detector", "reconstruction", "non
 
 
 class _Head(NamedTuple):
-    """How a kind of head is stored."""
+    """Storage of one kind of head."""
 
     key: str
     """Key of ``encoder.json`` with the settings of the head."""
@@ -50,7 +50,7 @@ class Export:
 
     @property
     def is_native(self) -> bool:
-        """Whether this is an export folder of this toolkit."""
+        """Return whether this is an export folder of this toolkit."""
         return bool(self.description)
 
     @cached_property

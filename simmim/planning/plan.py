@@ -45,7 +45,7 @@ class Machine(NamedTuple):
     flops: float
     """Multiply-adds per second and rank."""
     measured: bool
-    """Whether ``flops`` was measured on this machine."""
+    """True if ``flops`` was measured on this machine."""
 
 
 class Grid(NamedTuple):
@@ -78,7 +78,7 @@ class StagePlan(NamedTuple):
     footprints: dict[str, Footprint]
     """Memory of activations, by checkpointing option."""
     ema: bool
-    """Whether an EMA of the weights is kept."""
+    """True if an EMA of the weights is kept."""
     problems: list[str]
     """Reasons why the stage cannot run, each with what to do."""
 

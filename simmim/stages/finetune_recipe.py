@@ -85,9 +85,7 @@ def _check_same_task(file: Path, wanted: Recipe, given: dict[str, Any]) -> None:
     existing = load_recipe(str(file))
     old, new = (recipe.stages.get("finetune") for recipe in (existing, wanted))
     pairs: dict[str, Any] = {"data": (existing.data.path, wanted.data.path)}
-    pairs |= {
-        key: (getattr(old, key, None), getattr(new, key)) for key in ("init_from", *STAGE_SIZES) if key in given
-    }
+    pairs |= {key: (getattr(old, key, None), getattr(new, key)) for key in ("init_from", *STAGE_SIZES) if key in given}
     for key, (before, now) in pairs.items():
         if before != now:
             raise ValueError(f"{file} was written for {key} {before}, not {now}: give another --name, or edit it")

@@ -24,7 +24,7 @@ CHECKSUMS = "checksums.json"
 
 
 class Position(NamedTuple):
-    """Where a stage starts or resumes."""
+    """Position at which a stage starts or resumes."""
 
     checkpoint: Path | None
     """None: at the start."""

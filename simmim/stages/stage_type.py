@@ -39,11 +39,11 @@ class StageType(ABC, Generic[S]):
     preview_folder: ClassVar[str] = "predictions"
     """Folder of the preview images in the run folder."""
     has_builtin_data: ClassVar[bool] = False
-    """Whether ``builtin:shapes`` can be used."""
+    """True if ``builtin:shapes`` can be used."""
     has_image_labels: ClassVar[bool] = False
-    """Whether batches hold one label per image."""
+    """True if batches hold one label per image."""
     is_supervised: ClassVar[bool] = False
-    """Whether the stage has labels. Validation images of such a stage are excluded from training in all stages."""
+    """True if the stage has labels. Validation images of such a stage are excluded from training in all stages."""
 
     # Datasets
 

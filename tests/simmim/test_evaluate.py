@@ -243,9 +243,12 @@ def test_the_description_of_an_export_is_parsed_once(command, kind, exports, pho
     else:
         write_coco(data, "val", count=2)
         description = json.loads((data / "annotations/val.json").read_text())
-        description["categories"] = [{**known, "name": name} for known, name in zip(description["categories"], ("cat", "dog"))]
-        names = {known["id"] for known in description["categories"]}
-        description["annotations"] = [box for box in description["annotations"] if box["category_id"] in names]
+        known = description["categories"][:2]
+        description["categories"] = [
+            {**category, "name": name} for category, name in zip(known, ("cat", "dog"), strict=True)
+        ]
+        ids = {category["id"] for category in known}
+        description["annotations"] = [box for box in description["annotations"] if box["category_id"] in ids]
         (data / "annotations/val.json").write_text(json.dumps(description))
     opened, open_path = [], Path.open
 

@@ -197,7 +197,7 @@ def test_rows_of_a_wider_classifier(tmp_path):
     for text, message in (
         ("1\n2\n", "has 2 indices for 4 classes"),
         ("1\n2\n3\n9\n", "names class 9, but the old classifier has 0 to 8"),
-        ("a\n", "expected fresh, keep or a file of class numbers"),
+        ("a\n", "expected fresh, keep or a file of class indices"),
     ):
         mapping.write_text(text)
         with pytest.raises(ValueError, match=message):

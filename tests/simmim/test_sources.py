@@ -139,11 +139,7 @@ def test_missing_labels_are_missed_before_anything_is_trained(photos, later, tmp
     assert not (tmp_path / "out").exists()
     job = make_job(recipe, "pretrain", tmp_path / "out", "no")
     ((which, why),) = job.datasets.problems
-    assert (
-        which.startswith("stages.")
-        and "gone" in why
-        and why.endswith("cannot be excluded from training")
-    )
+    assert which.startswith("stages.") and "gone" in why and why.endswith("cannot be excluded from training")
 
 
 def test_images_to_be_judged_by_may_lie_among_the_others(photos):
