@@ -296,8 +296,8 @@ def _need(encoder: SwinEncoder, library: str, *known: dict[str, str]) -> dict[st
         return kind
     extra = f" with an extra norm every {config.extra_norm_interval} blocks" if config.extra_norm_interval else ""
     raise ValueError(
-        f"{library} implements plain Swin V1 and V2, but not {', '.join(kind.values())}{extra}: use --to native, onnx or "
-        "torch-export"
+        f"{library} implements plain Swin V1 and V2, but not {', '.join(kind.values())}{extra}: use --to native, "
+        "onnx or torch-export"
     )
 
 
