@@ -27,7 +27,7 @@ from simmim.export.heads import HEAD, load_head
 from simmim.metrics.average_precision import AveragePrecision, coco_results
 from simmim.tasks.detection import Detection
 from simmim.training.distributed import make_accelerator
-from simmim.training.engine import Batch, in_step, to_device
+from simmim.training.engine import Batch, synchronized_batches, to_device
 from simmim.visualization import drawing
 from swin import load_description, load_encoder
 
@@ -83,12 +83,12 @@ def average_precision(
     Args:
         batches: this process's share of ``source``, no image twice.
         source: knows the truth: :class:`CocoImages`, or a subset of it.
-        filler: as of :func:`simmim.training.engine.in_step`.
+        filler: as of :func:`simmim.training.engine.synchronized_batches`.
     """
     scenes = source.source if isinstance(source, Subset) else source
     assert isinstance(scenes, CocoImages)
     metric, images = AveragePrecision(masks=task.masks), 0
-    for batch, count in in_step(batches, accelerator, filler):
+    for batch, count in synchronized_batches(batches, accelerator, filler):
         found = task.predict(to_device(batch, accelerator.device))
         if count:
             metric.add(found, [scenes.truth(image_id) for image_id in batch["image_id"].tolist()])

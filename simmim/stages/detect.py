@@ -19,7 +19,7 @@ from simmim.stages.datasets import make_sources
 from simmim.stages.initialization import make_start, resume_fingerprint
 from simmim.stages.runner import Job, Trained
 from simmim.tasks.detection import Detection
-from simmim.training.run_log import write_whole
+from simmim.training.run_log import write_atomically
 from swin import SwinEncoder
 from swin.config import Pair
 
@@ -102,7 +102,7 @@ def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
     if not measured:
         raise ValueError(f"none of the held-out images could be read: checkpoints are in {log.folder}")
     shown = "  ".join(f"{name} {measured[name]:.3f}" for name in MEASURES if name in measured)
-    log.say(f"held-out, {measured['images']} images: {shown or 'they show no object'}")
+    log.info(f"held-out, {measured['images']} images: {shown or 'they show no object'}")
     if log.is_main:
         numbers = {f"validation_{name}": value for name, value in measured.items()}
-        write_whole(log.folder / "summary.json", json.dumps(numbers, indent=2) + "\n")
+        write_atomically(log.folder / "summary.json", json.dumps(numbers, indent=2) + "\n")

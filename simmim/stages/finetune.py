@@ -21,7 +21,7 @@ from simmim.stages.run_folder import part_of
 from simmim.stages.runner import Job, Trained
 from simmim.tasks.classification import Classification
 from simmim.training.engine import evaluate
-from simmim.training.run_log import write_whole
+from simmim.training.run_log import write_atomically
 from swin import SwinEncoder
 from swin.config import Pair
 
@@ -35,26 +35,26 @@ def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
     log = trained.log
     measured = evaluate(trained.task, trained.views, accelerator, trained.preview)
     if isinstance(trained.views, Batches):
-        log.corrupt(list(trained.views.corrupt.items()))
+        log.log_corrupt_images(list(trained.views.corrupt.items()))
     numbers = {f"validation_{key}": value for key, value in measured.items()}
     if not numbers:
         raise ValueError(f"none of the held-out images could be read: checkpoints are in {log.folder}")
     image = trained.preview["image"]
     how = f" by {image.shape[1]} views each" if image.ndim == 6 else ""
-    log.say(f"held-out top-1 {numbers['validation_top1']:.2%}, top-5 {numbers['validation_top5']:.2%}{how}")
+    log.info(f"held-out top-1 {numbers['validation_top1']:.2%}, top-5 {numbers['validation_top5']:.2%}{how}")
     tests: dict[str, dict[str, float]] = {}
     for place, views in trained.tests.items():
         found = evaluate(trained.task, views, accelerator, trained.preview)
         if isinstance(views, Batches):
-            log.corrupt(list(views.corrupt.items()))
+            log.log_corrupt_images(list(views.corrupt.items()))
         if found:
-            log.say(f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}{how} of {place}")
+            log.info(f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}{how} of {place}")
         else:
-            log.say(f"warning: none of the images of {place} could be read")
+            log.warning(f"none of the images of {place} could be read")
         for key, value in found.items():
             tests.setdefault(f"test_{key}", {})[place] = value
     if log.is_main:
-        write_whole(log.folder / "summary.json", json.dumps(numbers | tests, indent=2) + "\n")
+        write_atomically(log.folder / "summary.json", json.dumps(numbers | tests, indent=2) + "\n")
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:

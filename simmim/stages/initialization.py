@@ -88,7 +88,7 @@ def schedule_of(stage: Stage, num_images: int, total_steps: int) -> LearningRate
 def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     """The encoder that a stage starts from, at its own image and window size.
 
-    From scratch its parameters are on the meta device: :func:`simmim.training.distributed.draw_weights`.
+    From scratch its parameters are on the meta device: :func:`simmim.training.distributed.initialize_parameters`.
 
     Raises:
         ValueError: the stage before has not been run, or weights that are not what the recipe says.

@@ -22,8 +22,8 @@ from simmim.stages.runner import Job, Trained
 from simmim.tasks.simmim import Reconstruction, SimMIM, mean_of_squares
 from simmim.tasks.task import Task
 from simmim.tasks.video import VideoSimMIM
-from simmim.training.engine import evaluate, in_step, mean_over_images, to_device
-from simmim.training.run_log import write_whole
+from simmim.training.engine import evaluate, synchronized_batches, mean_over_images, to_device
+from simmim.training.run_log import write_atomically
 from simmim.visualization.reconstructions import DECODER
 from swin import SwinEncoder, VideoEncoder
 
@@ -99,8 +99,8 @@ def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
     if not numbers:
         return
     sums: dict[str, float] = {}
-    for batch, images in in_step(trained.views, accelerator, trained.preview):
-        log.corrupt(batch["corrupt"])
+    for batch, images in synchronized_batches(trained.views, accelerator, trained.preview):
+        log.log_corrupt_images(batch["corrupt"])
         shown = reconstruction_of(task, to_device(batch, accelerator.device))
         predictions = {"predict zero": torch.zeros_like(shown.target)}
         if task.norm_target_window is None:
@@ -113,12 +113,12 @@ def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
             sums[name] = sums.get(name, 0.0) + l1 * images
         sums["images"] = sums.get("images", 0.0) + images
     table = mean_over_images(sums)
-    log.say("held-out masked L1 (lower is better):")
+    log.info("held-out masked L1 (lower is better):")
     for name, value in table.items():
-        log.say(f"  {value:.4f}  {name}")
+        log.info(f"  {value:.4f}  {name}")
     if log.is_main:
         summary = json.dumps({**numbers, "validation_masked_l1": table}, indent=2) + "\n"
-        write_whole(log.folder / "summary.json", summary)
+        write_atomically(log.folder / "summary.json", summary)
 
 
 def reconstruction_of(task: SimMIM | VideoSimMIM, batch: dict[str, Tensor]) -> Reconstruction:

@@ -19,9 +19,9 @@ from simmim.data.loader import Batch, SampleDataset
 from simmim.rng import derive_seed
 from simmim.stages.runner import Job
 from simmim.stages.stage_type import room_of
-from simmim.training.attention_backend import attend_as_before
+from simmim.training.attention_backend import restore_attention_backend
 from simmim.training.checkpoint import load_weights, verify
-from simmim.training.distributed import give_memory, make_accelerator
+from simmim.training.distributed import allocate_parameters, make_accelerator
 from simmim.training.engine import to_device
 from simmim.training.nonfinite_dump import FOLDER
 
@@ -41,7 +41,7 @@ def replay(report: Path) -> Replay:
     """Do a step again, in one process, from its black box.
 
     Args:
-        report: ``blackbox/step_00000123.json``, or the folder of a stage, for its newest one.
+        report: ``nonfinite/step_00000123.json``, or the folder of a stage, for its newest one.
 
     Raises:
         ValueError: there is none, or what it needs is missing or damaged.
@@ -63,10 +63,10 @@ def replay(report: Path) -> Replay:
     recipe = load_recipe(str(stage_folder / "recipe.yaml"))
     name = stage_folder.name
     job = room_of(recipe.stages[name]).make_job(recipe, stage_folder.parents[1], name, accelerator.mixed_precision)
-    give_memory(job.task, torch.device("cpu"))
+    allocate_parameters(job.task, torch.device("cpu"))
     load_weights(weights, job.task)
     job.task.to(accelerator.device).train()
-    attend_as_before(job.task.encoder, recipe.stages[name], stage_folder, accelerator.device)
+    restore_attention_backend(job.task.encoder, recipe.stages[name], stage_folder, accelerator.device)
     return _again(about, job, recipe.data.read_timeout_s, accelerator)
 
 

@@ -19,10 +19,10 @@ from simmim.signals import StopRequest
 from simmim.stages.initialization import chunks_of, derive_accumulation, schedule_of
 from simmim.stages.run_folder import common_starting_point, export, is_done, open_folder, publish
 from simmim.tasks.task import Task
-from simmim.training.attention_backend import set_speed
+from simmim.training.attention_backend import configure_speed
 from simmim.training.checkpoint import Checkpoints, load_checkpoint
-from simmim.training.distributed import distribute, make_accelerator, usual_precision, whole_weights
-from simmim.training.engine import fit
+from simmim.training.distributed import distribute, make_accelerator, default_precision, full_state_dict
+from simmim.training.engine import LoopSettings, fit
 from simmim.training.footprint import footprint, free_bytes, gigabytes, sizes, states_bytes
 from simmim.training.memory import device_bytes
 from simmim.training.optim import make_optimizer
@@ -113,7 +113,7 @@ def carry_out(
         Stopped, NonFiniteLoss, OSError: as of :func:`simmim.training.engine.fit`.
     """
     stage, folder = recipe.stages[name], out / recipe.name / name
-    accelerator = make_accelerator(precision or usual_precision(folder), stage.log.trackers, folder)
+    accelerator = make_accelerator(precision or default_precision(folder), stage.log.trackers, folder)
     job = make_job(recipe, out, name, accelerator.mixed_precision)
     with locked(folder, is_main=accelerator.is_main_process):
         if is_done(folder, job.settings):
@@ -125,7 +125,7 @@ def carry_out(
                 evaluate(trained, accelerator)
             if accelerator.is_main_process:
                 publish(write_export(job, recipe, name, folder, trained.weights), folder / "export")
-                trained.log.say(f"pictures  {trained.log.pictures}\nexport    {folder / 'export'}  (swin.load_encoder)")
+                trained.log.info(f"pictures  {trained.log.image_folder}\nexport    {folder / 'export'}  (swin.load_encoder)")
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -162,7 +162,7 @@ def train(
         folder, job.settings, accelerator, allow_changes
     )
     log = open_folder(folder, recipe, accelerator, job.pictures, len(job.training))
-    log.say(
+    log.info(
         f"{recipe.name}/{name}: {recipe.encoder.name}, {sum(p.numel() for p in task.parameters()):,} "
         f"parameters; {len(job.training):,} {what} at {config.image_size[0]} x {config.image_size[1]} px; "
         f"{total_steps} steps of "
@@ -171,20 +171,20 @@ def train(
         f"in {accelerator.mixed_precision}; seed {recipe.seed}"
     )
     for problem in passed_over:
-        log.event(start_step, "passed over", problem)
-        log.say(f"warning: {problem}: passed over")
-    log.say(f"continues at step {start_step} from {checkpoint}" if checkpoint else f"starts from {job.start}")
+        log.log_event(start_step, "damaged_checkpoint", problem)
+        log.warning(f"{problem}: skipped")
+    log.info(f"continues at step {start_step} from {checkpoint}" if checkpoint else f"starts from {job.start}")
     if changed:
-        log.event(start_step, "settings changed", changed)
-        log.say(f"warning: settings changed since then: {changed}")
+        log.log_event(start_step, "settings_changed", changed)
+        log.warning(f"settings changed since then: {changed}")
     if checkpoint:
-        log.event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
-    warnings = [("left out", text) for text in told(job.problems)]
+        log.log_event(start_step, "resumed", f"from {checkpoint.name} by {accelerator.num_processes} process(es)")
+    warnings = [("excluded_data", text) for text in told(job.problems)]
     warnings += [("memory", warning) for warning in save_memory(job, stage, accelerator)]
-    warnings += [("speed", text) for text in set_speed(task.encoder, stage, accelerator, folder, log.say)]
+    warnings += [("speed", text) for text in configure_speed(task.encoder, stage, accelerator, folder)]
     for kind, warning in warnings:
-        log.event(start_step, kind, warning)
-        log.say(f"warning: {warning}")
+        log.log_event(start_step, kind, warning)
+        log.warning(warning)
     model, optimizer, ema = distribute(task, lambda: optimizer_of(job, stage.optimizer), job.ema_decay, accelerator)
     if checkpoint is not None:
         load_checkpoint(checkpoint, task, optimizer, ema and ema.module)
@@ -225,30 +225,32 @@ def train(
                     start_step=start_step,
                     end_step=total_steps,
                 ),
+                LoopSettings(
+                    start_step=start_step,
+                    total_steps=total_steps,
+                    accumulation=accumulation,
+                    images_per_epoch=len(job.training),
+                    seed=recipe.seed,
+                    clip_grad_norm=stage.optimizer.clip_grad_norm,
+                    metrics_every_steps=stage.log.metrics_every_steps,
+                    evaluate_every_steps=stage.log.evaluate_every_steps,
+                    checkpoint_every_steps=stage.log.checkpoint_every_steps,
+                ),
                 lr_at=schedule_of(stage, len(job.training), total_steps),
-                start_step=start_step,
-                total_steps=total_steps,
-                accumulation=accumulation,
-                clip_grad_norm=stage.optimizer.clip_grad_norm,
-                images_per_epoch=len(job.training),
-                seed=recipe.seed,
                 log=log,
                 checkpoints=checkpoints,
                 stop=stop,
                 validation=views,
                 preview=preview,
                 ema=ema,
-                metrics_every_steps=stage.log.metrics_every_steps,
-                evaluate_every_steps=stage.log.evaluate_every_steps,
-                checkpoint_every_steps=stage.log.checkpoint_every_steps,
             )
     if isinstance(views, Batches):
-        log.corrupt(list(views.corrupt.items()))
+        log.log_corrupt_images(list(views.corrupt.items()))
     if job.final_view is not None:
         views, preview = make_views(job.validation, job.final_view, *looking), make_preview(job, final=True)
     judged = task if ema is None else ema.module
     tests = {place: make_views(its, job.final_view or job.view, *looking) for place, its in job.tests.items()}
-    return Trained(judged.eval(), whole_weights(judged, accelerator), job.validation, views, preview, tests, log)
+    return Trained(judged.eval(), full_state_dict(judged, accelerator), job.validation, views, preview, tests, log)
 
 
 def optimizer_of(job: Job, settings: Optimizer) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from simmim.stages.datasets import make_sources
 from simmim.stages.initialization import make_start, resume_fingerprint
 from simmim.stages.runner import Job, Trained
 from simmim.tasks.segmentation import Segmentation
-from simmim.training.run_log import write_whole
+from simmim.training.run_log import write_atomically
 from swin import SwinEncoder
 
 
@@ -31,16 +31,16 @@ def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
     task, log, validation = trained.task, trained.log, trained.validation
     assert isinstance(task, Segmentation) and validation is not None
     found = evaluate_whole_images(task, validation, accelerator, is_sharded=accelerator.is_fsdp2)
-    log.corrupt(list(found.corrupt.items()))
+    log.log_corrupt_images(list(found.corrupt.items()))
     numbers = found.numbers
-    log.say(
+    log.info(
         f"held-out mean IoU {numbers['mean_iou']:.2%}, mean accuracy {numbers['mean_accuracy']:.2%}, pixels "
         f"{numbers['pixel_accuracy']:.2%}, of {numbers['images']:,.0f} whole images"
     )
     if log.is_main:
         summary = {f"validation_{key}": value for key, value in numbers.items()}
         content = {**summary, "validation_iou": found.of_classes}
-        write_whole(log.folder / "summary.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(log.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
 
 def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:

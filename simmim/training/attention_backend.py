@@ -17,15 +17,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from simmim.config import Stage
-from simmim.training.footprint import shape_of
-from simmim.training.run_log import write_whole
+from simmim.training.footprint import to_meta
+from simmim.training.run_log import write_atomically
 from swin import SwinEncoder
 from swin.blocks import SwinBlock
 from swin.encoder import SwinStage
 
 FILE = "attention.json"
 DEVICES = ("cuda",)  # where there is something to choose
-FURTHEST = {"no": 1e-2, "bf16": 0.1}
+MAX_RELATIVE_ERROR = {"no": 1e-2, "bf16": 0.1}
 """Two ways that are further apart, by the norm of the difference over the norm, do not have the same numbers. Rounding
 leaves 1e-6 and 1e-2."""
 ROUNDS = 3
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     kernel_ms: float | None = None
 
 
-def set_speed(
+def configure_speed(
     encoder: SwinEncoder,
     stage: Stage,
     accelerator: Accelerator,
@@ -62,7 +62,7 @@ def set_speed(
     """
     if stage.speed.compile:
         return compile_blocks(encoder, stage.micro_batch_size, accelerator, say)
-    return choose_attention(encoder, stage, accelerator, folder, say)
+    return choose_attention_backend(encoder, stage, accelerator, folder, say)
 
 
 def compile_blocks(
@@ -83,8 +83,8 @@ def compile_blocks(
         return [f"blocks are not compiled: compiled attention goes at once, and memory asks for {max(parts)} chunks"]
     begin, reason = time.perf_counter(), ""
     try:
-        with _nothing_drawn(accelerator):
-            for stage, tokens in stages_of(encoder, batch_size, accelerator):
+        with _preserve_rng_state(accelerator):
+            for stage, tokens in stages_with_inputs(encoder, batch_size, accelerator):
                 make_step(stage, tokens, accelerator, switch)(True)
     except Exception as error:  # whatever a compiler may say
         reason = _in_a_line(error)
@@ -96,7 +96,7 @@ def compile_blocks(
     return []
 
 
-def choose_attention(
+def choose_attention_backend(
     encoder: SwinEncoder,
     stage: Stage,
     accelerator: Accelerator,
@@ -124,7 +124,7 @@ def choose_attention(
         choice = read_choice(folder, machine)
         if choice is None:
             choice = measure(encoder, stage.micro_batch_size, accelerator)
-            write_whole(folder / FILE, json.dumps({**choice._asdict(), "machine": machine}, indent=2) + "\n")
+            write_atomically(folder / FILE, json.dumps({**choice._asdict(), "machine": machine}, indent=2) + "\n")
         found[0] = choice
     choice = broadcast_object_list(found)[0]
     encoder.use_kernel(choice.fused, device=device)
@@ -134,7 +134,7 @@ def choose_attention(
     return []
 
 
-def attend_as_before(encoder: SwinEncoder, stage: Stage, folder: Path, device: torch.device) -> None:
+def restore_attention_backend(encoder: SwinEncoder, stage: Stage, folder: Path, device: torch.device) -> None:
     """As the stage of that folder did, where the kernel can run."""
     kept, wanted = read_choice(folder), stage.speed.fused_attention
     fused = wanted is True or (wanted == "auto" and kept is not None and kept.fused)
@@ -173,10 +173,10 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
     def switch(block: SwinBlock, on: bool) -> None:
         block.attn.fused = on
 
-    device, furthest = accelerator.device, FURTHEST[accelerator.mixed_precision]
+    device, furthest = accelerator.device, MAX_RELATIVE_ERROR[accelerator.mixed_precision]
     seconds, fits = {False: 0.0, True: 0.0}, True
-    with _nothing_drawn(accelerator):
-        for stage, tokens in stages_of(encoder, batch_size, accelerator):
+    with _preserve_rng_state(accelerator):
+        for stage, tokens in stages_with_inputs(encoder, batch_size, accelerator):
             step = make_step(stage, tokens, accelerator, switch)
             try:
                 expected = step(False)
@@ -207,7 +207,7 @@ def measure(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> 
     return Choice(False, f"attention without its kernel: {plain:.1f} ms against {kernel:.1f}", False, plain, kernel)
 
 
-def stages_of(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> Iterator[tuple[SwinStage, Tensor]]:
+def stages_with_inputs(encoder: SwinEncoder, batch_size: int, accelerator: Accelerator) -> Iterator[tuple[SwinStage, Tensor]]:
     """Every stage, and tokens ``(b, h, w, c)`` without numbers of the kind that its blocks get: what autocast makes of
     them depends on the device and on what comes before."""
     device = accelerator.device
@@ -227,7 +227,7 @@ def blocks_of(stage: SwinStage) -> list[SwinBlock]:
 
 def _copy(module: nn.Module, device: torch.device) -> Any:
     """The same without numbers."""
-    return copy.deepcopy(module, {id(p): shape_of(p) for p in module.parameters()}).to_empty(device=device)
+    return copy.deepcopy(module, {id(p): to_meta(p) for p in module.parameters()}).to_empty(device=device)
 
 
 def make_step(
@@ -280,7 +280,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _nothing_drawn(accelerator: Accelerator) -> Iterator[None]:
+def _preserve_rng_state(accelerator: Accelerator) -> Iterator[None]:
     """Random numbers go on afterwards as if there had been none."""
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         yield

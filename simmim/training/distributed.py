@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from simmim.tasks.task import Task
-from simmim.training.footprint import shape_of
+from simmim.training.footprint import to_meta
 from simmim.training.run_log import ENVIRONMENT
 from swin.blocks import SwinBlock
 
@@ -39,7 +39,7 @@ def distribute(
     meta device) get them part by part: no process ever holds them all.
     """
     if not accelerator.is_fsdp2:
-        draw_weights(give_memory(task, torch.device("cpu")))  # where all draw the same
+        initialize_parameters(allocate_parameters(task, torch.device("cpu")))  # where all draw the same
         task.to(accelerator.device)
         ema = make_ema(task, ema_decay, shapes_only=False) if ema_decay else None
         return *accelerator.prepare(task, make_optimizer()), ema
@@ -50,10 +50,10 @@ def distribute(
     # accelerate shards no model without an optimizer, and finds the parameters of that one by addresses, which those
     # on the meta device share: it gets one to throw away, and the real one when there are parameters.
     model, _ = accelerator.prepare(task, torch.optim.SGD(task.parameters()))
-    draw_weights(give_memory(task, accelerator.device))
+    initialize_parameters(allocate_parameters(task, accelerator.device))
     if ema is not None:
         fsdp2_prepare_model(accelerator, ema.module)
-        give_memory(ema.module, accelerator.device)
+        allocate_parameters(ema.module, accelerator.device)
         ema.set(task)
     for module in shared:
         for method in ("measure", "picture", "predict", "reconstruct"):
@@ -65,7 +65,7 @@ def distribute(
 def make_ema(task: Task, decay: float, *, shapes_only: bool) -> ModelEmaV3:
     """The average of the weights, which begins with a copy of them, or of their shapes on the meta device."""
     ema = ModelEmaV3(task.head, decay=decay)  # which must not be on the meta device
-    copied: dict[int, Any] = {id(p): shape_of(p) for p in task.parameters()} if shapes_only else {}
+    copied: dict[int, Any] = {id(p): to_meta(p) for p in task.parameters()} if shapes_only else {}
     ema.module = deepcopy(task, copied).eval()
     return ema
 
@@ -74,22 +74,22 @@ Open = dict[nn.Module, list[str]]
 """Parameters that have a shape, and no numbers yet: their names, by the module that they belong to."""
 
 
-def open_parameters(model: nn.Module) -> Open:
+def meta_parameters(model: nn.Module) -> Open:
     """Those on the meta device."""
     own = {module: dict(module.named_parameters(recurse=False)) for module in model.modules()}
     found = {module: [name for name, p in those.items() if p.device.type == "meta"] for module, those in own.items()}
     return {module: names for module, names in found.items() if names}
 
 
-def give_memory(model: nn.Module, device: torch.device) -> Open:
+def allocate_parameters(model: nn.Module, device: torch.device) -> Open:
     """Memory, on ``device``, for parameters that had none; which these are."""
-    found = open_parameters(model)
+    found = meta_parameters(model)
     model._apply(lambda x: torch.empty_like(x, device=device) if x.device.type == "meta" else x)
     return found
 
 
 @torch.no_grad()
-def draw_weights(found: Open) -> None:
+def initialize_parameters(found: Open) -> None:
     """Numbers from torch's generator, one module at a time.
 
     Of a module that is shared out every process draws the whole, the same as one alone would, and keeps its part.
@@ -107,7 +107,7 @@ def draw_weights(found: Open) -> None:
             setattr(module, name, kept[name])
 
 
-def whole_weights(task: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+def full_state_dict(task: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
     """The weights of an objective; gathered on the first process where each holds a part."""
     if not accelerator.is_fsdp2:
         return task.state_dict()
@@ -161,7 +161,7 @@ def make_accelerator(precision: str | None, trackers: Sequence[str] = (), folder
     return accelerator
 
 
-def usual_precision(folder: Path | None = None) -> str | None:
+def default_precision(folder: Path | None = None) -> str | None:
     """What a stage is trained in where nobody says: what it was begun in, which its folder knows; else bf16 on
     processors that multiply it; None is accelerate's own."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ:

@@ -138,7 +138,7 @@ def measure_step(task: Task, batch_size: int, precision: str) -> int:
 def _without_numbers(planned: Task, device: str) -> Iterator[Task]:
     """A copy with fake tensors of the processor; with the casts of a GPU's autocast, which normalises in fp32."""
     tensors = [*planned.parameters(), *planned.buffers()]
-    task = copy.deepcopy(planned, {id(x): shape_of(x) for x in tensors})
+    task = copy.deepcopy(planned, {id(x): to_meta(x) for x in tensors})
     if device == "cuda":
         for module in task.modules():
             if isinstance(module, nn.LayerNorm):
@@ -150,7 +150,7 @@ def _without_numbers(planned: Task, device: str) -> Iterator[Task]:
         yield task.to_empty(device="cpu")
 
 
-def shape_of(tensor: Tensor) -> Tensor:
+def to_meta(tensor: Tensor) -> Tensor:
     """The same on the meta device."""
     shape = torch.empty_like(tensor, device="meta")
     return nn.Parameter(shape) if isinstance(tensor, nn.Parameter) else shape

@@ -25,7 +25,7 @@ from swin import SwinConfig
 from swin.config import make_config
 
 SIZES = ((192, 12), (256, 16), (384, 24))
-FURTHEST = {"fp32": 1e-4, "bf16": 2e-2}
+MAX_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 2e-2}
 """By the norm of the difference over the norm; rounding leaves 1e-6 to 1e-5, and 4e-3."""
 FURTHEST_LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 STEPS = 5
@@ -108,7 +108,7 @@ def check_agreement(out: Path, device: torch.device, names: Sequence[str], sizes
     for encoder in names:
         for px, side in sizes:
             config = make_config(encoder, image_size=px, window_size=side)
-            for precision, furthest in FURTHEST.items():
+            for precision, furthest in MAX_RELATIVE_ERROR.items():
                 for kind, both in agreement(config, precision, device).items():
                     fits = all(off <= furthest for off in both["kernel"])
                     wrong += not fits

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from simmim import stages
 from simmim.config.loading import load_recipe
 from simmim.training import attention_backend
-from simmim.training.attention_backend import attend_as_before, choose_attention, read_choice
+from simmim.training.attention_backend import restore_attention_backend, choose_attention_backend, read_choice
 from swin import SwinEncoder, attention, make_encoder
 from swin.chunked_attention import attend
 from swin.windows import attention_mask, window_partition, window_reverse
@@ -70,7 +70,7 @@ def is_fused(encoder: SwinEncoder) -> bool:
 
 def choose(encoder, folder, fused_attention="auto") -> tuple[list[str], list[str]]:
     said: list[str] = []
-    warnings = choose_attention(encoder, stage_with(fused_attention), Accelerator(cpu=True), folder, said.append)
+    warnings = choose_attention_backend(encoder, stage_with(fused_attention), Accelerator(cpu=True), folder, said.append)
     return warnings, said
 
 
@@ -255,7 +255,7 @@ def test_a_run_uses_what_was_chosen_for_training_and_average(tmp_path, monkeypat
     folder = tmp_path / "tiny/pretrain"
     assert used and read_choice(folder).fused
     encoder = make_small()
-    attend_as_before(encoder, recipe.stages["pretrain"], folder, CPU)
+    restore_attention_backend(encoder, recipe.stages["pretrain"], folder, CPU)
     assert is_fused(encoder)
     other = load_recipe("demo", ["name=other", *TINY, "stages.pretrain.speed.fused_attention=false"])
     used.clear()

@@ -230,7 +230,7 @@ def test_the_script_sees_a_kernel_that_is_wrong(script, tmp_path, monkeypatch, c
         return right(qkv, factor, bias * fault, *rest, **kind)
 
     monkeypatch.setattr(benchmark, "attend_windows", wrong)
-    monkeypatch.setattr(script, "FURTHEST", {"fp32": 1e-4})
+    monkeypatch.setattr(script, "MAX_RELATIVE_ERROR", {"fp32": 1e-4})
     assert script.check_agreement(tmp_path, CPU, ["swinv2_tiny"], [(24, 3)]) == 3
     assert capsys.readouterr().out.count("DISAGREES") == 3
 

@@ -21,7 +21,7 @@ from simmim.training.checkpoint import (
     load_checkpoint,
     load_weights,
     newest_checkpoint,
-    sweep,
+    remove_unfinished,
     training_state,
     verify,
 )
@@ -195,7 +195,7 @@ def test_what_interrupted_writing_left_is_no_checkpoint(tmp_path):
     shutil.copytree(tmp_path / "step_00000001", tmp_path / ".writing_step_00000002")
     (tmp_path / "step_notes").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
-    sweep(tmp_path)
+    remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_notes"]
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_not_b
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert comparable_metrics(straight) == comparable_metrics(folder)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [(event["step"], event["event"]) for event in events] == [(9, "passed over"), (9, "resumed")]
+    assert [(event["step"], event["event"]) for event in events] == [(9, "damaged_checkpoint"), (9, "resumed")]
 
 
 def test_a_damaged_export_is_made_again(tmp_path):
@@ -293,7 +293,7 @@ def test_changed_settings_are_taken_when_that_is_wanted(tmp_path, capsys):
     assert "warning: settings changed since then: stage.schedule.base_lr: 0.05 -> 0.01" in printed
     folder = tmp_path / "tiny/pretrain"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [(event["step"], event["event"]) for event in events] == [(10, "settings changed"), (10, "resumed")]
+    assert [(event["step"], event["event"]) for event in events] == [(10, "settings_changed"), (10, "resumed")]
     rows = [row for row in comparable_metrics(folder) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 16)) and rows[-1]["lr"] < 0.0002
     stages.run_stage(slower, "pretrain", tmp_path)

@@ -32,7 +32,7 @@ def test_pretraining_on_a_folder_with_a_broken_jpeg(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("skipped a broken image") == 1 and "007.jpg" in printed
     assert "1 broken image(s) skipped so far" in printed
-    assert "007.jpg" in (tmp_path / "out/tiny/pretrain/bad_images.csv").read_text()
+    assert "007.jpg" in (tmp_path / "out/tiny/pretrain/corrupt_images.csv").read_text()
 
 
 @pytest.mark.parametrize(

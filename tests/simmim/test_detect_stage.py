@@ -98,10 +98,10 @@ def test_what_a_stage_leaves(chain):
 
 def test_bad_data_is_counted_and_named(chain):
     events = [json.loads(line) for line in (chain / "detect" / "events.jsonl").read_text().splitlines()]
-    (told,) = [event["text"] for event in events if event["event"] == "left out"]
+    (told,) = [event["text"] for event in events if event["event"] == "excluded_data"]
     assert told.startswith("3 problem(s) in the data: annotation 90: of image 12345, which is not listed; ")
     assert "annotation 91: of category 99" in told and "0.png: is missing" in told
-    assert any(event["event"] == "skipped" and "1.png" in event["text"] for event in events)
+    assert any(event["event"] == "corrupt_image" and "1.png" in event["text"] for event in events)
 
 
 def test_an_encoder_of_another_size_needs_no_flag(chain):

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from simmim.signals import StopRequest
 from simmim.training.checkpoint import Checkpoints
-from simmim.training.engine import fit
+from simmim.training.engine import LoopSettings, fit
 from simmim.training.health import Stability, overfitting
 from simmim.training.run_log import RunLog
 
@@ -101,19 +101,21 @@ def train(folder, model, start: int, total: int, *, lr: float, every: int, valid
         model,
         torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=0.0),
         [a_batch()] * total,
+        LoopSettings(
+            start_step=start,
+            total_steps=total,
+            accumulation=1,
+            images_per_epoch=1,
+            seed=0,
+            clip_grad_norm=None,
+            metrics_every_steps=every,
+            evaluate_every_steps=every,
+            checkpoint_every_steps=1000,
+        ),
         lr_at=lambda step: lr,
-        start_step=start,
-        total_steps=total,
-        accumulation=1,
-        clip_grad_norm=None,
-        images_per_epoch=1,
-        seed=0,
         log=RunLog(folder, is_main=True),
         checkpoints=Checkpoints(folder / "checkpoints", {}, keep=1),
         stop=StopRequest(),
-        metrics_every_steps=every,
-        evaluate_every_steps=every,
-        checkpoint_every_steps=1000,
         validation=validation,
         preview=a_batch(),
     )

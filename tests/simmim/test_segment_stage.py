@@ -218,7 +218,7 @@ def test_an_average_is_judged_and_exported(data, tmp_path):
     saved = load_file(next((export.parent / "checkpoints/step_00000005").glob("*.safetensors")))
     key = "head.classifier.linear.weight"
     exported = load_file(export / "head.safetensors")[key]
-    assert torch.equal(exported, saved[f"average/{key}"]) and not torch.equal(exported, saved[f"model/{key}"])
+    assert torch.equal(exported, saved[f"ema/{key}"]) and not torch.equal(exported, saved[f"model/{key}"])
 
 
 def test_bad_data_is_counted_and_named(tmp_path, capsys):
@@ -237,10 +237,10 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
     assert "8 images at 32 x 32 px" in printed
     assert "training/003.png (the file is empty)" in printed and "validation/002.png" in printed
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events].count("left out") == 1
+    assert [event["event"] for event in events].count("excluded_data") == 1
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation_images"] == 2
-    corrupt = [line.split(",")[0][-18:] for line in (folder / "bad_images.csv").read_text().splitlines()]
+    corrupt = [line.split(",")[0][-18:] for line in (folder / "corrupt_images.csv").read_text().splitlines()]
     assert sorted(corrupt) == ["s/training/003.png", "validation/002.png"]
     for file in annotations.glob("validation/*"):
         file.write_bytes(b"")

@@ -30,7 +30,7 @@ from simmim.stages.pretrain import make_task
 from simmim.tasks.simmim import SimMIM
 from simmim.training import engine
 from simmim.training.checkpoint import Checkpoints
-from simmim.training.optim import make_lr, make_optimizer
+from simmim.training.optim import LearningRate, make_lr, make_optimizer
 from simmim.training.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,13 @@ def tiny_recipe(*overrides: str):
     return load_recipe("demo", ["name=tiny", *TINY, *overrides])
 
 
-def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> SimMIM:
+def train_in_float64(
+    tmp_path: Path,
+    micro_batch_size: int,
+    *,
+    clip_grad_norm: float | None = 0.05,
+    lr_at: LearningRate = lambda step: 0.01,
+) -> SimMIM:
     torch.manual_seed(0)
     encoder = swin.make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4
@@ -75,26 +81,28 @@ def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> SimM
     batches = training_batches(
         source, RandomCrop((32, 32)), seed=0, batch_size=8, micro_batch_size=micro_batch_size, end_step=3
     )
-    arguments = {"clip_grad_norm": 0.05, "lr_at": lambda step: 0.01} | arguments
     engine.fit(
         accelerator,
         prepared,
         optimizer,
         batches,
-        start_step=0,
-        total_steps=3,
-        accumulation=8 // micro_batch_size,
-        images_per_epoch=20,
-        seed=0,
+        engine.LoopSettings(
+            start_step=0,
+            total_steps=3,
+            accumulation=8 // micro_batch_size,
+            images_per_epoch=20,
+            seed=0,
+            clip_grad_norm=clip_grad_norm,
+            metrics_every_steps=1,
+            evaluate_every_steps=100,
+            checkpoint_every_steps=100,
+        ),
+        lr_at=lr_at,
         log=RunLog(tmp_path, is_main=True),
         checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
         stop=StopRequest(),
-        metrics_every_steps=1,
-        evaluate_every_steps=100,
-        checkpoint_every_steps=100,
         validation=[],
         preview=next(iter(evaluation_batches(source, CenterCrop((32, 32)), batch_size=2))),
-        **arguments,
     )
     return model
 

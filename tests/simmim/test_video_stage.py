@@ -29,7 +29,7 @@ from simmim.planning.plan import config_of, make_planned
 from simmim.stages import run_stage
 from simmim.stages.initialization import make_start
 from simmim.stages.pretrain import make_task
-from simmim.training.distributed import draw_weights, give_memory
+from simmim.training.distributed import initialize_parameters, allocate_parameters
 from simmim.training.footprint import footprint, sizes
 from simmim.training.memory import choose_chunks
 from simmim.visualization import reconstructions
@@ -260,7 +260,7 @@ def test_a_start_from_images_gives_a_still_clip_the_features_of_its_image(chain)
     for encoder in scratch:
         assert isinstance(encoder, VideoEncoder) and next(encoder.parameters()).is_meta
         torch.manual_seed(0)
-        draw_weights(give_memory(encoder, torch.device("cpu")))
+        initialize_parameters(allocate_parameters(encoder, torch.device("cpu")))
     assert all(torch.equal(*pair) for pair in zip(scratch[0].parameters(), scratch[1].parameters(), strict=True))
 
 
@@ -338,7 +338,7 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
     for name in ("pretrain_clips", "finetune_48"):
         AcceleratorState._reset_state(reset_partial_state=True)
         export = run_stage(load_recipe(str(path), changes), name, tmp_path)
-        with (export.parent / "bad_images.csv").open() as file:
+        with (export.parent / "corrupt_images.csv").open() as file:
             found = {Path(row[0]).stem: row[1] for row in csv.reader(file)}
         wanted = {"cut", "empty", "text"} | ({"torn", "noise"} if name == "finetune_48" else set())
         assert set(found) == wanted and is_learning(export.parent)
