@@ -156,7 +156,7 @@ class Speed(Settings):
     @model_validator(mode="after")
     def _check_ways(self) -> Speed:
         if self.compile and self.fused_attention is True:
-            raise ValueError("compile and fused_attention: a compiled block has no use for the kernel, choose one")
+            raise ValueError("compile and fused_attention: compiled blocks do not use the fused kernel, set one of them to false")
         return self
 
 

@@ -86,7 +86,9 @@ def run_variant(variant: Recipe, seed: int, folder: Path, precision: str | None)
         raise ValueError("no image was held out of pretraining: raise data.validation_images, or give more images")
     masked_l1 = json.loads(first.read_text(encoding="utf-8"))["validation_masked_l1"]["model"]
     top1 = json.loads(second.read_text(encoding="utf-8"))["validation_top1"]
-    rates = [line["images_per_s"] for line in read_json_lines(folder / pretrain / "metrics.jsonl") if "images_per_s" in line]
+    rates = [
+        line["images_per_s"] for line in read_json_lines(folder / pretrain / "metrics.jsonl") if "images_per_s" in line
+    ]
     return Outcome(top1, masked_l1, median(rates))
 
 

@@ -22,7 +22,7 @@ from simmim.stages.runner import Job, Trained
 from simmim.tasks.simmim import Reconstruction, SimMIM, mean_of_squares
 from simmim.tasks.task import Task
 from simmim.tasks.video import VideoSimMIM
-from simmim.training.engine import evaluate, synchronized_batches, mean_over_images, to_device
+from simmim.training.engine import evaluate, mean_over_images, synchronized_batches, to_device
 from simmim.training.run_log import write_atomically
 from simmim.visualization.reconstructions import DECODER
 from swin import SwinEncoder, VideoEncoder

@@ -15,7 +15,7 @@ from torch import Tensor
 from simmim.config import Recipe
 from simmim.config.loading import dump_recipe
 from simmim.training.checkpoint import checksum, different_settings, fsync, newest_checkpoint, remove_unfinished
-from simmim.training.run_log import RunLog, write_environment, write_atomically
+from simmim.training.run_log import RunLog, write_atomically, write_environment
 from swin import SwinEncoder, load_description, save_encoder
 
 CHECKSUMS = "checksums.json"

@@ -21,7 +21,7 @@ from simmim.stages.run_folder import common_starting_point, export, is_done, ope
 from simmim.tasks.task import Task
 from simmim.training.attention_backend import configure_speed
 from simmim.training.checkpoint import Checkpoints, load_checkpoint
-from simmim.training.distributed import distribute, make_accelerator, default_precision, full_state_dict
+from simmim.training.distributed import default_precision, distribute, full_state_dict, make_accelerator
 from simmim.training.engine import LoopSettings, fit
 from simmim.training.footprint import footprint, free_bytes, gigabytes, sizes, states_bytes
 from simmim.training.memory import device_bytes
@@ -125,7 +125,9 @@ def carry_out(
                 evaluate(trained, accelerator)
             if accelerator.is_main_process:
                 publish(write_export(job, recipe, name, folder, trained.weights), folder / "export")
-                trained.log.info(f"pictures  {trained.log.image_folder}\nexport    {folder / 'export'}  (swin.load_encoder)")
+                trained.log.info(
+                    f"pictures  {trained.log.image_folder}\nexport    {folder / 'export'}  (swin.load_encoder)"
+                )
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()

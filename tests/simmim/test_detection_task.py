@@ -378,7 +378,7 @@ def test_parameters_have_their_rates():
 
 def test_weights_need_numbers_only_where_the_encoder_has_none():
     """A stage begins with an encoder without numbers; the head has its own, the same on every process."""
-    from simmim.training.distributed import initialize_parameters, allocate_parameters
+    from simmim.training.distributed import allocate_parameters, initialize_parameters
 
     with torch.device("meta"):
         encoder = swin.make_encoder("swinv2_tiny", embed_dim=16, depths=(1, 1), num_heads=(1, 2), image_size=64)

@@ -10,7 +10,7 @@ from torch import nn
 
 from simmim.tasks.classification import Classification
 from simmim.tasks.simmim import SimMIM
-from simmim.training.distributed import initialize_parameters, allocate_parameters, make_ema, meta_parameters
+from simmim.training.distributed import allocate_parameters, initialize_parameters, make_ema, meta_parameters
 from swin import SwinEncoder, make_config
 from tests.simmim.test_simmim_task import make_model
 

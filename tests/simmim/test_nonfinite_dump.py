@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from simmim import stages
 from simmim.cli.main import main
 from simmim.config.loading import load_recipe
-from simmim import stages
 from simmim.stages import replay, runner
 from simmim.training import engine
 from simmim.training.nonfinite_dump import MicroBatch, write_nonfinite_dump

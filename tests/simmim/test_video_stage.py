@@ -29,7 +29,7 @@ from simmim.planning.plan import config_of, make_planned
 from simmim.stages import run_stage
 from simmim.stages.initialization import make_start
 from simmim.stages.pretrain import make_task
-from simmim.training.distributed import initialize_parameters, allocate_parameters
+from simmim.training.distributed import allocate_parameters, initialize_parameters
 from simmim.training.footprint import footprint, sizes
 from simmim.training.memory import choose_chunks
 from simmim.visualization import reconstructions
