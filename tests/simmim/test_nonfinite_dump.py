@@ -50,7 +50,7 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
     step = about["step"]
     assert error.startswith(f"error: step {step}: loss nan, gradient norm nan; the step was not taken. `simmim replay")
     assert (
-        "from there on with --allow-changes" in error
+        "resume with it and --allow-changes" in error
         and str(report) in error
         and report.name == f"step_{step:08d}.json"
     )
@@ -167,7 +167,9 @@ def test_a_full_disk_does_not_hide_what_was_wrong(folder, tmp_path, monkeypatch,
     monkeypatch.setattr(engine, "write_nonfinite_dump", full)
     assert main(command(folder, tmp_path)) == 1
     error = capsys.readouterr().err
-    assert "the step was not taken. its black box is missing: [Errno 28] No space left on device." in error
+    assert (
+        "the step was not taken. The non-finite dump could not be written: [Errno 28] No space left on device." in error
+    )
 
 
 @pytest.mark.parametrize(
