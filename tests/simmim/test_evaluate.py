@@ -108,7 +108,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     [
         (
             ["predict", "segmenter", "PHOTOS", "scales=[1]"],
-            "scales: unknown key, (known here: short_px, stride, scales, flip, window)",
+            "scales: unknown key (known here: short_px, stride, scales, flip, window)",
         ),
         (["predict", "detector", "PHOTOS", "scales=[1"], "'scales=[1' is not valid YAML"),
         (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
@@ -119,7 +119,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["predict", "classifier", "PHOTOS", "path=there"], "path: unknown key"),
         (["predict", "detector", "PHOTOS", "soft_nms=foo"], "soft_nms: Input should be 'linear' or 'gaussian'"),
         (["predict", "detector", "PHOTOS", "scales=0.8"], "scales: Input should be a valid list (got 0.8)"),
-        (["predict", "detector", "PHOTOS", "short_px=90"], "long_px 64 is below short_px 90: raise it"),
+        (["predict", "detector", "PHOTOS", "short_px=90"], "long_px 64 must be at least short_px, 90"),
         (["predict", "plain", "PHOTOS"], "holds no classifier, segmenter or detector"),
         (["evaluate", "detector", "COCO"], "has no object of the 2 classes of the detector (cat, dog)"),
         (["evaluate", "detector", "PHOTOS", "scales=[]"], "scales: List should have at least 1 item"),
@@ -133,7 +133,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
         (["predict", "classifier", "views=2"], "no data: views=2 are options"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
-        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key, (known here: short_px"),
+        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key (known here: short_px"),
     ],
 )
 def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):

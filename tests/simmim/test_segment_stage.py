@@ -285,10 +285,10 @@ def test_some_of_the_labels(data):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.segment.test.stride=40", r"test.stride \[40, 40\] must not be above image_size \[32, 32\]"),
-        ("stages.segment.augment.scale=[2, 1]", r"scale must go from low to high"),
-        ("encoder={in_chans: 1, name: swinv2_tiny}", r"data.mean has 3 numbers"),
-        ("encoder.depths=[2]", r"segment needs a pyramid"),
+        ("stages.segment.test.stride=40", r"test.stride \[40, 40\] must not exceed image_size \[32, 32\]"),
+        ("stages.segment.augment.scale=[2, 1]", r"scale must be \[low, high\] with low not above high"),
+        ("encoder={in_chans: 1, name: swinv2_tiny}", r"data.mean has 3 values"),
+        ("encoder.depths=[2]", r"segment needs a feature pyramid"),
         ("stages.segment.head.chanels=4", r"did you mean 'channels'"),
     ],
 )
@@ -298,10 +298,10 @@ def test_recipes_that_cannot_work(override, message, data):
 
 
 def test_recipes_that_do_not_agree(data):
-    with pytest.raises(ValueError, match=r"test.stride \[16, 16\] is for windows: set test"):
+    with pytest.raises(ValueError, match=r"test.stride \[16, 16\] needs sliding windows: set test"):
         make_recipe(data, "stages.segment.test={stride: 16}")
     grey = ["encoder.in_chans=1", "data.mean=[0.5]", "data.std=[0.2]"]
-    with pytest.raises(ValueError, match="distort is for 3 channels: set it to false"):
+    with pytest.raises(ValueError, match="distort needs 3 channels: set it to false"):
         make_recipe(data, *grey)
     recipe = make_recipe(data, *grey, "stages.segment.augment.distort=false")
     assert recipe.stages["segment"].kind == "segment"

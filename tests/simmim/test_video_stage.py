@@ -343,7 +343,7 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
         wanted = {"cut", "empty", "text"} | ({"torn", "noise"} if name == "finetune_48" else set())
         assert set(found) == wanted and is_learning(export.parent)
         assert all(reasons[key] in reason for key, reason in found.items())
-    assert "skipped a broken image" in capsys.readouterr().out
+    assert "skipped a corrupt image" in capsys.readouterr().out
     numbers = evaluate_classifier(export, str(folder), num_workers=0)
     assert numbers["images"] == 6 and "noise.mp4" in capsys.readouterr().err
 
@@ -353,10 +353,10 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
     [
         ("stages.transfer_64.video=null", r"transfer_64 starts from finetune_48, an encoder of clips: give it a video"),
         ("stages.transfer_64.video.temporal_patch=1", r"whose tokens are of 2 frames: video.temporal_patch must be"),
-        ("stages.finetune_48.augment.rand_augment=rand-m9", r"paints on single images, not on clips: set it to null"),
-        ("stages.pretrain_clips.target.norm_window=9", r"target: of clips it is every masked pixel, by L1"),
-        ("data.value_range=[0, 9]", r"value_range is of image files: leave it out, stages.pretrain_clips has videos"),
-        ("stages.finetune_48.speed.fused_attention=true", r"the kernel knows no windows in time, take auto"),
+        ("stages.finetune_48.augment.rand_augment=rand-m9", r"is for images, not for clips: set it to null"),
+        ("stages.pretrain_clips.target.norm_window=9", r"target cannot be changed for clips"),
+        ("data.value_range=[0, 9]", r"value_range is for image files, but stages.pretrain_clips reads videos: remove it"),
+        ("stages.finetune_48.speed.fused_attention=true", r"the kernel does not support clips, use auto"),
         ("stages.finetune_48.video.temporal_window=8", r"temporal_window 8 is longer than the 2 tokens of 4 frames"),
         (
             "stages.finetune_48.video.frame=8",
