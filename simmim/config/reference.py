@@ -37,7 +37,7 @@ def document() -> str:
         )
         for key, field in model.model_fields.items():
             columns = (f"`{key}`", _type_of(field.annotation), _default_of(field), field.description or "")
-            sections[-1] += f"\n| {' | '.join(cell.replace('|', ' or ') for cell in columns)} |"
+            sections[-1] += f"\n| {' | '.join(text.replace('|', ' or ') for text in columns)} |"
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 

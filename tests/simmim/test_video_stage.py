@@ -351,11 +351,11 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("stages.transfer_64.video=null", r"transfer_64 starts from finetune_48, an encoder of clips: give it a video"),
-        ("stages.transfer_64.video.temporal_patch=1", r"whose tokens are of 2 frames: video.temporal_patch must be"),
+        ("stages.transfer_64.video=null", r"transfer_64 starts from finetune_48, an encoder of clips: add a video"),
+        ("stages.transfer_64.video.temporal_patch=1", r"whose tokens have 2 frames: set video.temporal_patch to 2"),
         ("stages.finetune_48.augment.rand_augment=rand-m9", r"is for images, not for clips: set it to null"),
         ("stages.pretrain_clips.target.norm_window=9", r"target cannot be changed for clips"),
-        ("data.value_range=[0, 9]", r"value_range is for image files, but stages.pretrain_clips reads videos: remove it"),
+        ("data.value_range=[0, 9]", r"value_range is for image files, but stages.pretrain_clips reads videos"),
         ("stages.finetune_48.speed.fused_attention=true", r"the kernel does not support clips, use auto"),
         ("stages.finetune_48.video.temporal_window=8", r"temporal_window 8 is longer than the 2 tokens of 4 frames"),
         (
