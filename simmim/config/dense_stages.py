@@ -234,7 +234,7 @@ class DetectStage(Supervised):
     hidden: Count = Field(1024, description="channels of the box heads")
     anchor_px: list[Count] | None = Field(
         None,
-        description="side of the anchors on each pyramid map, one more than encoder stages, px; null: 8 times its stride",
+        description="side of anchors on each pyramid map, one more than encoder stages, px; null: 8 times its stride",
     )
     regions_per_image: Count = Field(512, description="largest number of training regions per image for each box head")
     jitter: DetectJitter = Field(DetectJitter(), description="augmentation of training images")
