@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from simmim.training.console import configure_logging
 from swin.blocks import compiled_branches
 
 
@@ -15,6 +16,12 @@ def same_numbers_on_every_processor():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def console():
+    """Show log messages as the command line does, so that ``capsys`` sees them."""
+    configure_logging()
 
 
 @pytest.fixture(autouse=True)

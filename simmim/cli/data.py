@@ -30,7 +30,7 @@ def add_data(commands: Any) -> None:
     )
     actions = data.add_subparsers(required=True, metavar="ACTION")
     check = _add(actions, "check", _check, "decode every image once: what is broken, how large, mean and std")
-    check.add_argument("--report", type=Path, default=Path("bad_images.csv"), help="default: %(default)s")
+    check.add_argument("--report", type=Path, default=Path("corrupt_images.csv"), help="default: %(default)s")
     pack = _add(actions, "pack", _pack, "write images into shards: smaller, faster to decode, few files")
     pack.add_argument("out", type=Path, help="a new folder; a recipe then takes data.path=OUT")
     pack.add_argument("--short-side", type=int, metavar="PX", help="reduce larger images to it (default: 256; 0: none)")
@@ -93,7 +93,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     before, after = (result[f"bytes_{when}"] / 1e6 for when in ("before", "after"))
     print(f"{result['images']:,} images, {before:,.1f} MB -> {after:,.1f} MB; {result['broken']} broken ones left out")
     if result["corrupt"]:
-        print(f"named in {arguments.out / 'bad_images.csv'}")
+        print(f"named in {arguments.out / 'corrupt_images.csv'}")
     mean, std = (",".join(f"{value:g}" for value in result[name]) for name in ("mean", "std"))
     print(f"data.path={arguments.out}\nof these images: data.mean=[{mean}] data.std=[{std}]")
     return 0

@@ -21,6 +21,7 @@ from simmim.cli.experiments import add_experiments
 from simmim.cli.plan import add_plan
 from simmim.cli.visualize import add_look
 from simmim.signals import Stopped, obey_signals
+from simmim.training.console import configure_logging
 
 PRETRAIN_EXAMPLES = """examples:
   simmim pretrain recipes/demo.yaml
@@ -54,6 +55,7 @@ LAYOUTS = ("native", "timm", "transformers", "official", "onnx", "torch-export")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    configure_logging()
     parser = _parser()
     # argparse takes positional arguments in one run only; overrides may also follow options.
     arguments, further = parser.parse_known_args(argv)
@@ -223,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.set_defaults(run=_finetune, kinds=("finetune", "supervised", "transfer"))
 
     again = commands.add_parser("replay", help="do again a step whose loss or gradient was not finite; name its cause")
-    again.add_argument("report", type=Path, help="the folder of a stage, or a .json in its blackbox folder")
+    again.add_argument("report", type=Path, help="the folder of a stage, or a .json in its nonfinite folder")
     again.set_defaults(run=_replay, overrides=[])
 
     show = commands.add_parser("show", help="print a recipe with every value; without one, list the shipped recipes")

@@ -83,12 +83,12 @@ def _machine(arguments: argparse.Namespace) -> Machine:
     import torch
 
     from simmim.planning.plan import Machine, product_rate
-    from simmim.training.distributed import usual_precision
+    from simmim.training.distributed import default_precision
     from simmim.training.memory import device_bytes
 
     is_gpu = torch.cuda.is_available() or arguments.memory is not None
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = arguments.precision or ("bf16" if is_gpu else usual_precision() or "fp32")
+    precision = arguments.precision or ("bf16" if is_gpu else default_precision() or "fp32")
     rate = arguments.tflops * 1e12 if arguments.tflops else product_rate(here, precision)
     memory = arguments.memory or device_bytes(here)
     return Machine(arguments.gpus or 1, memory, precision, "cuda" if is_gpu else "cpu", rate, not arguments.tflops)

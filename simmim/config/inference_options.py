@@ -1,4 +1,4 @@
-"""What may be changed of an export where it judges or shows: options of commands and of loaders."""
+"""Inference options of exports, for commands and loaders."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from simmim.config.sections import Count, Settings, SizeOrNone
 
 
 class ClassifierOptions(Settings):
-    """Of videos."""
+    """Inference options of video classifiers."""
 
-    views: Count | None = Field(None, description="clips of a video; null: as it was judged")
-    crops: Count | None = Field(None, description="of each of them; null: as it was judged")
+    views: Count | None = Field(None, description="clips per video; null: as in the evaluation of the export")
+    crops: Count | None = Field(None, description="crops per clip; null: as in the evaluation of the export")
 
 
 class SegmenterOptions(SegmentInference):
-    """Of whole images."""
+    """Inference options of segmentation models."""
 
-    window: SizeOrNone = Field(None, description="px; null: the whole image at once")
+    window: SizeOrNone = Field(None, description="size of sliding windows, px; null: the full image at once")
 
 
 class SegmenterEvaluationOptions(SegmenterOptions):
-    """Of whole images and where their label maps are."""
+    """Inference options of segmentation models, and the label maps to evaluate on."""
 
     annotations: str | None = Field(None, description="label maps of the images")
 
 
 class DetectorOptions(DetectTest):
-    """Of whole images; what is not given is of the export, so that they are compared there."""
+    """Inference options of detectors; options that are not given are taken from the export."""
 
     @model_validator(mode="after")
     def _ordered(self) -> DetectorOptions:
+        """Skip the check of sides, which is made after the options of the export are filled in."""
         return self

@@ -1,4 +1,4 @@
-"""Reading recipes: files, overrides, and what is said of mistakes. What they may hold is in ``schema/``."""
+"""Reads recipes: files, overrides, and error messages for invalid values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         path: a file, or the name of a shipped recipe.
 
     Raises:
-        ValueError: no such file, not a recipe, or values that are refused; every problem on a line.
+        ValueError: no such file, not a recipe, or invalid values; one line for each problem.
     """
     file = find_recipe(path)
     values = _read_yaml(file)
@@ -31,10 +31,10 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def override(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """The same recipe with other values, as :func:`load_recipe` does it.
+    """Return a copy of a recipe with ``key.path=value`` overrides.
 
     Raises:
-        ValueError: values that are refused.
+        ValueError: invalid values.
     """
     return _build(recipe.model_dump(mode="json"), overrides, recipe.name)
 
@@ -55,10 +55,10 @@ def _build(values: dict[str, Any], overrides: list[str], where: str) -> Recipe:
 
 
 def read_options(model: type[Settings], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given, checked as those of a recipe are.
+    """Validate options of a command against a settings model; return those that are given.
 
     Raises:
-        ValueError: options that are not of the model, or values that are refused; every problem on a line.
+        ValueError: unknown options or invalid values; one line for each problem.
     """
     try:
         given: dict[str, Any] = model.model_validate(dict(options)).model_dump(exclude_unset=True)
@@ -69,12 +69,12 @@ def read_options(model: type[Settings], options: Mapping[str, Any]) -> dict[str,
 
 
 def shipped_recipes() -> list[Path]:
-    """The YAML files that come with the package."""
+    """List the YAML files shipped with the package."""
     return sorted(_recipes_folder().glob("*.yaml"))
 
 
 def find_recipe(path: str) -> Path:
-    """A file of the user, else a shipped recipe of that name with or without folder and ending.
+    """Find a recipe file, or a shipped recipe by name, with or without folder and extension.
 
     Raises:
         ValueError: neither exists.
@@ -91,7 +91,7 @@ def find_recipe(path: str) -> Path:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe with every value written out, as YAML that :func:`load_recipe` reads again."""
+    """Return a recipe as YAML with every value written out; :func:`load_recipe` reads it again."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
@@ -102,7 +102,7 @@ def _recipes_folder() -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what plain YAML passes over in silence: a key that is given twice."""
+    """YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         merge = "tag:yaml.org,2002:merge"  # `<<: *name`, whose keys may be given again
@@ -117,14 +117,14 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_BYTES:,} bytes: this is no recipe")
+        raise ValueError(f"{file} is larger than {MAX_BYTES:,} bytes: not a recipe")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file") from None
     values = _parse_yaml(text, str(file))
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no recipe: expected keys such as {', '.join(Recipe.model_fields)}")
+        raise ValueError(f"{file} is not a recipe: expected keys such as {', '.join(Recipe.model_fields)}")
     return values
 
 
@@ -140,8 +140,8 @@ def _set(values: dict[str, Any], key: str, value: Any, override: str) -> None:
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: {parent} holds a value, not further keys")
-        # Stages that repeat another share its parts: this one gets its own.
+            raise ValueError(f"override {override!r}: {parent} is a value and has no keys")
+        # Stages repeated with YAML anchors share objects: copy before changing.
         values[parent] = dict(child)
         values = values[parent]
     values[last] = value
@@ -153,15 +153,15 @@ def _explain(detail: ErrorDetails, origin: dict[str, str], file: str, model: typ
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1], model)
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"  {location}: unknown key, {hint}(known here: {', '.join(known)}){where}"
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        return f"  {location}: unknown key{hint} (known here: {', '.join(known)}){where}"
     message = detail["msg"].removeprefix("Value error, ")
     given = "" if detail["type"] == "value_error" else f" (got {detail['input']!r})"
     return f"  {location}: {message}{given}{where}".replace("  : ", "  ", 1)
 
 
 def _without_kind(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """pydantic puts the kind of a stage between its name and its keys."""
+    """Remove the stage type, which pydantic inserts between the name of a stage and its keys."""
     return location[:2] + location[3:] if location[:1] == ("stages",) and len(location) > 2 else location
 
 

@@ -1,4 +1,4 @@
-"""The whole file: data, encoder and an ordered set of stages, which have to agree."""
+"""The recipe: data, encoder and an ordered set of stages, and the checks across them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ for _settings in (PretrainStage, FinetuneStage, SegmentStage, DetectStage):
 
 
 def _name_kinds(stages: Any) -> Any:
-    """A stage is of the kind that its name begins with, unless it says otherwise."""
+    """Add the stage type to stages without ``kind``, from the beginning of their names."""
     if not isinstance(stages, dict):
         return stages
     named = {}
@@ -48,7 +48,7 @@ def _name_kinds(stages: Any) -> Any:
         if isinstance(stage, dict) and "kind" not in stage:
             if kind not in KINDS:
                 raise ValueError(
-                    f"what is stage {name!r}? Begin its name with one of {', '.join(KINDS)}, or give its kind"
+                    f"stage {name!r}: cannot infer its kind; start the name with one of {', '.join(KINDS)}, or set kind"
                 )
             stage = {"kind": kind, **stage}
         named[name] = stage
@@ -72,17 +72,17 @@ Stages = Annotated[dict[Name, AnyStage], BeforeValidator(_name_kinds), Field(min
 
 
 class Recipe(Settings):
-    """The whole file."""
+    """Top level of the file."""
 
     name: str = Field(
         "",
         pattern=r"^[\w+-][\w .+-]*$|^$",
-        description="folder of the run below the output folder; the file's name by default",
+        description="name of the run and of its folder; default: the name of the file",
     )
-    seed: int = Field(0, ge=0, description="of everything that is drawn")
-    data: Data = Field(Data(), description="which images")
-    encoder: Encoder = Field(Encoder(), description="which encoder")
-    stages: Stages = Field({"pretrain": PretrainStage()}, description="what is done, in this order")
+    seed: int = Field(0, ge=0, description="seed of all random numbers")
+    data: Data = Field(Data(), description="image data")
+    encoder: Encoder = Field(Encoder(), description="encoder architecture")
+    stages: Stages = Field({"pretrain": PretrainStage()}, description="training stages, in this order")
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
@@ -90,26 +90,28 @@ class Recipe(Settings):
         for name in ("mean", "std"):
             count = len(getattr(self.data, name))
             if count != channels:
-                raise ValueError(f"data.{name} has {count} numbers, but encoder.in_chans is {channels}")
+                raise ValueError(f"data.{name} has {count} values, but encoder.in_chans is {channels}")
         if "scratch" in self.stages:
-            raise ValueError("a stage cannot be called scratch, which means fresh weights: give it another name")
+            raise ValueError("a stage cannot be named scratch, which means random weights: choose another name")
         for name, stage in self.stages.items():
             chunks, config = stage.memory.attention_chunks, encoder_config(self.encoder, stage)
             if isinstance(chunks, list) and len(chunks) != len(config.depths):
                 raise ValueError(
-                    f"stages.{name}.memory.attention_chunks has {len(chunks)} numbers for an encoder of "
+                    f"stages.{name}.memory.attention_chunks has {len(chunks)} values, but the encoder has "
                     f"{len(config.depths)} stages"
                 )
             stage.check_encoder(f"stages.{name}", config)
             if not self.start_of(name):
                 raise ValueError(
-                    f"stages.{name} starts from nothing: put a stage before it, or name init_from: "
-                    "an export folder, a file of weights, or scratch"
+                    f"stages.{name} has no initial weights: put a stage before it, or set init_from to "
+                    "an export folder, a weights file, or scratch"
                 )
             if stage.init_from == "scratch" and stage.image_size is None:
-                raise ValueError(f"stages.{name} starts from scratch: give its image_size and window_size")
+                raise ValueError(f"stages.{name} starts from scratch: set its image_size and window_size")
             if stage.init_from in list(self.stages)[list(self.stages).index(name) :]:
-                raise ValueError(f"stages.{name}.init_from {stage.init_from!r} comes later: move it before {name}")
+                raise ValueError(
+                    f"stages.{name}.init_from {stage.init_from!r} is not an earlier stage: move it before {name}"
+                )
             self._agree_on_clips(name)
         return self
 
@@ -117,26 +119,26 @@ class Recipe(Settings):
         video, start = video_of(self.stages[name]), self.start_of(name)
         before = video_of(self.stages[start]) if start in self.stages else None
         if before and video is None:
-            raise ValueError(f"stages.{name} starts from {start}, an encoder of clips: give it a video block too")
+            raise ValueError(f"stages.{name} starts from {start}, an encoder of clips: add a video section to it")
         if before and video and before.temporal_patch != video.temporal_patch:
             raise ValueError(
-                f"stages.{name} starts from {start}, whose tokens are of {before.temporal_patch} frames: "
-                f"video.temporal_patch must be that, not {video.temporal_patch}"
+                f"stages.{name} starts from {start}, whose tokens have {before.temporal_patch} frames: "
+                f"set video.temporal_patch to {before.temporal_patch}, not {video.temporal_patch}"
             )
         if video and self.data.value_range:
-            raise ValueError(f"data.value_range is of image files: leave it out, stages.{name} has videos")
+            raise ValueError(f"data.value_range is for image files, but stages.{name} reads videos: remove it")
         if video and self.stages[name].speed.fused_attention is True:
-            raise ValueError(f"stages.{name}.speed.fused_attention: the kernel knows no windows in time, take auto")
+            raise ValueError(f"stages.{name}.speed.fused_attention: the kernel does not support clips, use auto")
 
     def start_of(self, name: str) -> str:
-        """What a stage starts from: its ``init_from``, else the stage before it; empty where there is neither."""
+        """Return the initial weights of a stage: its ``init_from``, else the previous stage, else an empty string."""
         names = list(self.stages)
         before = ["", *names][names.index(name)]
         return self.stages[name].init_from or before
 
 
 def encoder_config(encoder: Encoder, stage: Stage) -> SwinConfig:
-    """The encoder that a stage trains from scratch."""
+    """Return the configuration of the encoder that a stage trains from scratch."""
     given = {key: value for key, value in encoder if value is not None and key != "name"}
     for name in ("image_size", "window_size"):
         if getattr(stage, name) is not None:

@@ -1,4 +1,4 @@
-"""What stages have in common, and what is not of stages: data and encoder."""
+"""Settings shared by all stages, plus data and encoder settings."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _as_chunks(value: Any) -> Any:
-    numbers = value if isinstance(value, list) else [value]
-    if value != "auto" and not (numbers and all(type(number) is int and number > 0 for number in numbers)):
-        raise ValueError(f"expected auto, a positive number, or one for each stage of the encoder, got {value!r}")
+    counts = value if isinstance(value, list) else [value]
+    if value != "auto" and not (counts and all(type(count) is int and count > 0 for count in counts)):
+        raise ValueError(f"expected auto, a positive integer, or a list of one for each encoder stage, got {value!r}")
     return value
 
 
@@ -31,99 +31,126 @@ Chunks = Annotated[str | int | list[int], BeforeValidator(_as_chunks)]
 
 
 class Settings(BaseModel):
-    """Frozen, finite, and closed to unknown keys."""
+    """Base of all settings: frozen, without infinite values, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Data(Settings):
-    """Which images."""
+    """Image data: where it is, how it is normalized, and how it is split."""
 
     path: str = Field(
         "",
-        description="a folder of images, a .zip, .tar, .parquet or .npy file, a pattern of such, a list (.txt, .csv), "
-        "hf:NAME, stream:hf:NAME, or builtin:shapes",
+        description="image folder; .zip, .tar, .parquet or .npy file, or a glob pattern of them; list of paths (.txt, "
+        ".csv); hf:NAME, stream:hf:NAME, or builtin:shapes",
     )
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, of pixels in [0, 1]")
-    std: list[Positive] = Field([0.229, 0.224, 0.225], description="per channel, of pixels in [0, 1]")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="mean of each channel, for pixels in [0, 1]")
+    std: list[Positive] = Field(
+        [0.229, 0.224, 0.225], description="standard deviation of each channel, for pixels in [0, 1]"
+    )
     value_range: tuple[float, float] | None = Field(
-        None, description="black and white in files of more than 8 bits; null: the whole range of 16 bits"
+        None, description="[black, white] values of files with more than 8 bits; null: the full 16-bit range"
     )
-    num_images: Count = Field(100_000, description="how many builtin images make an epoch")
+    num_images: Count = Field(100_000, description="images per epoch of builtin:shapes")
     fraction: float = Field(
-        1.0, gt=0, le=1, description="of the training images, for pretraining: of smaller shares all are in the larger"
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the training images used for pretraining; smaller subsets are nested in larger ones",
     )
-    validation_images: int = Field(64, ge=0, description="kept out of training for pictures and the held-out loss")
-    max_corrupt_fraction: Fraction = Field(0.01, description="more broken images than that (and than 10) end the run")
-    read_timeout_s: Positive = Field(60, description="an image that has not come by then counts as broken")
+    validation_images: int = Field(
+        64, ge=0, description="images excluded from pretraining, for previews and the validation loss"
+    )
+    max_corrupt_fraction: Fraction = Field(
+        0.01, description="the run ends when more than this fraction of the images, and more than 10, are corrupt"
+    )
+    read_timeout_s: Positive = Field(60, description="an image that takes longer to read counts as corrupt")
     num_workers: int | None = Field(
-        None, ge=0, description="loader processes for each training process; null: by the number of cores"
+        None, ge=0, description="data-loader workers per training process; null: depends on the number of cores"
     )
 
     @model_validator(mode="after")
     def _range(self) -> Data:
         if self.value_range and self.value_range[0] >= self.value_range[1]:
-            raise ValueError(f"value_range must go from black to white, got {list(self.value_range)}")
+            raise ValueError(f"value_range must be [black, white] with black below white, got {list(self.value_range)}")
         return self
 
 
 class Encoder(Settings):
-    """Which encoder; what is left open comes from the named size."""
+    """Encoder: a named size; the other keys override its values."""
 
-    name: Literal[tuple(SIZES)] = Field("swinv2_base", description="a named size")  # type: ignore[valid-type]
-    in_chans: Count = Field(3, description="channels of the images")
-    embed_dim: Count | None = Field(None, description="channels of the first stage, doubled by every next one")
-    depths: list[Count] | None = Field(None, description="blocks of each stage")
-    num_heads: list[Count] | None = Field(None, description="attention heads of each stage")
-    patch_size: Count | None = Field(None, description="side of a token of the first stage, px")
-    mlp_ratio: Positive | None = Field(None, description="hidden channels of an MLP over those of its stage")
-    extra_norm_interval: int | None = Field(
-        None, ge=0, description="blocks between norms on the main branch; 0 for none"
+    name: Literal[tuple(SIZES)] = Field("swinv2_base", description="named size")  # type: ignore[valid-type]
+    in_chans: Count = Field(3, description="input channels")
+    embed_dim: Count | None = Field(
+        None, description="channels of the first encoder stage; they double from stage to stage"
     )
-    attention: Attention | None = Field(None, description="similarity of tokens: cosine in V2, dot in V1")
-    norm: Norm | None = Field(None, description="norms of the branches: res-post in V2, pre in V1")
-    position_bias: PositionBias | None = Field(None, description="log_cpb in V2, table in V1")
+    depths: list[Count] | None = Field(None, description="blocks of each encoder stage")
+    num_heads: list[Count] | None = Field(None, description="attention heads of each encoder stage")
+    patch_size: Count | None = Field(None, description="side of the patch of one token, px")
+    mlp_ratio: Positive | None = Field(
+        None, description="hidden channels of an MLP relative to the channels of its stage"
+    )
+    extra_norm_interval: int | None = Field(
+        None, ge=0, description="add a norm to the main branch after every so many blocks; 0: none"
+    )
+    attention: Attention | None = Field(None, description="attention logits: cosine in Swin V2, dot in Swin V1")
+    norm: Norm | None = Field(None, description="norm placement: res-post in Swin V2, pre in Swin V1")
+    position_bias: PositionBias | None = Field(
+        None, description="relative position bias: log_cpb in Swin V2, table in Swin V1"
+    )
 
 
 class Crop(Settings):
     """Random resized crop and horizontal flip (SimMIM, section 4.1)."""
 
-    scale: tuple[Positive, Positive] = Field((0.67, 1.0), description="least and largest share of the image's area")
-    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="least and largest width over height")
+    scale: tuple[Positive, Positive] = Field(
+        (0.67, 1.0), description="smallest and largest area of the crop, relative to the image"
+    )
+    ratio: tuple[Positive, Positive] = Field(
+        (3 / 4, 4 / 3), description="smallest and largest aspect ratio (width / height)"
+    )
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="of resizing, always antialiased")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="interpolation of resizing, always antialiased"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Crop:
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name} must go from low to high, got {low}, {high}")
+                raise ValueError(f"{name} must be [low, high] with low not above high, got {low}, {high}")
         if self.scale[1] > 1:
-            raise ValueError(f"scale is a share of the image's area, at most 1, got {self.scale[1]}")
+            raise ValueError(f"scale is an area relative to the image, at most 1, got {self.scale[1]}")
         return self
 
 
 class Optimizer(Settings):
     """AdamW (arXiv 1711.05101)."""
 
-    weight_decay: NotNegative = Field(0.05, description="of matrices; vectors, temperatures and position biases: none")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the moments")
-    eps: Positive = Field(1e-8, description="added to the denominator")
-    clip_grad_norm: Positive | None = Field(5.0, description="null: no clipping")
+    weight_decay: NotNegative = Field(
+        0.05, description="weight decay of matrices; vectors, temperatures and position biases have none"
+    )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay rates of the moment estimates")
+    eps: Positive = Field(1e-8, description="added to the denominator for stability")
+    clip_grad_norm: Positive | None = Field(5.0, description="largest norm of the gradient; null: no clipping")
 
 
 class Schedule(Settings):
-    """Learning rates are given for a batch of 512 and scaled with the batch size."""
+    """Training length and learning rates, which are given for a batch of 512 and scaled with the batch size."""
 
-    name: Literal["cosine", "linear", "multistep"] = Field("cosine", description="after the warm-up")
-    epochs: Positive = Field(100, description="passes over the images; fractions too")
-    base_lr: Positive = Field(1e-4, description="after the warm-up, for 512 images per step")
-    warmup_epochs: NotNegative = Field(10, description="linear rise from warmup_lr")
-    warmup_lr: NotNegative = Field(5e-7, description="at the first step, for 512 images per step")
-    min_lr: NotNegative = Field(1e-6, description="where cosine and linear end")
-    milestones_epochs: list[Positive] = Field([], description="multistep: when the rate is multiplied by gamma")
-    gamma: Positive = Field(0.1, description="multistep: by which it is multiplied")
+    name: Literal["cosine", "linear", "multistep"] = Field(
+        "cosine", description="learning-rate decay after the warm-up"
+    )
+    epochs: Positive = Field(100, description="passes over the training images; may be fractional")
+    base_lr: Positive = Field(1e-4, description="learning rate after the warm-up, for 512 images per step")
+    warmup_epochs: NotNegative = Field(10, description="epochs of linear warm-up from warmup_lr to base_lr")
+    warmup_lr: NotNegative = Field(5e-7, description="learning rate of the first step, for 512 images per step")
+    min_lr: NotNegative = Field(1e-6, description="final learning rate of cosine and linear, for 512 images per step")
+    milestones_epochs: list[Positive] = Field(
+        [], description="multistep: epochs at which the learning rate is multiplied by gamma"
+    )
+    gamma: Positive = Field(0.1, description="multistep: factor of the learning rate")
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
@@ -135,64 +162,81 @@ class Schedule(Settings):
 
 
 class Memory(Settings):
-    """The same numbers in less memory and more time (Swin V2, section 3.5); may change while a stage goes on."""
+    """Memory options: same results, less memory, more time (Swin V2, section 3.5). Mutable on resume."""
 
     checkpointing: Checkpointing = Field(
-        "none", description="blocks keep everything; their matrix products; or only what goes in"
+        "none",
+        description="activations that blocks keep for backward: none: all of them; selective: matrix products; "
+        "full: only the input of each block",
     )
     attention_chunks: Chunks = Field(
-        "auto", description="attention one part after the other: for all stages or each; auto: where memory asks for it"
+        "auto",
+        description="compute attention in so many chunks, for all encoder stages or each; auto: as memory requires",
     )
 
 
 class Speed(Settings):
-    """The same numbers sooner; may change while a stage goes on."""
+    """Speed options: same results up to rounding. Mutable on resume."""
 
-    compile: bool = Field(False, description="blocks through torch.compile: some minutes at the start")
+    compile: bool = Field(False, description="compile blocks with torch.compile; takes some minutes at the start")
     fused_attention: Literal["auto"] | bool = Field(
-        "auto", description="attention as one kernel; auto: on a GPU where it is measured to be faster"
+        "auto", description="fused attention kernel; auto: on a GPU if a benchmark shows that it is faster"
     )
 
     @model_validator(mode="after")
     def _check_ways(self) -> Speed:
         if self.compile and self.fused_attention is True:
-            raise ValueError("compile and fused_attention: a compiled block has no use for the kernel, choose one")
+            raise ValueError(
+                "compile and fused_attention: compiled blocks do not use the fused kernel, set one of them to false"
+            )
         return self
 
 
 class Log(Settings):
-    """What is written during a run, and how often; in optimizer steps."""
+    """Records of a run; intervals are in optimizer steps. Mutable on resume."""
 
-    metrics_every_steps: Count = Field(10, description="a line of metrics.jsonl")
-    evaluate_every_steps: Count = Field(1000, description="a picture, and the held-out loss")
-    checkpoint_every_steps: Count = Field(1000, description="a checkpoint; also at the end and when asked to stop")
-    keep_checkpoints: Count = Field(2, description="so many of the newest stay")
-    keep_every_steps: Count | None = Field(None, description="checkpoints at multiples of it stay too; null: none")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="told of the metrics as well")
+    metrics_every_steps: Count = Field(10, description="steps between lines of metrics.jsonl")
+    evaluate_every_steps: Count = Field(
+        1000, description="steps between evaluations: a preview image and validation metrics"
+    )
+    checkpoint_every_steps: Count = Field(
+        1000, description="steps between checkpoints; one is also saved at the end and on a stop signal"
+    )
+    keep_checkpoints: Count = Field(2, description="number of recent checkpoints to keep")
+    keep_every_steps: Count | None = Field(
+        None, description="also keep checkpoints at multiples of this step; null: none"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="experiment trackers that also receive the metrics"
+    )
 
 
 class Stage(Settings):
-    """What all stages have."""
+    """Settings of every stage."""
 
     mutable_on_resume: ClassVar[dict[str, Any]] = {"log": True, "memory": True, "speed": True, "init_from": True}
-    """What of it may change while it goes on: bookkeeping, places, and how predictions are tested."""
+    """Settings that may change when a stage resumes: logging, paths, memory and speed options, inference options."""
 
-    kind: str = Field(description="by default what the name of the stage begins with")
-    init_from: str = Field("", description="a stage, an export, a file, or scratch; empty: the stage before")
-    image_size: SizeOrNone = Field(None, description="px; null: as the encoder was trained")
-    window_size: SizeOrNone = Field(None, description="tokens; null: in proportion to the image")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block, linear from 0")
+    kind: str = Field(description="stage type; default: the beginning of the stage name")
+    init_from: str = Field(
+        "", description="initial weights: a stage, an export, a weights file, or scratch; empty: the previous stage"
+    )
+    image_size: SizeOrNone = Field(None, description="image size, px; null: as the encoder was trained")
+    window_size: SizeOrNone = Field(None, description="attention window, tokens; null: in proportion to the image size")
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth rate of the last block, increasing linearly from 0"
+    )
     batch_size: Count = Field(2048, description="images per optimizer step, over all processes")
     micro_batch_size: Count = Field(128, description="images per forward pass of one process")
-    optimizer: Optimizer = Field(Optimizer(), description="how weights move")
-    schedule: Schedule = Field(Schedule(), description="for how long, and how fast")
-    memory: Memory = Field(Memory(), description="what is computed again, or in parts")
-    speed: Speed = Field(Speed(), description="what is computed in another way")
-    log: Log = Field(Log(), description="what is written, and how often")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW settings")
+    schedule: Schedule = Field(Schedule(), description="training length and learning rates")
+    memory: Memory = Field(Memory(), description="activation checkpointing and attention chunking")
+    speed: Speed = Field(Speed(), description="compilation and fused attention")
+    log: Log = Field(Log(), description="metrics, evaluations and checkpoints")
 
     @property
     def in_pairs(self) -> bool:
-        """Whether images are mixed, which takes an even number of them."""
+        """Return whether mixup or cutmix mixes pairs of images, which needs an even micro-batch."""
         return False
 
     @property
@@ -213,7 +257,12 @@ class Stage(Settings):
 
 
 class Supervised(Stage):
-    """What all stages with labels have."""
+    """Settings of every stage with labels."""
 
-    layer_decay: float = Field(0.8, gt=0, le=1, description="learning rate of a layer over that of the next")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, judged and exported")
+    layer_decay: float = Field(0.8, gt=0, le=1, description="learning rate of a layer relative to the next deeper one")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the EMA of the weights, which is then evaluated and exported; null: no EMA",
+    )

@@ -57,7 +57,7 @@ class Packing(NamedTuple):
 def pack(path: str, out: Path, packing: Packing, *, num_workers: int = 0) -> dict[str, Any]:
     """Pack what ``path`` names into ``out``; what an earlier call has finished is kept.
 
-    Broken images are left out and named in ``bad_images.csv``. Both parts of a set with train and val
+    Broken images are left out and named in ``corrupt_images.csv``. Both parts of a set with train and val
     are packed, and stay apart.
 
     Returns:
@@ -252,7 +252,7 @@ def _finish(shards: _Shards, out: Path, settings: dict[str, Any]) -> dict[str, A
     classes = shards.parts[0][1].classes
     save_manifest(out / INDEX, Manifest(make_table(entries), Path("."), places, classes=classes), [])
     if summary.corrupt:
-        write_corrupt(out / "bad_images.csv", summary.corrupt)
+        write_corrupt(out / "corrupt_images.csv", summary.corrupt)
     after = sum(shards.file(shard).stat().st_size for shard in range(len(shards)))
     result = {**summary.as_dict(), "bytes_before": before, "bytes_after": after, "packed": settings}
     unfinished = out / f".{SUMMARY}"

@@ -26,7 +26,7 @@ from simmim.export.export import SIZES, Export, open_export
 from simmim.metrics.average_precision import AveragePrecision, coco_results
 from simmim.tasks.detection import Detection
 from simmim.training.distributed import make_accelerator
-from simmim.training.engine import Batch, in_step, to_device
+from simmim.training.engine import Batch, synchronized_batches, to_device
 from simmim.visualization import drawing
 
 SMALLEST_SIDE_PX = 256
@@ -105,7 +105,7 @@ def average_precision(
     Args:
         batches: this process's part of ``source``, no image twice.
         source: the ground truth: :class:`CocoImages`, or a subset of it.
-        filler: of :func:`simmim.training.engine.in_step`.
+        filler: of :func:`simmim.training.engine.synchronized_batches`.
 
     Returns:
         ``images``, and the metrics of :meth:`AveragePrecision.compute`; empty without images.
@@ -113,7 +113,7 @@ def average_precision(
     scenes = source.source if isinstance(source, Subset) else source
     assert isinstance(scenes, CocoImages)
     metric, images = AveragePrecision(masks=task.masks), 0
-    for batch, count in in_step(batches, accelerator, filler):
+    for batch, count in synchronized_batches(batches, accelerator, filler):
         found = task.predict(to_device(batch, accelerator.device))
         if count:
             metric.add(found, [scenes.truth(image_id) for image_id in batch["image_id"].tolist()])

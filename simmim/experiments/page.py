@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from simmim.config import DetectStage, PretrainStage, Recipe, SegmentStage, Stage
-from simmim.training.run_log import read_lines
+from simmim.training.run_log import read_json_lines
 from simmim.visualization.drawing import folded
 
 PRETRAINED, SCRATCH = "C0", "C1"
@@ -76,7 +76,7 @@ def draw_page(
 
 def draw_pretraining(axis: Axes, folder: Path) -> None:
     """Training and held-out loss, and the trivial predictors as lines."""
-    rows = read_lines(folder / "metrics.jsonl")
+    rows = read_json_lines(folder / "metrics.jsonl")
     for key, label, style in (("loss", "training", "-"), ("validation_loss", "held out", "o-")):
         found = [(row["step"], row[key]) for row in rows if key in row]
         if found:
@@ -96,7 +96,7 @@ def draw_curves(axis: Axes, folder: Path, pair: tuple[str, ...], seeds: Sequence
     scale, unit = (1, "") if curve == "validation_loss" else (100, ", %")
     for stage, colour, label in zip(pair, (PRETRAINED, SCRATCH), ("pretrained", "from scratch"), strict=True):
         for seed in seeds:
-            rows = read_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
+            rows = read_json_lines(folder / f"seed_{seed}" / stage / "metrics.jsonl")
             epochs_per_step = next(row["epoch"] / row["step"] for row in rows if "epoch" in row)
             points = [(row["step"] * epochs_per_step, scale * row[curve]) for row in rows if curve in row]
             axis.plot(

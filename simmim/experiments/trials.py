@@ -12,7 +12,7 @@ from typing import NamedTuple
 from simmim.config import FinetuneStage, PretrainStage, Recipe
 from simmim.config.loading import override
 from simmim.stages import run
-from simmim.training.run_log import read_lines
+from simmim.training.run_log import read_json_lines
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantile .975 of Student's t for 1, 2, ... 9 degrees of freedom; the last is wide enough for more."""
@@ -86,7 +86,9 @@ def run_variant(variant: Recipe, seed: int, folder: Path, precision: str | None)
         raise ValueError("no image was held out of pretraining: raise data.validation_images, or give more images")
     masked_l1 = json.loads(first.read_text(encoding="utf-8"))["validation_masked_l1"]["model"]
     top1 = json.loads(second.read_text(encoding="utf-8"))["validation_top1"]
-    rates = [line["images_per_s"] for line in read_lines(folder / pretrain / "metrics.jsonl") if "images_per_s" in line]
+    rates = [
+        line["images_per_s"] for line in read_json_lines(folder / pretrain / "metrics.jsonl") if "images_per_s" in line
+    ]
     return Outcome(top1, masked_l1, median(rates))
 
 

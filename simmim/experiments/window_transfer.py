@@ -25,7 +25,7 @@ from simmim.signals import StopRequest
 from simmim.stages.run_folder import starting_point
 from simmim.tasks.classification import Classification
 from simmim.training.checkpoint import Checkpoints, load_checkpoint
-from simmim.training.engine import evaluate, fit
+from simmim.training.engine import LoopSettings, evaluate, fit
 from simmim.training.optim import make_lr, make_optimizer
 from simmim.training.run_log import RunLog
 from swin import SwinEncoder, make_config, transfer
@@ -142,7 +142,7 @@ def _train(plan: Plan, task: Classification, factor: float, seed: int, folder: P
     training, _ = _sources(plan)
     settings = {**asdict(plan), "seeds": None, "factor": factor, "num_images": len(training)}
     checkpoint, start, *_ = starting_point(folder, settings)
-    log = RunLog(folder, is_main=True, pictures="predictions")
+    log = RunLog(folder, is_main=True, image_folder="predictions")
     optimizer = make_optimizer(task, task.no_decay_parameters(), weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
     if checkpoint is not None:
         load_checkpoint(checkpoint, task, optimizer)
@@ -164,6 +164,17 @@ def _train(plan: Plan, task: Classification, factor: float, seed: int, folder: P
                     start_step=start,
                     end_step=steps,
                 ),
+                LoopSettings(
+                    start_step=start,
+                    total_steps=steps,
+                    accumulation=1,
+                    images_per_epoch=len(training),
+                    seed=seed,
+                    clip_grad_norm=5.0,
+                    metrics_every_steps=max(1, steps // 4),
+                    evaluate_every_steps=steps,
+                    checkpoint_every_steps=100,
+                ),
                 lr_at=make_lr(
                     "cosine",
                     batch_size=512,
@@ -173,18 +184,9 @@ def _train(plan: Plan, task: Classification, factor: float, seed: int, folder: P
                     warmup_epochs=0.1,
                     warmup_lr=0.0,
                 ),
-                start_step=start,
-                total_steps=steps,
-                accumulation=1,
-                clip_grad_norm=5.0,
-                images_per_epoch=len(training),
-                seed=seed,
                 log=log,
                 checkpoints=Checkpoints(folder / "checkpoints", settings, keep=1),
                 stop=stop,
-                metrics_every_steps=max(1, steps // 4),
-                evaluate_every_steps=steps,
-                checkpoint_every_steps=100,
                 validation=[],
                 preview=next(iter(shown)),
             )

@@ -61,7 +61,7 @@ class DetectType(SupervisedType[DetectStage]):
         if not numbers:
             raise ValueError(f"none of the validation images could be read: checkpoints are in {log.folder}")
         text = "  ".join(f"{name} {numbers[name]:.3f}" for name in LOGGED_METRICS if name in numbers)
-        log.say(f"validation, {numbers['images']} images: {text or 'they show no object'}")
+        log.info(f"validation, {numbers['images']} images: {text or 'they show no object'}")
         return {f"validation_{name}": value for name, value in numbers.items()}
 
     def describe(self, stage: DetectStage, task: Detection) -> dict[str, Any]:

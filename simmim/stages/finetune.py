@@ -113,15 +113,15 @@ class FinetuneType(SupervisedType[FinetuneStage]):
             raise ValueError(f"none of the validation images could be read: checkpoints are in {log.folder}")
         image = filler["image"]
         views = f" by {image.shape[1]} views each" if image.ndim == 6 else ""
-        log.say(f"validation top-1 {measured['top1']:.2%}, top-5 {measured['top5']:.2%}{views}")
+        log.info(f"validation top-1 {measured['top1']:.2%}, top-5 {measured['top5']:.2%}{views}")
         summary: dict[str, Any] = {f"validation_{key}": value for key, value in measured.items()}
         for path, batches in trained.tests.items():
             found = evaluate(task, batches, accelerator, filler)
             _log_corrupt(trained, batches)
             if found:
-                log.say(f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}{views} on {path}")
+                log.info(f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}{views} on {path}")
             else:
-                log.say(f"warning: none of the images of {path} could be read")
+                log.warning(f"none of the images of {path} could be read")
             for key, value in found.items():
                 summary.setdefault(f"test_{key}", {})[path] = value
         return summary
@@ -143,4 +143,4 @@ def head_of(stage: FinetuneStage) -> str:
 
 def _log_corrupt(trained: TrainedStage, batches: Batches | list) -> None:
     if isinstance(batches, Batches):
-        trained.log.corrupt(list(batches.corrupt.items()))
+        trained.log.log_corrupt_images(list(batches.corrupt.items()))

@@ -91,7 +91,7 @@ def schedule_of(stage: Stage, num_images: int, total_steps: int) -> LearningRate
 def make_start(recipe: Recipe, name: str, out: Path) -> Start:
     """Load the encoder that a stage starts from, at the image and window size of the stage.
 
-    From scratch its parameters are on the meta device: :func:`simmim.training.distributed.draw_weights`.
+    From scratch its parameters are on the meta device: :func:`simmim.training.distributed.initialize_parameters`.
 
     Args:
         out: folder of the runs.

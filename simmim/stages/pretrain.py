@@ -23,7 +23,7 @@ from simmim.stages.job import Datasets, TrainedStage, Transforms
 from simmim.stages.stage_type import StageType, register
 from simmim.tasks.simmim import Reconstruction, SimMIM, mean_of_squares
 from simmim.tasks.video import VideoSimMIM
-from simmim.training.engine import evaluate, in_step, mean_over_images, to_device
+from simmim.training.engine import evaluate, mean_over_images, synchronized_batches, to_device
 from swin import SwinEncoder, VideoEncoder
 from swin.config import Pair
 
@@ -87,15 +87,15 @@ class PretrainType(StageType[PretrainStage]):
         if not measured:
             return {}
         sums: dict[str, float] = {}
-        for batch, images in in_step(trained.validation, accelerator, trained.preview):
-            log.corrupt(batch["corrupt"])
+        for batch, images in synchronized_batches(trained.validation, accelerator, trained.preview):
+            log.log_corrupt_images(batch["corrupt"])
             for name, l1 in masked_l1_of_predictors(task, to_device(batch, accelerator.device)).items():
                 sums[name] = sums.get(name, 0.0) + l1 * images
             sums["images"] = sums.get("images", 0.0) + images
         table = mean_over_images(sums)
-        log.say("validation masked L1 (lower is better):")
+        log.info("validation masked L1 (lower is better):")
         for name, value in table.items():
-            log.say(f"  {value:.4f}  {name}")
+            log.info(f"  {value:.4f}  {name}")
         return {**{f"validation_{key}": value for key, value in measured.items()}, "validation_masked_l1": table}
 
     def describe(self, stage: PretrainStage, task: SimMIMTask) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from simmim.data.loader import Batch, SampleDataset
 from simmim.rng import derive_seed
 from simmim.stages.job import Job
 from simmim.stages.runner import make_job
-from simmim.training.attention_backend import attend_as_before
+from simmim.training.attention_backend import restore_attention_backend
 from simmim.training.checkpoint import load_weights, verify
-from simmim.training.distributed import give_memory, make_accelerator
+from simmim.training.distributed import allocate_parameters, make_accelerator
 from simmim.training.engine import to_device
 from simmim.training.nonfinite_dump import FOLDER
 
@@ -63,10 +63,10 @@ def replay(report: Path) -> Replay:
     recipe = load_recipe(str(stage_folder / "recipe.yaml"))
     name = stage_folder.name
     job = make_job(recipe, name, stage_folder.parents[1], accelerator.mixed_precision)
-    give_memory(job.task, torch.device("cpu"))
+    allocate_parameters(job.task, torch.device("cpu"))
     load_weights(weights, job.task)
     job.task.to(accelerator.device).train()
-    attend_as_before(job.task.encoder, recipe.stages[name], stage_folder, accelerator.device)
+    restore_attention_backend(job.task.encoder, recipe.stages[name], stage_folder, accelerator.device)
     return _replay_step(dump, job, recipe.data.read_timeout_s, accelerator)
 
 

@@ -16,8 +16,8 @@ from simmim.config import Recipe
 from simmim.config.loading import dump_recipe
 from simmim.export.export import open_export
 from simmim.stages.job import Job
-from simmim.training.checkpoint import checksum, different_settings, flush, newest_checkpoint, sweep
-from simmim.training.run_log import RunLog, write_environment, write_whole
+from simmim.training.checkpoint import checksum, different_settings, fsync, newest_checkpoint, remove_unfinished
+from simmim.training.run_log import RunLog, write_atomically, write_environment
 from swin import save_encoder
 
 CHECKSUMS = "checksums.json"
@@ -74,7 +74,7 @@ def common_starting_point(
     """
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
-        sweep(folder / "checkpoints")
+        remove_unfinished(folder / "checkpoints")
         try:
             found[0] = starting_point(folder, settings, allow_changes)
         except (ValueError, OSError) as error:
@@ -107,7 +107,7 @@ def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, preview_
     """
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "recipe.yaml", dump_recipe(recipe))
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         write_environment(
             folder,
             processes=accelerator.num_processes,
@@ -121,7 +121,7 @@ def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, preview_
     accelerator.wait_for_everyone()
     max_corrupt = max(10.0, recipe.data.max_corrupt_fraction * num_images)
     main = accelerator.is_main_process
-    return RunLog(folder, is_main=main, pictures=preview_folder, max_corrupt=max_corrupt, track=track)
+    return RunLog(folder, is_main=main, image_folder=preview_folder, max_corrupt=max_corrupt, track=track)
 
 
 def write_export(job: Job, folder: Path, weights: dict[str, Tensor]) -> Path:
@@ -162,6 +162,6 @@ def publish(unfinished: Path, folder: Path) -> None:
     digests = {file.name: checksum(file) for file in sorted(unfinished.iterdir())}
     (unfinished / CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     for path in (*unfinished.iterdir(), unfinished):
-        flush(path)
+        fsync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)

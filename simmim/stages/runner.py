@@ -28,14 +28,14 @@ from simmim.stages.initialization import (
 from simmim.stages.job import Job, TrainedStage
 from simmim.stages.run_folder import Position, common_starting_point, is_done, open_folder, publish, write_export
 from simmim.stages.stage_type import stage_type_of
-from simmim.training.attention_backend import set_speed
+from simmim.training.attention_backend import configure_speed
 from simmim.training.checkpoint import Checkpoints, load_checkpoint
-from simmim.training.distributed import distribute, make_accelerator, usual_precision, whole_weights
-from simmim.training.engine import fit
+from simmim.training.distributed import default_precision, distribute, full_state_dict, make_accelerator
+from simmim.training.engine import LoopSettings, fit
 from simmim.training.footprint import footprint, free_bytes, gigabytes, sizes, states_bytes
 from simmim.training.memory import device_bytes
 from simmim.training.optim import make_optimizer
-from simmim.training.run_log import RunLog, locked, write_whole
+from simmim.training.run_log import RunLog, locked, write_atomically
 
 PREVIEW_IMAGES = 8
 
@@ -77,7 +77,7 @@ def run_stage(
         raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
     folder = out / recipe.name / name
     trackers = recipe.stages[name].log.trackers
-    accelerator = make_accelerator(precision or usual_precision(folder), trackers, folder)
+    accelerator = make_accelerator(precision or default_precision(folder), trackers, folder)
     job = make_job(recipe, name, out, accelerator.mixed_precision)
     with locked(folder, is_main=accelerator.is_main_process):
         if is_done(folder, job.fingerprint):
@@ -89,10 +89,10 @@ def run_stage(
                 summary = job.stage_type.evaluate(trained, accelerator)
             if accelerator.is_main_process:
                 if summary:
-                    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+                    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
                 publish(write_export(job, folder, trained.weights), folder / "export")
                 previews = folder / job.stage_type.preview_folder
-                trained.log.say(f"previews  {previews}\nexport    {folder / 'export'}  (swin.load_encoder)")
+                trained.log.info(f"previews  {previews}\nexport    {folder / 'export'}  (swin.load_encoder)")
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -148,16 +148,16 @@ def train(job: Job, folder: Path, accelerator: Accelerator, allow_changes: bool 
     accumulation = derive_accumulation(stage, accelerator.num_processes)
     position = common_starting_point(folder, job.fingerprint, accelerator, allow_changes)
     log = open_folder(folder, recipe, accelerator, job.stage_type.preview_folder, len(datasets.training))
-    log.say(describe_run(job, accelerator, accumulation))
+    log.info(describe_run(job, accelerator, accumulation))
     log_position(job, position, log, accelerator)
 
     # Choose memory options and attention backend, then shard the model and load the checkpoint.
-    warnings = [("skipped data", text) for text in summarize_problems(datasets.problems)]
+    warnings = [("excluded_data", text) for text in summarize_problems(datasets.problems)]
     warnings += [("memory", warning) for warning in apply_memory_options(job, accelerator)]
-    warnings += [("speed", text) for text in set_speed(task.encoder, stage, accelerator, folder, log.say)]
+    warnings += [("speed", text) for text in configure_speed(task.encoder, stage, accelerator, folder)]
     for kind, warning in warnings:
-        log.event(position.step, kind, warning)
-        log.say(f"warning: {warning}")
+        log.log_event(position.step, kind, warning)
+        log.warning(warning)
     ema_decay = job.stage_type.ema_decay(stage)
     model, optimizer, ema = distribute(task, lambda: optimizer_of(job), ema_decay, accelerator)
     if position.checkpoint is not None:
@@ -187,13 +187,18 @@ def train(job: Job, folder: Path, accelerator: Accelerator, allow_changes: bool 
                     start_step=position.step,
                     end_step=job.num_steps,
                 ),
+                LoopSettings(
+                    start_step=position.step,
+                    total_steps=job.num_steps,
+                    accumulation=accumulation,
+                    images_per_epoch=len(datasets.training),
+                    seed=recipe.seed,
+                    clip_grad_norm=stage.optimizer.clip_grad_norm,
+                    metrics_every_steps=stage.log.metrics_every_steps,
+                    evaluate_every_steps=stage.log.evaluate_every_steps,
+                    checkpoint_every_steps=stage.log.checkpoint_every_steps,
+                ),
                 lr_at=schedule_of(stage, len(datasets.training), job.num_steps),
-                start_step=position.step,
-                total_steps=job.num_steps,
-                accumulation=accumulation,
-                clip_grad_norm=stage.optimizer.clip_grad_norm,
-                images_per_epoch=len(datasets.training),
-                seed=recipe.seed,
                 log=log,
                 checkpoints=Checkpoints(
                     folder / "checkpoints",
@@ -208,12 +213,9 @@ def train(job: Job, folder: Path, accelerator: Accelerator, allow_changes: bool 
                 validation=validation,
                 preview=make_preview(job, job.transforms.evaluation, PREVIEW_IMAGES),
                 ema=ema,
-                metrics_every_steps=stage.log.metrics_every_steps,
-                evaluate_every_steps=stage.log.evaluate_every_steps,
-                checkpoint_every_steps=stage.log.checkpoint_every_steps,
             )
     if isinstance(validation, Batches):
-        log.corrupt(list(validation.corrupt.items()))
+        log.log_corrupt_images(list(validation.corrupt.items()))
     return trained_stage(job, task if ema is None else ema.module, validation, log, accelerator)
 
 
@@ -232,7 +234,7 @@ def trained_stage(
         validation = fixed_batches(job, job.datasets.validation, view, accelerator)
     preview = make_preview(job, view, images)
     tests = {path: fixed_batches(job, source, view, accelerator) for path, source in job.datasets.tests.items()}
-    weights = whole_weights(task, accelerator)
+    weights = full_state_dict(task, accelerator)
     return TrainedStage(task.eval(), weights, job.datasets, validation, preview, tests, log)
 
 
@@ -286,18 +288,18 @@ def describe_run(job: Job, accelerator: Accelerator, accumulation: int) -> str:
 def log_position(job: Job, position: Position, log: RunLog, accelerator: Accelerator) -> None:
     """Log where a stage starts or resumes, skipped checkpoints and changed settings."""
     for problem in position.skipped:
-        log.event(position.step, "checkpoint skipped", problem)
-        log.say(f"warning: checkpoint skipped: {problem}")
+        log.log_event(position.step, "damaged_checkpoint", problem)
+        log.warning(f"checkpoint skipped: {problem}")
     if position.checkpoint is None:
-        log.say(f"starts from {job.init_from}")
+        log.info(f"starts from {job.init_from}")
     else:
-        log.say(f"resumes at step {position.step} from {position.checkpoint}")
+        log.info(f"resumes at step {position.step} from {position.checkpoint}")
     if position.changed:
-        log.event(position.step, "settings changed", position.changed)
-        log.say(f"warning: settings changed since then: {position.changed}")
+        log.log_event(position.step, "settings_changed", position.changed)
+        log.warning(f"settings changed since then: {position.changed}")
     if position.checkpoint is not None:
         processes = f"{accelerator.num_processes} process(es)"
-        log.event(position.step, "resumed", f"from {position.checkpoint.name} by {processes}")
+        log.log_event(position.step, "resumed", f"from {position.checkpoint.name} by {processes}")
 
 
 def optimizer_of(job: Job) -> torch.optim.AdamW:

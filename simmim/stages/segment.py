@@ -92,9 +92,9 @@ class SegmentType(SupervisedType[SegmentStage]):
         task, log, validation = trained.task, trained.log, trained.datasets.validation
         assert isinstance(task, Segmentation) and validation is not None
         result = evaluate_whole_images(task, validation, accelerator, is_sharded=accelerator.is_fsdp2)
-        log.corrupt(list(result.corrupt.items()))
+        log.log_corrupt_images(list(result.corrupt.items()))
         numbers = result.numbers
-        log.say(
+        log.info(
             f"validation mean IoU {numbers['mean_iou']:.2%}, mean accuracy {numbers['mean_accuracy']:.2%}, pixel "
             f"accuracy {numbers['pixel_accuracy']:.2%}, on {numbers['images']:,.0f} whole images"
         )

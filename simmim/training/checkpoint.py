@@ -1,9 +1,9 @@
-"""The training state on disk: ``checkpoints/step_00001000/`` with weights, moments and position.
+"""Checkpoints: ``checkpoints/step_00001000/`` with weights, optimizer state, EMA and step.
 
-A checkpoint is written beside its final name and renamed when it is whole, with a checksum of every
-file; so a folder named ``step_...`` was complete once, and what happened to it since is noticed.
+A checkpoint is written under a temporary name, with a checksum of every file, and renamed when it is
+complete. So every folder named ``step_...`` was complete when it was written, and later damage is detected.
 Tensors are stored as safetensors by torch.distributed.checkpoint, one file for each process that
-holds a part: any number of processes can read them again. Nothing is pickled.
+holds a shard; any number of processes can read them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ State = dict[str, Tensor]
 
 
 class Checkpoints:
-    """Writes the checkpoints of a stage while training goes on, and removes old ones.
+    """Writes the checkpoints of a stage in a background thread and removes old ones.
 
-    Every process makes one and calls the same methods at the same steps.
+    Every process creates one and calls the same methods at the same steps.
 
     Args:
-        folder: of the checkpoints, shared by all processes.
-        settings: what must be the same when the run is resumed; plain JSON.
-        keep: so many of the newest stay; None for all.
-        keep_every_steps: checkpoints at its multiples stay as well.
-        rank, world_size: of this process.
-        is_sharded: whether each process holds a part of the state. If not, the first process writes it.
+        folder: folder of the checkpoints, shared by all processes.
+        settings: settings that must match on resume; plain JSON.
+        keep: number of most recent checkpoints to keep; None: all.
+        keep_every_steps: checkpoints at multiples of this step are kept as well.
+        rank: index of this process.
+        world_size: number of processes.
+        is_sharded: whether each process holds a shard of the state; if not, the first process writes it all.
     """
 
     def __init__(
@@ -59,42 +60,42 @@ class Checkpoints:
         self.keep, self.keep_every_steps = keep, keep_every_steps
         self.rank, self.world_size = rank, world_size
         self.is_writer = rank == 0 or is_sharded
-        # Plans travel on a channel of their own, so that they do not mix with gradients.
+        # A separate process group, so that saving does not interfere with the exchange of gradients.
         self._group: Any = dist.new_group(backend="gloo") if is_sharded and world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, state: State) -> None:
-        """Begin to write the state after ``step`` optimizer steps; returns when it has been copied.
+        """Copy the state after ``step`` optimizer steps and start to write it in the background.
 
         Raises:
-            OSError: the one before could not be written.
+            OSError: the previous checkpoint could not be written.
         """
         self.wait()
         if not self.is_writer:
             return
-        partial = self.folder / f".writing_{name_of(step)}"
+        partial = self.folder / f".writing_{checkpoint_name(step)}"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        # A copy: the tensors change at the next step.
+        # Copy, because the next step changes the tensors.
         copy = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
-        # No daemon: an error elsewhere does not cut it off.
+        # Not a daemon thread: it finishes writing when the main thread fails.
         self._thread = threading.Thread(target=self._try_to_write, args=(step, copy, partial))
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last checkpoint is whole.
+        """Wait until the last checkpoint is written.
 
         Raises:
-            OSError: it could not be written; those before are as they were.
+            OSError: it could not be written; earlier checkpoints are intact.
         """
         if self._thread is not None:
             self._thread.join()
         self.check()
 
     def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written, without waiting for one that may yet be."""
+        """Raise the error of a failed checkpoint; do not wait for one that is still being written."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -102,21 +103,21 @@ class Checkpoints:
     def _try_to_write(self, step: int, state: State, partial: Path) -> None:
         try:
             self._write(step, state, partial)
-        except BaseException as error:  # for the loop, which looks after every step
+        except BaseException as error:  # raised by check(), which the loop calls after every step
             cause = _cause(error)
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(cause, OSError):
                 cause = OSError(
                     f"the checkpoint of step {step} could not be written ({cause.strerror or cause}): "
-                    f"{self._space(state)}; {self._last()}. When the disk is in order, the same command "
-                    "continues from there"
+                    f"{self._space(state)}; {self._last()}. Free or repair the disk, then run the same command "
+                    "again to resume from it"
                 )
             self._error = cause
 
     def _write(self, step: int, state: State, partial: Path) -> None:
         if self._group is not None:
-            dist.barrier(group=self._group)  # the folder is there
+            dist.barrier(group=self._group)  # wait until the folder exists
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
@@ -131,18 +132,18 @@ class Checkpoints:
         about = {"step": step, "settings": self.settings, "processes": self.world_size, "files": digests}
         about["sha256"] = _digest_of(about)
         (partial / "state.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        flush(partial / "state.json")
-        flush(partial)
-        final = self.folder / name_of(step)
-        if final.exists():  # damaged since, or it would not be written again
+        fsync(partial / "state.json")
+        fsync(partial)
+        final = self.folder / checkpoint_name(step)
+        if final.exists():  # it was found damaged, else this step would not run again
             os.replace(final, final.with_name(f".damaged_{final.name}"))
             shutil.rmtree(final.with_name(f".damaged_{final.name}"))
         os.replace(partial, final)
-        flush(self.folder)
+        fsync(self.folder)
         self._prune(step)
 
     def _checksums(self, partial: Path) -> dict[str, str]:
-        """Of every file; each process reads its part of them."""
+        """Return the checksum of every file on the first process; each process reads a part of the files."""
         files = sorted(partial.glob("*.safetensors"))
         if self._group is None:
             return {file.name: checksum(file) for file in files}
@@ -156,52 +157,58 @@ class Checkpoints:
             return
         for path in [path for path in list_checkpoints(self.folder) if _step_of(path) <= step][: -self.keep]:
             if not self.keep_every_steps or _step_of(path) % self.keep_every_steps:
-                # What cannot be removed is no reason to end a run.
+                # Ignore deletion failures.
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
     def _space(self, state: State) -> str:
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         free = shutil.disk_usage(self.folder).free
-        return f"it takes about {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free in {self.folder}"
+        return f"it needs about {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free in {self.folder}"
 
     def _last(self) -> str:
-        whole = list_checkpoints(self.folder)
-        return f"the last good one is {whole[-1].name}" if whole else "there is none before it"
+        complete = list_checkpoints(self.folder)
+        return f"the last valid checkpoint is {complete[-1].name}" if complete else "there is no earlier checkpoint"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints that were complete once, oldest first."""
+    """List all checkpoints, oldest first; they may have been damaged since they were written."""
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
 
 
-def sweep(folder: Path) -> None:
-    """Remove what interrupted writing left."""
+def remove_unfinished(folder: Path) -> None:
+    """Remove incomplete checkpoints, left by interrupted writing."""
     for path in (*folder.glob(".writing_*"), *folder.glob(".damaged_*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that verifies and its ``state.json``; and why newer ones were passed over.
+    """Find the newest valid checkpoint.
+
+    Returns:
+        The checkpoint (None if there is none), its ``state.json``, and one message for each newer, damaged one.
 
     Raises:
-        ValueError: there are checkpoints, but none verifies.
+        ValueError: there are checkpoints, but none is valid.
     """
-    passed_over: list[str] = []
+    damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
-            return checkpoint, verify(checkpoint), passed_over
+            return checkpoint, verify(checkpoint), damaged
         except ValueError as error:
-            passed_over.append(str(error))
-    if passed_over:
+            damaged.append(str(error))
+    if damaged:
         raise ValueError(
-            f"{'; '.join(passed_over)}: no checkpoint of {folder} is whole. If it is not the disk, which may "
-            "answer later, remove the folder to begin again"
+            f"{'; '.join(damaged)}: no checkpoint in {folder} is valid. If the disk is not temporarily failing, "
+            "remove the folder to start again"
         )
     return None, {}, []
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """``step`` and ``settings`` of a checkpoint, when every file is as it was written.
+    """Compare every file of a checkpoint with its checksum.
+
+    Returns:
+        The content of ``state.json``: ``step``, ``settings``, ``processes`` and ``files``.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -224,10 +231,10 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> State:
-    """Everything that training changes, by name: weights, moments, and the average of the weights."""
+    """Return everything that training changes, by name: weights, optimizer state and EMA."""
     state = {f"model/{key}": tensor for key, tensor in model.state_dict().items()}
     if ema is not None:
-        state |= {f"average/{key}": tensor for key, tensor in ema.state_dict().items()}
+        state |= {f"ema/{key}": tensor for key, tensor in ema.state_dict().items()}
     return state | {
         f"optimizer/{name}/{slot}": value
         for name, parameter in model.named_parameters()
@@ -238,10 +245,10 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.M
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
 ) -> None:
-    """Put the saved weights and moments into ``model``, ``optimizer`` and ``average``, sharded or not.
+    """Load a checkpoint into ``model``, ``optimizer`` and ``ema``, sharded or not.
 
     Raises:
-        ValueError: a file of the checkpoint cannot be read, or holds other tensors.
+        ValueError: a file of the checkpoint cannot be read, or its tensors do not match.
     """
     saved = _names_in(checkpoint)
     for name, parameter in model.named_parameters():
@@ -253,12 +260,12 @@ def load_checkpoint(
             }
     state = training_state(model, optimizer, ema)
     if differing := sorted(state.keys() ^ saved):
-        raise _damaged(checkpoint, f"{len(differing)} tensors too few or too many, for instance {differing[0]}")
+        raise _damaged(checkpoint, f"{len(differing)} tensors are missing or unexpected, for instance {differing[0]}")
     _read(checkpoint, state)
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Put the saved weights alone into ``model``.
+    """Load only the weights of a checkpoint into ``model``.
 
     Raises:
         ValueError: a file of the checkpoint cannot be read, or lacks a tensor.
@@ -277,7 +284,7 @@ def _names_in(checkpoint: Path) -> set[str]:
 
 
 def _read(checkpoint: Path, state: State) -> None:
-    """Fill the tensors of ``state``; each process reads what it holds of them."""
+    """Read the tensors of ``state`` in place; each process reads its shards."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -286,8 +293,8 @@ def _read(checkpoint: Path, state: State) -> None:
         raise _damaged(checkpoint, _cause(error)) from None
 
 
-# Settings that came later, and what was done before there was a key for them.
-BEFORE = {
+# Settings added later, with the value that older checkpoints were trained with.
+DEFAULTS_OF_OLDER_CHECKPOINTS = {
     "data.fraction": 1.0,
     "stage.target.pixels": "masked",
     "stage.target.downsample": 1,
@@ -296,10 +303,10 @@ BEFORE = {
 
 
 def different_settings(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """``key: saved -> current`` for every setting that differs."""
+    """Return a line ``key: saved -> current`` for every setting that differs."""
     lines = []
     for key in sorted(set(saved) | set(current)):
-        old, new = saved.get(key, BEFORE.get(prefix + key)), current.get(key)
+        old, new = saved.get(key, DEFAULTS_OF_OLDER_CHECKPOINTS.get(prefix + key)), current.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += different_settings(old, new, f"{prefix}{key}.")
         elif old != new:
@@ -307,8 +314,8 @@ def different_settings(saved: dict[str, Any], current: dict[str, Any], prefix: s
     return lines
 
 
-def name_of(step: int) -> str:
-    """The folder of a checkpoint."""
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of a step."""
     return f"step_{step:08d}"
 
 
@@ -321,12 +328,12 @@ def _damaged(checkpoint: Path, reason: object) -> ValueError:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first failure of any process."""
+    """Return the first failure of any process."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def checksum(file: Path) -> str:
-    """SHA-256 of its content."""
+    """Return the SHA-256 of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -335,8 +342,8 @@ def _digest_of(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def flush(path: Path) -> None:
-    """Bring a file or folder to the disk."""
+def fsync(path: Path) -> None:
+    """Sync a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

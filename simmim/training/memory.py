@@ -1,4 +1,4 @@
-"""Bytes: of the machine, of attention, and of every tensor while it lives, real or planned."""
+"""Memory in bytes: of the device, of attention logits, and of all live tensors (real or fake)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ FRACTION_FOR_LOGITS = 1 / 16
 
 
 class TrackedMemory(TorchDispatchMode):
-    """Bytes of all tensors that are made while it is entered, for as long as they live; not of those made before.
+    """Context manager that counts the bytes of all live tensors created inside it.
 
-    What a kernel needs for itself, and what an allocator adds, is not seen.
+    The workspace of kernels and the overhead of the allocator are not included.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.current = 0
-        """Alive now."""
+        """Bytes alive now."""
         self.peak = 0
-        """The most that were alive at once."""
+        """Largest number of bytes alive at the same time."""
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -38,34 +38,37 @@ class TrackedMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._see(tensor, given)
+                self._track(tensor, given)
         return result
 
-    def _see(self, tensor: Tensor, given: set[int]) -> None:
+    def _track(self, tensor: Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in given or key in self._alive:
             return
 
-        def forget(_: weakref.ref) -> None:
+        def release(_: weakref.ref) -> None:
             self.current -= size
             del self._alive[key]
 
-        self._alive[key] = weakref.ref(storage, forget)
+        self._alive[key] = weakref.ref(storage, release)
         self.current += size
         self.peak = max(self.peak, self.current)
 
 
 def device_bytes(device: torch.device) -> int:
-    """Memory of a GPU, or of the machine."""
+    """Return the memory of a GPU, or of the machine for other devices."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choose_chunks(config: SwinConfig, batch_size: int, budget: int) -> list[int]:
-    """In how many chunks each stage computes its attention: powers of two, such that the logits of one chunk, in fp32
-    and three times (the products, the weights, their gradients), take at most a sixteenth of ``budget`` bytes."""
+    """Choose the number of attention chunks of each encoder stage, a power of two.
+
+    The logits of one chunk take at most a sixteenth of ``budget`` bytes, counted in fp32 and three times
+    (logits, attention weights, gradients).
+    """
     chosen = []
     for grid, heads in zip(config.grids(), config.num_heads, strict=True):
         windows = fit_windows(grid, config.window, shifted=True)

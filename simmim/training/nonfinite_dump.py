@@ -1,4 +1,4 @@
-"""What is left of a step that was not taken: enough to do it again, anywhere (``simmim replay``)."""
+"""Dumps the state needed to replay a non-finite step (``simmim replay``)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from simmim.training.checkpoint import Checkpoints, State, name_of
-from simmim.training.run_log import write_whole
+from simmim.training.checkpoint import Checkpoints, State, checkpoint_name
+from simmim.training.run_log import write_atomically
 
-FOLDER = "blackbox"
+FOLDER = "nonfinite"
 
 
 class MicroBatch(NamedTuple):
-    """What a process computed in a micro-step."""
+    """A micro-batch of one process and its loss."""
 
     epochs: Tensor
+    """``(b,)``; epoch of each sample."""
     indices: Tensor
+    """``(b,)``; index of each sample in its source."""
     loss: Tensor
+    """Scalar, detached."""
 
 
 def write_nonfinite_dump(
@@ -33,17 +36,18 @@ def write_nonfinite_dump(
     accelerator: Accelerator,
     **facts: Any,
 ) -> Path:
-    """Save the weights from before ``step``, the samples of every process and what came of them.
+    """Save the training state before ``step``, and the samples and losses of every process.
 
     Args:
-        folder: of the stage.
-        facts: loss, gradient norm, seed.
-
-    Raises:
-        OSError: it could not be written.
+        folder: folder of the stage.
+        state: training state before the step.
+        facts: further entries of the report: loss, gradient norm, seed.
 
     Returns:
-        ``blackbox/step_00000123.json``; the weights lie beside it as a checkpoint of the step before.
+        ``nonfinite/step_00000123.json``; the state is stored next to it, as a checkpoint of the step before.
+
+    Raises:
+        OSError: the dump could not be written.
     """
     own = [
         {"epoch": batch.epochs.tolist(), "index": batch.indices.tolist(), "loss": batch.loss.item()}
@@ -61,8 +65,8 @@ def write_nonfinite_dump(
     checkpoints.save(step - 1, state)
     checkpoints.wait()
     accelerator.wait_for_everyone()
-    report = folder / FOLDER / f"{name_of(step)}.json"
+    report = folder / FOLDER / f"{checkpoint_name(step)}.json"
     if accelerator.is_main_process:
-        about = {"step": step, "weights": name_of(step - 1), "precision": accelerator.mixed_precision, **facts}
-        write_whole(report, json.dumps({**about, "processes": processes}, indent=1) + "\n")
+        about = {"step": step, "weights": checkpoint_name(step - 1), "precision": accelerator.mixed_precision, **facts}
+        write_atomically(report, json.dumps({**about, "processes": processes}, indent=1) + "\n")
     return report

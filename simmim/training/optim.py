@@ -12,7 +12,7 @@ from torch import nn
 REFERENCE_BATCH_SIZE = 512
 
 LearningRate = Callable[[int], float]
-"""Optimizer step, from 0 -> learning rate of that step."""
+"""Maps an optimizer step, from 0, to its learning rate."""
 
 
 def make_optimizer(
@@ -25,13 +25,13 @@ def make_optimizer(
     layer_decay: float = 1.0,
     depths: Mapping[nn.Parameter, int] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW that leaves the given parameters (by identity, not by name) undecayed.
+    """Create AdamW with weight decay for all parameters but those in ``no_decay`` (by identity, not by name).
 
-    The learning rate starts at 0: the loop sets it before every step, times ``lr_scale`` of the group.
+    The learning rate is 0 at first: the loop sets it before every step, times ``lr_scale`` of the group.
 
     Args:
-        layer_decay: ``lr_scale`` is ``layer_decay ** (deepest - depth)``.
-        depths: how deep every parameter sits; with a ``layer_decay`` below 1.
+        layer_decay: ``lr_scale`` of a group is ``layer_decay ** (deepest - depth)``.
+        depths: depth of every parameter; needed if ``layer_decay`` is below 1.
     """
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -68,12 +68,16 @@ def make_lr(
     milestones_epochs: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> LearningRate:
-    """``lr_at(step)``: linear warm-up from ``warmup_lr``, then cosine or linear to ``min_lr`` or steps by ``gamma``.
+    """Create a schedule: linear warm-up from ``warmup_lr``, then cosine or linear decay, or multiple steps.
 
-    All three rates are given for 512 images per step and scaled with ``batch_size`` (the linear rule
-    of the official recipes). Cosine and line begin where the warm-up ends, without a jump.
+    All three rates are given for 512 images per step and scaled linearly with ``batch_size``, as in the
+    official recipes. Cosine and linear decay start at the end of the warm-up, without a jump, and end at ``min_lr``.
+
+    Args:
+        name: ``cosine``, ``linear`` or ``multistep``.
+        milestones_epochs: epochs at which ``multistep`` multiplies the rate by ``gamma``.
     """
-    lr, warmup, floor = (rate * batch_size / REFERENCE_BATCH_SIZE for rate in (base_lr, warmup_lr, min_lr))
+    lr, warmup, lowest = (rate * batch_size / REFERENCE_BATCH_SIZE for rate in (base_lr, warmup_lr, min_lr))
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     milestones = [round(epochs * steps_per_epoch) for epochs in milestones_epochs]
 
@@ -83,7 +87,7 @@ def make_lr(
         if name == "multistep":
             return lr * gamma ** bisect.bisect_right(milestones, step)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        left = 1 - progress if name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return floor + (lr - floor) * left
+        remaining = 1 - progress if name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return lowest + (lr - lowest) * remaining
 
     return lr_at

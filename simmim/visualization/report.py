@@ -14,7 +14,7 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from simmim.training.run_log import read_lines
+from simmim.training.run_log import read_json_lines
 from simmim.visualization.drawing import folded
 from simmim.visualization.reconstructions import through_training
 
@@ -100,7 +100,7 @@ def read_run(folder: Path) -> Run:
         file = folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    events = read_lines(folder / "events.jsonl") if (folder / "events.jsonl").exists() else []
+    events = read_json_lines(folder / "events.jsonl") if (folder / "events.jsonl").exists() else []
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     name = f"{yaml.safe_load(recipe).get('name', folder.parent.name)}/{folder.name}"
     return Run(
@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
         folder,
         recipe,
         read_json("environment.json"),
-        read_lines(folder / "metrics.jsonl"),
+        read_json_lines(folder / "metrics.jsonl"),
         events,
         read_json("summary.json"),
     )

@@ -1,7 +1,7 @@
-"""What a GPU must say of speed: ``python tests/gpu/check_kernel.py OUT``, tables and JSON.
+"""GPU checks of the fused attention kernel: ``python tests/gpu/check_kernel.py OUT`` writes tables and JSON.
 
-The kernel of attention against plain operations in double precision; training steps with it, without it and compiled;
-then steps beside timm at the largest batches that fit, and attention alone. Ends with 1 if any numbers disagree.
+Compares the kernel with reference operations in double precision, and training steps with it, without it and compiled;
+then measures steps against timm at the largest batches that fit, and attention alone. Exit code 1 if results disagree.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from swin import SwinConfig
 from swin.config import make_config
 
 SIZES = ((192, 12), (256, 16), (384, 24))
-FURTHEST = {"fp32": 1e-4, "bf16": 2e-2}
-"""By the norm of the difference over the norm; rounding leaves 1e-6 to 1e-5, and 4e-3."""
-FURTHEST_LOSS = {"fp32": 1e-4, "bf16": 1e-2}
+MAX_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 2e-2}
+"""Norm of the difference over the norm of the reference; rounding causes 1e-6 to 1e-5, and 4e-3."""
+MAX_LOSS_ERROR = {"fp32": 1e-4, "bf16": 1e-2}
 STEPS = 5
 IMAGES = 2
 BATCHES = {"swinv2_base": 128, "swinv2_huge": 16, "swinv2_3b": 2}
-"""Where doubling begins."""
+"""Micro-batch size to start doubling from."""
 LADDER: tuple[tuple[list[str], bool], ...] = ((["timm"], True), ([], True), ([], False))
-"""Rivals and compiling, both of which take memory beside ours."""
+"""Baselines, and whether to compile: both need memory besides the measured encoder."""
 
 
 def agreement(config: SwinConfig, precision: str, device: torch.device) -> dict[str, dict[str, list[float]]]:
-    """How far kernel and chunks are off, by kind of window: of output, dqkv, dfactor and dbias, the worst stage's."""
+    """Return the worst errors over stages of kernel and chunks, by kind of window: output, dqkv, dfactor and dbias."""
     found: dict[str, dict[str, list[float]]] = {}
     for stage, (h, w) in enumerate(config.grids()):
         kinds = {"plain": ((h, w), False), "shifted": ((h, w), True), "shifted, padded": ((h - h // 6, w - 1), True)}
@@ -48,7 +48,7 @@ def agreement(config: SwinConfig, precision: str, device: torch.device) -> dict[
                 function, on_grid = ways(case)[name]
                 off = distances(results(make_way(function, case, on_grid), case), expected)
                 worst = found.setdefault(kind, {}).setdefault(name, [0.0] * len(off))
-                # max() would lose what is not a number.
+                # max() would ignore NaN.
                 worst[:] = [y if not y <= x else x for x, y in zip(worst, off, strict=True)]
     return found
 
@@ -58,40 +58,44 @@ def distances(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[floa
 
 
 def losses(task: SimMIM, batch_size: int, precision: str) -> dict[str, list[float]]:
-    """Of some steps of AdamW, from the same weights, on the same images: without the kernel, with it, compiled."""
+    """Return the losses of AdamW steps from the same weights and images: without the kernel, with it, compiled."""
     device, config = task.mean.device, task.encoder.config
     images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
-    cells = task.masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
+    patch_mask = task.masks(torch.zeros(batch_size, dtype=torch.int64), torch.arange(batch_size)).to(device)
     found = {}
     for name in ("without", "kernel", "compiled"):
         own = copy.deepcopy(task)
         own.encoder.use_kernel(name == "kernel").use_compiler(name == "compiled")
         optimizer = torch.optim.AdamW(own.parameters())
-        step = make_step(own.loss, optimizer, images, cells, precision)
+        step = make_step(own.loss, optimizer, images, patch_mask, precision)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3  # so that a wrong gradient shows in the next loss
+            group["lr"] = 1e-3  # large enough for a wrong gradient to change the next loss
         found[name] = [float(step()) for _ in range(STEPS)]
     return found
 
 
-def apart(of: dict[str, list[float]]) -> float:
-    """The largest relative difference of any loss from that without the kernel."""
-    offs = [abs(x / y - 1) for other in of.values() for x, y in zip(other, of["without"], strict=True)]
+def largest_difference(losses_by_name: dict[str, list[float]]) -> float:
+    """Return the largest relative difference of a loss from that without the kernel; NaN if any is NaN."""
+    offs = [
+        abs(x / y - 1)
+        for other in losses_by_name.values()
+        for x, y in zip(other, losses_by_name["without"], strict=True)
+    ]
     return max(offs) if all(off == off for off in offs) else float("nan")
 
 
 def largest_batches(encoder: str, batch_size: int, measure: Callable[[str, int, list[str], bool], None]) -> int:
-    """Measure at twice the batch again and again, and with less beside ours where that failed -> the largest."""
+    """Double the batch until it does not fit, then drop baselines and compiling; return the largest batch that fits."""
     largest, rung = 0, 0
     while rung < len(LADDER):
         try:
             measure(encoder, batch_size, *LADDER[rung])
             largest, batch_size = batch_size, 2 * batch_size
-        except Exception as error:  # a compiler may say in its own words that memory is not enough
+        except Exception as error:  # compilers report insufficient memory with their own errors
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             print(f"{encoder} x {batch_size}, {_beside(*LADDER[rung])}: {reason}", flush=True)
             rung += 1
-        gc.collect()  # models hold each other
+        gc.collect()  # models have reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return largest
@@ -102,13 +106,13 @@ def _beside(baselines: list[str], compiled: bool) -> str:
 
 
 def check_agreement(out: Path, device: torch.device, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> int:
-    """A table and ``agreement.json`` -> how many lines disagree."""
+    """Print a table and write ``agreement.json``; return the number of rows that disagree."""
     rows, wrong = [], 0
     print(f"{'':<44}{'':<18}{'output':>10}{'dqkv':>10}{'dfactor':>10}{'dbias':>10}")
     for encoder in names:
         for px, side in sizes:
             config = make_config(encoder, image_size=px, window_size=side)
-            for precision, furthest in FURTHEST.items():
+            for precision, furthest in MAX_RELATIVE_ERROR.items():
                 for kind, both in agreement(config, precision, device).items():
                     fits = all(off <= furthest for off in both["kernel"])
                     wrong += not fits
@@ -122,11 +126,11 @@ def check_agreement(out: Path, device: torch.device, names: Sequence[str], sizes
 
 
 def check_losses(out: Path, device: torch.device, task: SimMIM, batch_size: int) -> int:
-    """A table and ``losses.json`` -> how many precisions disagree."""
+    """Print a table and write ``losses.json``; return the number of precisions that disagree."""
     found, wrong = {}, 0
-    for precision, furthest in FURTHEST_LOSS.items():
+    for precision, furthest in MAX_LOSS_ERROR.items():
         found[precision] = losses(task.to(device), batch_size, precision)
-        off = apart(found[precision])
+        off = largest_difference(found[precision])
         wrong += not off <= furthest
         for name, values in found[precision].items():
             print(f"{precision} {name:<12}{''.join(f'{loss:>12.6f}' for loss in values)}")
@@ -136,7 +140,7 @@ def check_losses(out: Path, device: torch.device, task: SimMIM, batch_size: int)
 
 
 def check_speed(out: Path) -> None:
-    """Tables and ``step_NAME_BATCH.json``, ``largest.json``, ``attention.json``."""
+    """Print tables and write ``step_NAME_BATCH.json``, ``largest.json`` and ``attention.json``."""
 
     def measure(encoder: str, batch_size: int, baselines: list[str], compiled: bool) -> None:
         step_speed(

@@ -1,7 +1,7 @@
-"""What needs a GPU to be checked: ``python tests/gpu/check_reliability.py OUT [fp32] [bf16]``, a table and JSON.
+"""GPU checks of resuming: ``python tests/gpu/check_reliability.py OUT [fp32] [bf16]`` prints a table and writes JSON.
 
-Exact continuation in fp32 and bf16, FSDP2 as it really is (one process), a checkpoint of either read by the other,
-and what saving costs the loop. Some minutes on one GPU.
+Exact resume in fp32 and bf16, FSDP2 on the GPU (one process), checkpoints with and without sharding read by each other,
+and the cost of saving. Takes some minutes on one GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RECIPE = [
 
 
 def train(out: Path, precision: str, *options: str, sharded: bool = False, stop: int | None = None) -> float:
-    """Seconds of a run; or of its first ``stop`` steps."""
+    """Run the recipe, or its first ``stop`` steps; return the seconds."""
     out.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/zero3_8.yaml")]
     launcher += ["--num_processes", "1"]
@@ -67,7 +67,7 @@ def train(out: Path, precision: str, *options: str, sharded: bool = False, stop:
 
 
 def difference(one: Path, two: Path) -> float:
-    """Largest over weights and moments of the last checkpoint; 0 means equal to the last bit."""
+    """Return the largest difference of weights and optimizer state of the last checkpoint; 0: bitwise equal."""
     states = []
     for out in (one, two):
         checkpoint, _, _ = newest_checkpoint(out / "gpu/pretrain/checkpoints")
@@ -83,7 +83,7 @@ def losses(out: Path) -> list[float]:
 
 
 def cost_of_saving() -> dict[str, float]:
-    """Swin V2-B at 192 px, bf16: what a save takes from the loop, and until it is whole."""
+    """Measure for Swin V2-B at 192 px in bf16 how long a save blocks the loop, and how long it takes in all."""
     torch.manual_seed(0)
     encoder = make_encoder("swinv2_base", image_size=192, window_size=12)
     model = SimMIM(encoder, MaskGenerator((192, 192), 32, 0.6), mean=[0.5] * 3, std=[0.3] * 3).cuda()
@@ -105,27 +105,27 @@ def cost_of_saving() -> dict[str, float]:
         step()
     plain = statistics.median(step() for _ in range(20))
     checkpoints = Checkpoints(Path("saved"), {}, keep=1)
-    copying, whole, beside = [], [], []
-    for number in range(1, 5):
+    copying, complete, concurrent = [], [], []
+    for index in range(1, 5):
         begin = time.perf_counter()
-        checkpoints.save(number, training_state(model, optimizer))
+        checkpoints.save(index, training_state(model, optimizer))
         copying.append(time.perf_counter() - begin)
         while checkpoints._thread is not None and checkpoints._thread.is_alive():
-            beside.append(step())
+            concurrent.append(step())
         checkpoints.wait()
-        whole.append(time.perf_counter() - begin)
+        complete.append(time.perf_counter() - begin)
     size = sum(file.stat().st_size for file in Path("saved").rglob("*.safetensors"))
     return {
         "checkpoint_mb": size / 1e6,
         "step_ms": plain * 1e3,
         "loop_waits_ms": statistics.median(copying[1:]) * 1e3,
-        "whole_after_ms": statistics.median(whole[1:]) * 1e3,
-        "step_beside_it_ms": statistics.median(beside) * 1e3 if beside else float("nan"),
+        "complete_after_ms": statistics.median(complete[1:]) * 1e3,
+        "concurrent_step_ms": statistics.median(concurrent) * 1e3 if concurrent else float("nan"),
     }
 
 
 def bytes_to_the_device() -> dict[str, float]:
-    """128 images of 192 px: uint8 as they travel here, and float32; pinned and not. Milliseconds."""
+    """Measure the milliseconds to copy 128 images of 192 px to the GPU, uint8 or float32, pinned or not."""
     found = {}
     for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
         for pinned in (False, True):
@@ -147,8 +147,8 @@ def main(out: Path, precisions: list[str]) -> None:
     os.chdir(out)
     found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
-    def note(**numbers: object) -> None:
-        for name, value in numbers.items():
+    def note(**values: object) -> None:
+        for name, value in values.items():
             found[name.replace("_", " ")] = value
             print(f"{name.replace('_', ' '):50} {value}", flush=True)
         (out / "found.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -161,8 +161,8 @@ def main(out: Path, precisions: list[str]) -> None:
         train(out / f"{precision}_stopped", precision, stop=5)
         train(out / f"{precision}_stopped", precision)
         again = difference(out / precision, out / f"{precision}_again")
-        continued = difference(out / precision, out / f"{precision}_stopped")
-        note(**{f"{precision}_a_second_run_differs_by": again, f"{precision}_continued_it_differs_by": continued})
+        resumed = difference(out / precision, out / f"{precision}_stopped")
+        note(**{f"{precision}_second_run_differs_by": again, f"{precision}_resumed_run_differs_by": resumed})
     if "bf16" not in precisions:
         return
     train(out / "sharded", "bf16", sharded=True)
@@ -170,7 +170,7 @@ def main(out: Path, precisions: list[str]) -> None:
     note(fsdp2_losses_differ_by_at_most=max(abs(a - b) for a, b in pairs))
     train(out / "to_one", "bf16", sharded=True, stop=5)
     train(out / "to_one", "bf16")
-    note(fsdp2_continued_without_differs_by=difference(out / "sharded", out / "to_one"))
+    note(fsdp2_resumed_without_sharding_differs_by=difference(out / "sharded", out / "to_one"))
 
 
 if __name__ == "__main__":

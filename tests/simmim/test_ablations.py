@@ -56,7 +56,7 @@ def test_objectives_end_to_end(recipe, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--variants", "loss=l3"], "stages.pretrain.target.loss"),
-        (["--variants", "downsample=3"], "take a divisor of 8"),
+        (["--variants", "downsample=3"], "use a divisor of 8"),
         (["--variants", "head=mlp", "nothing=1"], "nothing"),
         (["--seeds", "1", "1"], "seeds must be different"),
     ],

@@ -187,9 +187,9 @@ def test_batches_grow_while_they_fit():
 
 @plainly
 def test_losses_that_are_apart_are_seen():
-    apart = load_script().apart
-    assert apart({"without": [1.0, 2.0], "kernel": [1.0, 2.02]}) == pytest.approx(0.01)
-    assert not apart({"without": [1.0, 2.0], "kernel": [float("nan"), 2.0]}) <= 1
+    largest_difference = load_script().largest_difference
+    assert largest_difference({"without": [1.0, 2.0], "kernel": [1.0, 2.02]}) == pytest.approx(0.01)
+    assert not largest_difference({"without": [1.0, 2.0], "kernel": [float("nan"), 2.0]}) <= 1
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_the_script_sees_a_kernel_that_is_wrong(script, tmp_path, monkeypatch, c
         return right(qkv, factor, bias * fault, *rest, **kind)
 
     monkeypatch.setattr(benchmark, "attend_windows", wrong)
-    monkeypatch.setattr(script, "FURTHEST", {"fp32": 1e-4})
+    monkeypatch.setattr(script, "MAX_RELATIVE_ERROR", {"fp32": 1e-4})
     assert script.check_agreement(tmp_path, CPU, ["swinv2_tiny"], [(24, 3)]) == 3
     assert capsys.readouterr().out.count("DISAGREES") == 3
 
@@ -247,7 +247,7 @@ def test_the_script_trains_in_three_ways(script, tmp_path, monkeypatch, traced, 
     assert len(losses) == 2 and losses[-1] < 0.999 * losses[0]
     right = attention.attend_windows
     monkeypatch.setattr(attention, "attend_windows", lambda qkv, *rest, **kind: right(-qkv, *rest, **kind))
-    monkeypatch.setattr(script, "FURTHEST_LOSS", {"fp32": script.FURTHEST_LOSS["fp32"]})
+    monkeypatch.setattr(script, "MAX_LOSS_ERROR", {"fp32": script.MAX_LOSS_ERROR["fp32"]})
     assert script.check_losses(tmp_path, CPU, make_small(), 1) == 1
     assert capsys.readouterr().out.count("DISAGREES") == 1
 

@@ -170,8 +170,8 @@ def test_the_average_is_what_is_exported(straight):
     state = saved_state(checkpoint)
     result = exported(straight, "finetune_32")
     key = "encoder.layers.0.blocks.0.attn.qkv.weight"
-    assert torch.equal(result[key.removeprefix("encoder.")], state[f"average/{key}"])
-    assert not torch.equal(state[f"average/{key}"], state[f"model/{key}"])
+    assert torch.equal(result[key.removeprefix("encoder.")], state[f"ema/{key}"])
+    assert not torch.equal(state[f"ema/{key}"], state[f"model/{key}"])
 
 
 def test_other_weights_at_the_start_are_another_stage(recipe, straight, tmp_path, capsys):

@@ -30,9 +30,9 @@ def test_pretraining_on_a_folder_with_a_broken_jpeg(tmp_path, capsys):
     corrupt.write_bytes(corrupt.read_bytes()[:200])
     assert pretrain(f"data.path={tmp_path / 'photos'}", "--out", str(tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    assert printed.count("skipped a broken image") == 1 and "007.jpg" in printed
-    assert "1 broken image(s) skipped so far" in printed
-    assert "007.jpg" in (tmp_path / "out/tiny/pretrain/bad_images.csv").read_text()
+    assert printed.count("skipped a corrupt image") == 1 and "007.jpg" in printed
+    assert "1 corrupt image(s) skipped so far" in printed
+    assert "007.jpg" in (tmp_path / "out/tiny/pretrain/corrupt_images.csv").read_text()
 
 
 @pytest.mark.parametrize(

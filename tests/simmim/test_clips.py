@@ -319,7 +319,7 @@ def test_what_cannot_be_is_said_at_the_start(tmp_path, monkeypatch):
         VideoDecoder(4)
     with pytest.raises(ValueError, match="must be at least 1, got 0, 1"):
         RandomClip(CenterCrop((8, 8)), 0)
-    with pytest.raises(ValueError, match="paints on single images"):
+    with pytest.raises(ValueError, match="is for images, not for clips"):
         RandomClip(RandAugmentedCrop((8, 8), rand_augment="rand-m9", mean=[0.5] * 3), 2)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"pip install 'simmim\[video\]'"):

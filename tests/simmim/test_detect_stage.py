@@ -97,10 +97,10 @@ def test_what_a_stage_leaves(chain):
 
 def test_bad_data_is_counted_and_named(chain):
     events = [json.loads(line) for line in (chain / "detect" / "events.jsonl").read_text().splitlines()]
-    (told,) = [event["text"] for event in events if event["event"] == "left out"]
+    (told,) = [event["text"] for event in events if event["event"] == "excluded_data"]
     assert told.startswith("3 problem(s) in the data: annotation 90: of image 12345, which is not listed; ")
     assert "annotation 91: of category 99" in told and "0.png: is missing" in told
-    assert any(event["event"] == "skipped" and "1.png" in event["text"] for event in events)
+    assert any(event["event"] == "corrupt_image" and "1.png" in event["text"] for event in events)
 
 
 def test_an_encoder_of_another_size_needs_no_flag(chain):
@@ -297,13 +297,13 @@ def test_planned_bytes_and_flops_are_those_of_a_step():
     ("override", "message"),
     [
         ("anchor_px=[8, 16]", "stages.detect.anchor_px has 2 sides, but an encoder of 2 stages gives 3 maps"),
-        ("jitter.scale=[2, 1]", "scale must go from low to high, got 2.0, 1.0"),
+        ("jitter.scale=[2, 1]", r"scale must be \[low, high\] with low not above high, got 2.0, 1.0"),
         ("jitter.short_px=[]", "at least 1 item"),
-        ("jitter.long_px=30", "long_px 30 is below the short side of 40 px: raise it"),
-        ("test.long_px=30", "long_px 30 is below short_px 40: raise it"),
+        ("jitter.long_px=30", "long_px 30 must be at least the largest short_px, 40"),
+        ("test.long_px=30", "long_px 30 must be at least short_px, 40"),
         ("test.scales=[]", "at least 1 item"),
         ("test.soft=linear", r"test.soft: unknown key, did you mean 'soft_nms'"),
-        ("image_size=null", "starts from scratch: give its image_size and window_size"),
+        ("image_size=null", "starts from scratch: set its image_size and window_size"),
     ],
 )
 def test_problems_of_a_recipe_are_named(override, message, tmp_path):

@@ -378,14 +378,14 @@ def test_parameters_have_their_rates():
 
 def test_weights_need_numbers_only_where_the_encoder_has_none():
     """A stage begins with an encoder without numbers; the head has its own, the same on every process."""
-    from simmim.training.distributed import draw_weights, give_memory
+    from simmim.training.distributed import allocate_parameters, initialize_parameters
 
     with torch.device("meta"):
         encoder = swin.make_encoder("swinv2_tiny", embed_dim=16, depths=(1, 1), num_heads=(1, 2), image_size=64)
     model = Detection(encoder, ["a"], **STATISTICS, width=16, hidden=16)
-    open_modules = give_memory(model, torch.device("cpu"))
+    open_modules = allocate_parameters(model, torch.device("cpu"))
     assert open_modules and not any(module in open_modules for module in model.head.modules())
-    draw_weights(open_modules)
+    initialize_parameters(open_modules)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes, and each holds its share."""
+"""DDP and FSDP2 compute the same as a single process, and each FSDP2 process holds its shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.simmim.test_training import TINY, comparable_metrics
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "worker.py"
-SAME = ["stages.pretrain.drop_path=0", "data.validation_images=3"]  # three images: the shares are not equal
+# With three validation images the processes get different numbers of images.
+SAME = ["stages.pretrain.drop_path=0", "data.validation_images=3"]
 LABELS = json.dumps(
     {
         "finetune": {
@@ -69,8 +70,8 @@ def exported(out: Path, stage: str = "pretrain") -> dict[str, torch.Tensor]:
     return load_file(out / "tiny" / stage / "export/encoder.safetensors")
 
 
-def held(out: Path) -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted(out.glob("held_*.json"))]
+def reports(out: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(out.glob("process_*.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -96,50 +97,51 @@ def assert_same(out: Path, expected: Path, tolerance: float) -> None:
     assert [row.keys() for row in rows] == [row.keys() for row in others]
     for row, other in zip(rows, others, strict=True):
         assert row == pytest.approx(other, rel=tolerance)
-    pictures = [(path / "tiny/pretrain/reconstructions/step_00000010.png").read_bytes() for path in (out, expected)]
-    assert pictures[0] == pictures[1]
+    images = [(path / "tiny/pretrain/reconstructions/step_00000010.png").read_bytes() for path in (out, expected)]
+    assert images[0] == images[1]
 
 
-def test_two_processes_are_one(one, tmp_path):
+def test_two_processes_equal_one(one, tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME)
     assert "2 process(es) x 1 x 4 on cpu (MULTI_CPU)" in printed and printed.count("held-out masked L1") == 1
-    for copy in held(tmp_path):
-        assert copy["sent"]["allreduce_"] / copy["weights"] == pytest.approx(10, rel=0.01)  # gradients, once a step
+    for copy in reports(tmp_path):
+        assert copy["sent"]["allreduce_"] / copy["weights"] == pytest.approx(10, rel=0.01)  # gradients, once per step
     assert_same(tmp_path, one, 1e-6)
 
 
-def test_two_shards_are_one(one, sharded):
+def test_two_shards_equal_one_process(one, sharded):
     assert_same(sharded, one, 1e-6)
 
 
-def test_each_process_holds_half(one, sharded):
-    (whole,), halves = held(one), held(sharded)
-    assert [half["kind"] for half in halves] == ["FSDP", "FSDP"] and whole["kind"] == "NO"
-    for what in ("weights", "moments"):
-        assert sum(half[what] for half in halves) == pytest.approx(whole[what], rel=0.02)  # step counts are everywhere
+def test_each_process_holds_half_of_the_state(one, sharded):
+    (full,), halves = reports(one), reports(sharded)
+    assert [half["kind"] for half in halves] == ["FSDP", "FSDP"] and full["kind"] == "NO"
+    for what in ("weights", "optimizer_state"):
+        assert sum(half[what] for half in halves) == pytest.approx(full[what], rel=0.02)  # step counts are not sharded
         for half in halves:
-            assert 0.45 * whole[what] < half[what] < 0.55 * whole[what]
-    parameters = whole["weights"] // 8  # float64, twice what is planned for fp32
-    planned = 2 * states_bytes(Sizes(parameters, parameters, 0), "3", 2)
+            assert 0.45 * full[what] < half[what] < 0.55 * full[what]
+    parameters = full["weights"] // 8  # float64: twice the planned bytes of fp32
+    expected = 2 * states_bytes(Sizes(parameters, parameters, 0), "3", 2)
     for half in halves:
-        assert 2 * half["weights"] + half["moments"] == pytest.approx(planned, rel=0.1)  # gradients are as weights
+        # Gradients are as large as weights.
+        assert 2 * half["weights"] + half["optimizer_state"] == pytest.approx(expected, rel=0.1)
     checkpoint = list_checkpoints(sharded / "tiny/pretrain/checkpoints")[-1]
     sizes = [file.stat().st_size for file in checkpoint.glob("*.safetensors")]
     assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
     assert verify(checkpoint)["processes"] == 2
 
 
-def test_shards_send_what_the_formulas_say(one, sharded):
-    """Ten steps: weights gathered twice, gradients scattered once; each measure or picture gathers once more."""
-    size = held(one)[0]["weights"]
-    for half in held(sharded):
+def test_communication_volume_of_shards(one, sharded):
+    """In each of ten steps weights are gathered twice and gradients scattered once; evaluations gather as well."""
+    size = reports(one)[0]["weights"]
+    for half in reports(sharded):
         assert half["sent"]["_reduce_scatter_base_"] / size == pytest.approx(10, rel=0.1)  # shards are padded
         assert 20 - 2 < half["sent"]["_allgather_base_"] / size < 20 + 8
 
 
 @pytest.mark.parametrize("first", ["two shards", pytest.param("one process", marks=pytest.mark.faults)])
-def test_a_checkpoint_is_for_any_number_of_processes(first, one, tmp_path, monkeypatch):
-    """Stopped after step 5, it goes on as two where it was one, or as one where it was two."""
+def test_a_checkpoint_resumes_on_any_number_of_processes(first, one, tmp_path, monkeypatch):
+    """A run stopped after step 5 resumes on two processes instead of one, or on one instead of two."""
     launches = [(2, ("--sharded", "--double")), (1, ("--double",))]
     begin, end = launches if first == "two shards" else launches[::-1]
     run(begin[0], tmp_path, *PRETRAIN, *SAME, options=(*begin[1], "--stop=5"), code=75 if begin[0] == 1 else 1)
@@ -151,8 +153,8 @@ def test_a_checkpoint_is_for_any_number_of_processes(first, one, tmp_path, monke
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["copies", "shards"])
-def test_fine_tuning_with_an_average_continues_bit_for_bit(kind, tmp_path):
-    """Mixup, stochastic depth, the average of the weights, accumulation: two processes, stopped and not."""
+def test_resume_of_fine_tuning_with_ema_is_bitwise_equal(kind, tmp_path):
+    """Two processes with mixup, stochastic depth, EMA and accumulation."""
     options = ("--sharded",) if kind == "shards" else ()
     for out, command in (("straight", ()), ("stopped", ("--stop=3",))):
         run(2, tmp_path / out, *FINETUNE, options=(*options, *command), code=1 if command else 0)
@@ -165,17 +167,17 @@ def test_fine_tuning_with_an_average_continues_bit_for_bit(kind, tmp_path):
     for file in checkpoints[0].glob("*.safetensors"):
         a, b = load_file(file), load_file(checkpoints[1] / file.name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        assert {key.split("/")[0] for key in a} == {"model", "optimizer", "average"}
+        assert {key.split("/")[0] for key in a} == {"model", "optimizer", "ema"}
 
 
-def test_when_one_process_fails_all_end_and_its_error_is_shown(tmp_path):
+def test_an_error_of_one_process_ends_all(tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME, options=("--fail=4",), code=1)
     assert "error (process 1): planted in step 4" in printed
     assert "error (process 0): another process has ended, and this one with it" in printed
 
 
 @pytest.mark.faults
-def test_when_one_process_is_killed_all_end_and_the_same_command_goes_on(tmp_path):
+def test_resume_after_one_process_is_killed(tmp_path):
     straight = tmp_path / "straight"
     run(2, straight, *PRETRAIN)
     killed = tmp_path / "killed"
@@ -190,7 +192,7 @@ def test_when_one_process_is_killed_all_end_and_the_same_command_goes_on(tmp_pat
 
 
 @pytest.mark.faults
-def test_a_launcher_that_is_told_to_stop_lets_its_processes_save(tmp_path):
+def test_a_launcher_that_is_stopped_lets_its_processes_save(tmp_path):
     process = launch(2, tmp_path, *PRETRAIN, "stages.pretrain.schedule.epochs=200")
     metrics = tmp_path / "tiny/pretrain/metrics.jsonl"
     deadline = time.time() + 120
@@ -205,7 +207,7 @@ def test_a_launcher_that_is_told_to_stop_lets_its_processes_save(tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda file: file.stem)
-def test_configurations_are_what_accelerate_reads(file):
+def test_shipped_configurations_of_accelerate_are_valid(file):
     config = ClusterConfig.from_yaml_file(str(file))
     assert config.mixed_precision == "bf16"
     text = yaml.safe_load(file.read_text())
@@ -216,7 +218,7 @@ def test_configurations_are_what_accelerate_reads(file):
         assert not text["fsdp_config"]["fsdp_cpu_ram_efficient_loading"]
 
 
-TWIN = [  # of 3b in small: its extra norms, deep in one stage
+SMALL_3B = [  # a small version of 3b: extra norms, one deep stage
     *("encoder.name=swinv2_3b", "encoder.embed_dim=8", "encoder.depths=[2,8]", "encoder.num_heads=[1,2]"),
     *(
         "encoder.patch_size=4",
@@ -227,23 +229,23 @@ TWIN = [  # of 3b in small: its extra norms, deep in one stage
 ]
 
 
-@pytest.mark.parametrize("saver", ["full", pytest.param("selective", marks=pytest.mark.faults)])
-def test_three_billion_in_small(saver, tmp_path):
-    """Two shards that compute blocks again, attention in chunks, are one process that keeps everything."""
+@pytest.mark.parametrize("checkpointing", ["full", pytest.param("selective", marks=pytest.mark.faults)])
+def test_a_small_version_of_3b_with_memory_options(checkpointing, tmp_path):
+    """Two shards with recomputation and attention chunks equal one process without memory options."""
     plain = ["stages.pretrain.drop_path=0", "stages.pretrain.memory.attention_chunks=1"]
-    saving = [f"stages.pretrain.memory.checkpointing={saver}", "stages.pretrain.memory.attention_chunks=[3,1]"]
-    run(1, tmp_path / "one", *PRETRAIN, *TWIN, *plain)
-    run(2, tmp_path / "two", *PRETRAIN, *TWIN, plain[0], *saving, options=("--sharded", "--double"))
+    saving = [f"stages.pretrain.memory.checkpointing={checkpointing}", "stages.pretrain.memory.attention_chunks=[3,1]"]
+    run(1, tmp_path / "one", *PRETRAIN, *SMALL_3B, *plain)
+    run(2, tmp_path / "two", *PRETRAIN, *SMALL_3B, plain[0], *saving, options=("--sharded", "--double"))
     assert_same(tmp_path / "two", tmp_path / "one", 1e-6)
     assert any(name.endswith("blocks.5.norm3.weight") for name in exported(tmp_path / "two"))
-    # No process ever held the weights of the other one, nor while they were drawn.
-    (whole,), halves = held(tmp_path / "one"), held(tmp_path / "two")
+    # No process ever held the weights of the other one, not even during initialization.
+    (full,), halves = reports(tmp_path / "one"), reports(tmp_path / "two")
     sizes = [weight.nbytes for weight in exported(tmp_path / "one").values()]
-    assert whole["building"] >= sum(sizes)
+    assert full["building"] >= sum(sizes)
     for half in halves:
         assert half["building"] < half["weights"] + 4 * max(sizes) < 0.65 * sum(sizes)
-    # Stochastic depth drops the same when a block is computed again.
+    # Stochastic depth drops the same branches when a block is recomputed.
     deep = ["stages.pretrain.drop_path=0.4"]
     for name, memory in (("kept", []), ("again", saving)):
-        run(2, tmp_path / name, *PRETRAIN, *TWIN, *deep, *memory, options=("--sharded", "--double"))
+        run(2, tmp_path / name, *PRETRAIN, *SMALL_3B, *deep, *memory, options=("--sharded", "--double"))
     assert_same(tmp_path / "again", tmp_path / "kept", 1e-6)

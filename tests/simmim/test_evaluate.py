@@ -110,7 +110,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     [
         (
             ["predict", "segmenter", "PHOTOS", "zooms=[1]"],
-            "zooms: unknown key, (known here: short_px, stride, scales, flip, window)",
+            "zooms: unknown key (known here: short_px, stride, scales, flip, window)",
         ),
         (["predict", "detector", "PHOTOS", "scales=[1"], "'scales=[1' is not valid YAML"),
         (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
@@ -135,7 +135,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe has no options such as 'views=2'"),
         (["predict", "classifier", "views=2"], "no data: views=2 are options"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter processes whole images one by one"),
-        (["evaluate", "detector", "PHOTOS", "zooms=[1]"], "zooms: unknown key, (known here: short_px"),
+        (["evaluate", "detector", "PHOTOS", "zooms=[1]"], "zooms: unknown key (known here: short_px"),
     ],
 )
 def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):

@@ -1,6 +1,6 @@
-"""Runs that are killed, whose files are damaged, whose disk is full: they end as if nothing had been, or say why.
+"""Fault injection: runs that are killed, whose files are damaged or whose disk is full recover exactly or report why.
 
-A few faults are tried always, all of them by ``make test-faults``.
+A few faults are tested always, all of them by ``make test-faults``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROCESSES.set_forkserver_preload(["simmim.cli.main", "simmim.stages", "tests.sim
 
 
 def work(command: list[str], output: Path) -> None:
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # what a launcher sets, whose end would be the end of this
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # as without a launcher
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -67,7 +67,7 @@ def finish(out: Path, *overrides: str) -> int:
 
 
 def outcome(out: Path) -> tuple[str, list[dict]]:
-    """Hash of everything that was trained, and the metrics."""
+    """Return a hash of all trained tensors, and the metrics."""
     folder = out / "tiny/pretrain"
     digest = hashlib.sha256()
     for file in (folder / "export/encoder.safetensors", *folder.glob(f"checkpoints/step_{STEPS:08d}/*.safetensors")):
@@ -84,7 +84,7 @@ def straight(tmp_path_factory) -> tuple[str, list[dict]]:
 
 
 def kill_when(process, condition: Callable[[], bool]) -> bool:
-    """kill -9 as soon as ``condition`` holds; whether the process was alive then."""
+    """Send SIGKILL as soon as ``condition`` holds; return whether the process was still alive."""
     deadline = time.monotonic() + 60
     while process.exitcode is None and not condition():
         assert time.monotonic() < deadline
@@ -100,9 +100,11 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() - begin > seconds
 
 
-def killed_again_and_again(folder: Path, kills: int, seed: int) -> tuple[list[Path], int]:
-    """Kill so many times at random moments, every third time while a checkpoint is written, and let every run
-    end; the runs, and how many kills left an unfinished checkpoint.
+def killed_repeatedly(folder: Path, kills: int, seed: int) -> tuple[list[Path], int]:
+    """Kill runs ``kills`` times at random moments, every third time while a checkpoint is written.
+
+    Returns:
+        The runs, and the number of kills that left an incomplete checkpoint.
     """
     draw, saving, killed = random.Random(seed), 0, 0
     runs = [folder / "0"]
@@ -122,8 +124,8 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> tuple[list[Pa
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.faults)])
-def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, straight, tmp_path):
-    runs, saving = killed_again_and_again(tmp_path, kills, seed=kills)
+def test_resume_after_kill_is_bitwise_equal(kills, straight, tmp_path):
+    runs, saving = killed_repeatedly(tmp_path, kills, seed=kills)
     assert saving >= max(1, kills // 5)
     for out in runs:
         assert finish(out) == 0, (out / "output.txt").read_text()
@@ -133,7 +135,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, straight,
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run whose export is missing: it goes on from its last checkpoint."""
+    """A run whose export is missing, so that it resumes from its last checkpoint."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert finish(out) == 0
     shutil.rmtree(out / "tiny/pretrain/export")
@@ -156,19 +158,19 @@ def test_damaged_checkpoints(pattern, damage, finished, straight, tmp_path):
         damage(next(checkpoint.glob(pattern)))
     assert finish(out) == 2
     last = (out / "output.txt").read_text().splitlines()[-1]
-    assert last.startswith("error: checkpoint ") and last.endswith("remove the folder to begin again")
+    assert last.startswith("error: checkpoint ") and last.endswith("remove the folder to start again")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "recipe.yaml", "environment.json"])
-def test_other_files_that_were_cut_off_do_no_harm(name, straight, tmp_path):
+def test_truncated_records_do_not_prevent_a_resume(name, straight, tmp_path):
     out = tmp_path / "out"
     process = start(out)
     checkpoints = out / "tiny/pretrain/checkpoints"
     assert kill_when(process, lambda: len(list_checkpoints(checkpoints)) > 1)
-    assert finish(out, "stages.pretrain.schedule.epochs=5") == 2  # and another recipe is not taken for this one
+    assert finish(out, "stages.pretrain.schedule.epochs=5") == 2  # a different recipe is refused
     file = out / "tiny/pretrain" / name
-    # Lines are appended, the others replaced: what a failing power supply may leave of either.
+    # A power failure may leave an incomplete last line in appended files, and truncate the others.
     file.write_bytes(file.read_bytes() + b'{"step": 5, "lo' if name.endswith("jsonl") and file.exists() else b"{")
     assert finish(out) == 0, (out / "output.txt").read_text()
     assert outcome(out) == straight
@@ -187,7 +189,7 @@ def test_signals_at_random_moments(number, straight, tmp_path):
             os.kill(process.pid, number)
         process.join(60)
         codes.append(process.exitcode)
-    # Before the command has begun, while Python starts, a signal does what it always did.
+    # While Python starts, before the command runs, signals have their default effect.
     assert set(codes) <= {75, 0, 130, -int(number)} and 75 in codes, codes
     assert finish(out) == 0
     assert outcome(out) == straight
@@ -195,7 +197,7 @@ def test_signals_at_random_moments(number, straight, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MB."""
+    """Mount a file system of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode:
@@ -212,12 +214,12 @@ def test_a_full_disk(small_disk, straight):
     while len(list_checkpoints(checkpoints)) < 2:
         time.sleep(0.01)
     filler = small_disk / "filler"
-    with filler.open("wb") as file:  # all but a little: metrics still find room
+    with filler.open("wb") as file:  # leave room for metrics
         file.write(b"0" * (shutil.disk_usage(small_disk).free - 250_000))
     process.join(60)
     assert process.exitcode == 2
     last = (out / "output.txt").read_text().splitlines()[-1]
-    assert "could not be written (No space left on device)" in last and "the last good one is step_" in last
+    assert "could not be written (No space left on device)" in last and "the last valid checkpoint is step_" in last
     assert list_checkpoints(checkpoints) and not list(checkpoints.glob(".writing_*"))
     filler.unlink()
     assert finish(out) == 0
@@ -225,7 +227,7 @@ def test_a_full_disk(small_disk, straight):
 
 
 @pytest.mark.faults
-def test_a_disk_that_takes_nothing_at_all(small_disk, straight):
+def test_a_completely_full_disk(small_disk, straight):
     out = small_disk / "out"
     process = start(out)
     while len(list_checkpoints(out / "tiny/pretrain/checkpoints")) < 2:
@@ -240,13 +242,13 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, straight):
     process.join(60)
     assert process.exitcode == 2
     last = (out / "output.txt").read_text().splitlines()
-    assert not last or "No space left on device" in last[-1]  # its own output may have found no room
+    assert not last or "No space left on device" in last[-1]  # there may be no room for the output either
     filler.unlink()
     assert finish(out) == 0
     assert outcome(out) == straight
 
 
-def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(straight, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(straight, tmp_path):
     out = tmp_path / "out"
     first = start(out)
     metrics = out / "tiny/pretrain/metrics.jsonl"
@@ -258,14 +260,15 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(stra
     process.join(60)
     assert first.exitcode is None, "the first had ended too early for this test"
     assert process.exitcode == 2
-    said = second.read_text()
-    assert f"error: {out}/tiny/pretrain is in use by process {first.pid} on " in said and "stop it, or give" in said
+    printed = second.read_text()
+    assert f"error: {out}/tiny/pretrain is in use by process {first.pid} on " in printed
+    assert "stop it, or give" in printed
     first.join(60)
     assert first.exitcode == 0
     assert outcome(out) == straight
 
 
-def test_a_run_that_was_killed_leaves_no_lock_although_its_loaders_live_on(straight, tmp_path):
+def test_a_killed_run_leaves_no_lock_while_its_workers_are_alive(straight, tmp_path):
     out = tmp_path / "out"
     process = start(out, "data.num_workers=2")
     assert kill_when(process, lambda: bool(list_checkpoints(out / "tiny/pretrain/checkpoints")))

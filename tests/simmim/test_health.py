@@ -1,4 +1,4 @@
-"""Warnings come when they should, once, and not otherwise."""
+"""Training-health warnings: overfitting, spikes and collapsed gradients, each reported once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from simmim.signals import StopRequest
 from simmim.training.checkpoint import Checkpoints
-from simmim.training.engine import fit
+from simmim.training.engine import LoopSettings, fit
 from simmim.training.health import Stability, overfitting
 from simmim.training.run_log import RunLog
 
@@ -19,8 +19,8 @@ def rows(training: list[float], validation: list[float]) -> list[dict]:
     pairs = zip(training, validation, strict=True)
     return [
         row
-        for step, (loss, unseen) in enumerate(pairs, start=1)
-        for row in ({"step": step, "loss": loss}, {"step": step, "validation_loss": unseen})
+        for step, (loss, validation_loss) in enumerate(pairs, start=1)
+        for row in ({"step": step, "loss": loss}, {"step": step, "validation_loss": validation_loss})
     ]
 
 
@@ -29,7 +29,7 @@ TURNING = [1.0, 0.9, 0.8, 0.8, 0.8, 0.9, 1.0, 1.1]
 
 
 def warnings(lines: list[dict]) -> list[int]:
-    """Steps whose evaluation ends in a warning, as the loop asks: after every evaluation."""
+    """Return the steps whose evaluation causes a warning; the loop checks after every evaluation."""
     return [
         lines[end]["step"]
         for end in range(len(lines))
@@ -37,10 +37,10 @@ def warnings(lines: list[dict]) -> list[int]:
     ]
 
 
-def test_it_says_when_the_held_out_loss_turns():
+def test_a_rising_validation_loss_is_reported():
     assert warnings(rows(FALLING, TURNING)) == [6]
     text = overfitting(rows(FALLING, TURNING)[:12])
-    assert "since step 5 the held-out loss rose from 0.8000 to 0.8333" in text
+    assert "since step 5 the validation loss rose from 0.8000 to 0.8333" in text
     assert "training loss fell from 0.7000 to 0.6000" in text
 
 
@@ -54,24 +54,24 @@ def test_it_says_when_the_held_out_loss_turns():
         (FALLING[:3], TURNING[-3:]),  # too short to tell
     ],
 )
-def test_it_is_silent_otherwise(training, validation):
+def test_no_overfitting_no_warning(training, validation):
     assert warnings(rows(training, validation)) == []
 
 
-def test_it_warns_again_after_a_recovery():
+def test_overfitting_is_reported_again_after_a_recovery():
     validation = [1.0, 1.0, 1.0, 1.2, 1.2, 1.0, 0.8, 0.6, 0.6, 0.6, 0.8, 0.9]
-    training = [1 - 0.05 * number for number in range(len(validation))]
+    training = [1 - 0.05 * index for index in range(len(validation))]
     assert len(warnings(rows(training, validation))) == 2
 
 
-def test_labels_are_noisy_rows():
-    """Numbers that are not losses, and evaluations without training between them, do no harm."""
+def test_rows_without_losses_are_ignored():
+    """Metrics other than losses, and evaluations without training between them, cause no warning."""
     assert overfitting([]) is None
     assert overfitting([{"step": 1, "validation_loss": 1.0, "validation_top1": 0.5}] * 6) is None
 
 
 class Memoriser(torch.nn.Module):
-    """Learns the training batch, and is judged worse and worse."""
+    """A task whose training loss falls while its validation loss rises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,36 +90,38 @@ class Memoriser(torch.nn.Module):
 
 
 def a_batch() -> dict:
-    number = torch.zeros(1, dtype=torch.int64)
-    return {"image": torch.zeros(1, 1), "epoch": number, "index": number, "corrupt": []}
+    zero = torch.zeros(1, dtype=torch.int64)
+    return {"image": torch.zeros(1, 1), "epoch": zero, "index": zero, "corrupt": []}
 
 
 def train(folder, model, start: int, total: int, *, lr: float, every: int, validation: list[dict]) -> None:
-    """The loop over one batch, with metrics and pictures ``every`` so many steps."""
+    """Train on one batch, with metrics and an evaluation ``every`` so many steps."""
     fit(
         Accelerator(cpu=True),
         model,
         torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=0.0),
         [a_batch()] * total,
+        LoopSettings(
+            start_step=start,
+            total_steps=total,
+            accumulation=1,
+            images_per_epoch=1,
+            seed=0,
+            clip_grad_norm=None,
+            metrics_every_steps=every,
+            evaluate_every_steps=every,
+            checkpoint_every_steps=1000,
+        ),
         lr_at=lambda step: lr,
-        start_step=start,
-        total_steps=total,
-        accumulation=1,
-        clip_grad_norm=None,
-        images_per_epoch=1,
-        seed=0,
         log=RunLog(folder, is_main=True),
         checkpoints=Checkpoints(folder / "checkpoints", {}, keep=1),
         stop=StopRequest(),
-        metrics_every_steps=every,
-        evaluate_every_steps=every,
-        checkpoint_every_steps=1000,
         validation=validation,
         preview=a_batch(),
     )
 
 
-def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
+def test_the_loop_warns_once_and_drops_warnings_of_repeated_steps(tmp_path, capsys):
     train(tmp_path, Memoriser(), 0, 8, lr=0.05, every=1, validation=[a_batch()])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["warning"]
@@ -129,7 +131,7 @@ def test_the_loop_warns_once_and_forgets_what_was_lost(tmp_path, capsys):
     assert (tmp_path / "events.jsonl").read_text() == ""
 
 
-def said(steps: list[tuple[float, float]]) -> list[tuple[int, str]]:
+def reported(steps: list[tuple[float, float]]) -> list[tuple[int, str]]:
     stability = Stability()
     found = ((step, stability.warning(*numbers)) for step, numbers in enumerate(steps, start=1))
     return [(step, text) for step, text in found if text]
@@ -139,35 +141,35 @@ def noisy(loss: float, norm: float, steps: int) -> list[tuple[float, float]]:
     return [(loss + 0.01 * (step % 5), norm * (1 + 0.3 * (step % 3))) for step in range(steps)]
 
 
-def test_a_loss_that_spikes_is_said_once():
+def test_a_spike_is_reported_once():
     steps = noisy(0.5, 1.0, 30)
     steps[20:23] = [(0.9, 4.0), (0.8, 4.0), (0.7, 4.0)]
     steps[27] = (1.2, 9.0)
-    found = said(steps)
+    found = reported(steps)
     assert [step for step, _ in found] == [21, 28]
     assert found[0][1] == "the loss spiked to 0.9000 from 0.5200, gradient norm 4"
 
 
-def test_a_gradient_that_collapses_while_the_loss_jumps_is_said():
-    found = said(noisy(0.4, 1.0, 20) + [(0.65, 0.004)] * 200)
+def test_a_collapsed_gradient_is_reported_once():
+    found = reported(noisy(0.4, 1.0, 20) + [(0.65, 0.004)] * 200)
     assert len(found) == 1 and found[0][0] == 21
     assert found[0][1].startswith("the gradient norm collapsed from 1.3 to 0.004, the loss is 0.6500 after 0.4200")
 
 
-def test_a_spike_that_becomes_a_collapse_is_said_twice():
-    found = said([*noisy(0.4, 1.0, 20), (0.7, 0.2), *[(0.7, 0.001)] * 5])
+def test_a_spike_and_a_following_collapse_are_both_reported():
+    found = reported([*noisy(0.4, 1.0, 20), (0.7, 0.2), *[(0.7, 0.001)] * 5])
     assert [(step, text.split(" to ")[0]) for step, text in found] == [
         (21, "the loss spiked"),
         (22, "the gradient norm collapsed from 1.3"),
     ]
 
 
-def test_what_lasts_becomes_usual():
-    found = said([*noisy(0.4, 1.0, 20), *noisy(0.6, 1.0, 200), (1.5, 1.0)])
+def test_a_lasting_change_becomes_normal():
+    found = reported([*noisy(0.4, 1.0, 20), *noisy(0.6, 1.0, 200), (1.5, 1.0)])
     assert [step for step, _ in found] == [21, 221]
 
 
-def test_what_was_usual_before_an_interruption_is_remembered():
+def test_the_history_before_a_resume_is_used():
     rows = [{"step": step, "loss": 0.4, "grad_norm": 1.0} for step in range(20)] + [
         {"step": 20, "validation_loss": 9.0}
     ]
@@ -175,15 +177,15 @@ def test_what_was_usual_before_an_interruption_is_remembered():
     assert Stability().warning(0.9, 1.0) is None
 
 
-def test_what_is_usual_is_not_said():
+def test_normal_steps_are_not_reported():
     falling = [(1 / (1 + 0.05 * step), 2 / (1 + step)) for step in range(300)]
-    assert said(falling) == []  # norms fall below 0.01, with the loss
-    assert said([(2.0, 1.0)] * 3 + [(9.0, 1.0)]) == []  # too early to know
-    assert said(noisy(0.5, 0.02, 200)) == []
-    assert said([(0.5, 1.0)] * 40 + [(0.54, 1.0)]) == []  # within a tenth, however even it was before
+    assert reported(falling) == []  # norms fall below 0.01, with the loss
+    assert reported([(2.0, 1.0)] * 3 + [(9.0, 1.0)]) == []  # too few steps so far
+    assert reported(noisy(0.5, 0.02, 200)) == []
+    assert reported([(0.5, 1.0)] * 40 + [(0.54, 1.0)]) == []  # within a tenth, although the loss was constant
 
 
-def test_the_loop_asks_after_every_step(tmp_path, capsys):
+def test_the_loop_checks_every_step(tmp_path, capsys):
     class Jumping(Memoriser):
         def forward(self, batch):
             self.calls = getattr(self, "calls", 0) + 1

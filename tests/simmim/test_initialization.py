@@ -1,4 +1,4 @@
-"""Weights that are drawn late, module by module, and averages of weights that are not there yet."""
+"""Deferred initialization of parameters on the meta device, and EMA on the meta device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from simmim.tasks.classification import Classification
 from simmim.tasks.simmim import SimMIM
-from simmim.training.distributed import draw_weights, give_memory, make_ema, open_parameters
+from simmim.training.distributed import allocate_parameters, initialize_parameters, make_ema, meta_parameters
 from swin import SwinEncoder, make_config
 from tests.simmim.test_simmim_task import make_model
 
@@ -30,15 +30,15 @@ def on_meta(**settings) -> SwinEncoder:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_gets_the_numbers_that_it_starts_from(variant):
+def test_every_parameter_gets_its_initial_values(variant):
     encoder = on_meta(**VARIANTS[variant])
-    found = give_memory(encoder, torch.device("cpu"))
-    assert not open_parameters(encoder) and sum(map(len, found.values())) == len(list(encoder.parameters()))
+    found = allocate_parameters(encoder, torch.device("cpu"))
+    assert not meta_parameters(encoder) and sum(map(len, found.values())) == len(list(encoder.parameters()))
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.fill_(math.nan)
     torch.manual_seed(0)
-    draw_weights(found)
+    initialize_parameters(found)
     for name, parameter in encoder.named_parameters():
         last = name.rpartition(".")[2]
         if last == "logit_scale":
@@ -48,34 +48,34 @@ def test_every_parameter_gets_the_numbers_that_it_starts_from(variant):
         elif parameter.ndim > 1:
             assert 0.015 < parameter.std() < 0.025 and parameter.abs().max() < 0.2, name
         elif last == "weight":
-            closed = variant != "v1" and (".norm1." in name or ".norm2." in name)
-            assert (parameter == (0 if closed else 1)).all(), name
+            zero = variant != "v1" and (".norm1." in name or ".norm2." in name)
+            assert (parameter == (0 if zero else 1)).all(), name
         else:
             assert (parameter == 0).all(), name
     torch.manual_seed(0)
     again = on_meta(**VARIANTS[variant])
-    draw_weights(give_memory(again, torch.device("cpu")))
+    initialize_parameters(allocate_parameters(again, torch.device("cpu")))
     for one, two in zip(encoder.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
-def test_what_is_there_is_neither_drawn_nor_changed():
+def test_existing_parameters_are_not_reinitialized():
     task: SimMIM | Classification = Classification(on_meta(), ["a", "b"], mean=[0.5] * 3, std=[0.2] * 3)
     head = task.head.weight.detach().clone()
-    found = give_memory(task, torch.device("cpu"))
+    found = allocate_parameters(task, torch.device("cpu"))
     assert task.head not in found and isinstance(task.encoder.norm, nn.LayerNorm)
-    draw_weights(found)
+    initialize_parameters(found)
     assert torch.equal(task.head.weight, head) and torch.equal(task.mean.flatten(), torch.full((3,), 0.5))
 
 
-def test_an_average_of_shapes_holds_no_copy_of_the_weights():
+def test_an_ema_of_shapes_holds_no_copy_of_the_weights():
     task = make_model()
     before = [parameter.detach().clone() for parameter in task.parameters()]
-    average = make_ema(task, 0.9, shapes_only=True)
-    assert all(parameter.is_meta for parameter in average.module.parameters())
-    assert not any(buffer.is_meta for buffer in average.module.buffers())
-    give_memory(average.module, torch.device("cpu"))
-    average.set(task)
-    for mean, own, old in zip(average.module.parameters(), task.parameters(), before, strict=True):
+    ema = make_ema(task, 0.9, shapes_only=True)
+    assert all(parameter.is_meta for parameter in ema.module.parameters())
+    assert not any(buffer.is_meta for buffer in ema.module.buffers())
+    allocate_parameters(ema.module, torch.device("cpu"))
+    ema.set(task)
+    for mean, own, old in zip(ema.module.parameters(), task.parameters(), before, strict=True):
         assert torch.equal(mean, old) and torch.equal(own, old)
         assert mean.data_ptr() != own.data_ptr()

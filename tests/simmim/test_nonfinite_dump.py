@@ -45,26 +45,26 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
     assert main([*command(folder, tmp_path), "stages.pretrain.log.checkpoint_every_steps=1"]) == 1
     error = capsys.readouterr().err
     stage = tmp_path / "tiny/pretrain"
-    (report,) = (stage / "blackbox").glob("*.json")
+    (report,) = (stage / "nonfinite").glob("*.json")
     about = json.loads(report.read_text())
     step = about["step"]
     assert error.startswith(f"error: step {step}: loss nan, gradient norm nan; the step was not taken. `simmim replay")
     assert (
-        "from there on with --allow-changes" in error
+        "resume with it and --allow-changes" in error
         and str(report) in error
         and report.name == f"step_{step:08d}.json"
     )
     assert [len(micro["index"]) for micro in about["processes"][0]] == [4, 4]
 
     # The weights beside it are those of the step before, bit for bit.
-    weights = saved_state(stage / "blackbox" / about["weights"])
+    weights = saved_state(stage / "nonfinite" / about["weights"])
     if step > 1:
         before = saved_state(stage / f"checkpoints/step_{step - 1:08d}")
         assert all(torch.equal(weights[key], before[key]) for key in before)
     assert all(bool(value.isfinite().all()) for value in weights.values())
     events = [json.loads(line) for line in (stage / "events.jsonl").read_text().splitlines()]
     happened = [(event["step"], event["event"]) for event in events]
-    assert happened == [(0, "left out"), (step, "not finite")]  # the photographs have no classes to be held out by
+    assert happened == [(0, "excluded_data"), (step, "nonfinite")]  # the photographs have no classes to be held out by
 
     elsewhere = [(stage.parent, stage.name), (stage, "."), (report.parent, report.name)]
     for where, given in [(tmp_path, stage), (tmp_path, report), *elsewhere]:
@@ -83,7 +83,7 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
     # The event stays when the run continues.
     assert main([*command(folder, tmp_path), "stages.pretrain.log.checkpoint_every_steps=1"]) == 0
     events = [json.loads(line) for line in (stage / "events.jsonl").read_text().splitlines()]
-    assert "not finite" in [event["event"] for event in events]
+    assert "nonfinite" in [event["event"] for event in events]
 
 
 def test_two_processes_leave_one_box_that_one_process_opens(folder, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_two_processes_leave_one_box_that_one_process_opens(folder, tmp_path, ca
     )
     assert result.returncode == 1
     assert "error (process 0): step" in result.stderr and "the step was not taken" in result.stderr
-    (report,) = (tmp_path / "tiny/pretrain/blackbox").glob("*.json")
+    (report,) = (tmp_path / "tiny/pretrain/nonfinite").glob("*.json")
     about = json.loads(report.read_text())
     assert [[len(micro["index"]) for micro in process] for process in about["processes"]] == [[4], [4]]
     assert main(["replay", str(report)]) == 0
@@ -139,7 +139,7 @@ def test_fine_tuning_is_done_again_with_its_mixup(tmp_path, monkeypatch, capsys)
     with pytest.raises(engine.NonFiniteLoss):
         stages.run_stage(recipe, "finetune", tmp_path)
     again = replay.replay(tmp_path / "tiny/finetune")
-    about = json.loads(next((tmp_path / "tiny/finetune/blackbox").glob("*.json")).read_text())
+    about = json.loads(next((tmp_path / "tiny/finetune/nonfinite").glob("*.json")).read_text())
     assert about["step"] == 3
     recorded = [micro["loss"] for micro in about["processes"][0]]
     assert recorded == pytest.approx(losses[4:6], rel=1e-6)
@@ -155,8 +155,8 @@ def test_each_box_has_the_weights_of_its_own(tmp_path):
         state = {"model/weight": torch.full((3,), float(step))}
         write_nonfinite_dump(tmp_path, step, state, taken, accelerator, seed=0)
     for step in (5, 2):
-        about = json.loads((tmp_path / f"blackbox/step_{step:08d}.json").read_text())
-        weights = saved_state(tmp_path / "blackbox" / about["weights"])
+        about = json.loads((tmp_path / f"nonfinite/step_{step:08d}.json").read_text())
+        weights = saved_state(tmp_path / "nonfinite" / about["weights"])
         assert weights["model/weight"].tolist() == [float(step)] * 3
 
 
@@ -167,13 +167,15 @@ def test_a_full_disk_does_not_hide_what_was_wrong(folder, tmp_path, monkeypatch,
     monkeypatch.setattr(engine, "write_nonfinite_dump", full)
     assert main(command(folder, tmp_path)) == 1
     error = capsys.readouterr().err
-    assert "the step was not taken. its black box is missing: [Errno 28] No space left on device." in error
+    assert (
+        "the step was not taken. The non-finite dump could not be written: [Errno 28] No space left on device." in error
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.mkdir(), "has no blackbox/step_"),
+        (lambda path: path.mkdir(), "has no nonfinite/step_"),
         (lambda path: None, "is no report of a step"),
         (lambda path: path.write_text("{"), "is no report of a step"),
         (lambda path: path.write_text("{}"), "is no report of a step"),

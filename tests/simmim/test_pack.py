@@ -123,7 +123,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
         (folder / name).write_bytes(b"broken")
     result = pack(str(folder), tmp_path / "packed", Packing(short_side=0, quality=0))
     assert (result["images"], result["corrupt"]) == (20, 2)
-    with (tmp_path / "packed/bad_images.csv").open(newline="") as file:
+    with (tmp_path / "packed/corrupt_images.csv").open(newline="") as file:
         assert [Path(row[0]) for row in csv.reader(file)] == [folder / SORTED[3], folder / SORTED[11]]
     kept = write_folder(tmp_path / "kept", [name for name in SORTED if name not in (SORTED[3], SORTED[11])])
     assert digest(open_images(tmp_path / "packed")) == digest(open_images(kept))

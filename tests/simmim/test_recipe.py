@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and what is said of what is not."""
+"""Recipes: loading, overrides, published settings and error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
-def test_every_stage_of_every_shipped_recipe_can_be_built(path):
+def test_every_stage_of_every_shipped_recipe_builds(path):
     recipe = load_recipe(str(path))
     assert recipe.name == path.stem
     first = path.read_text().splitlines()[0]
@@ -53,7 +53,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_published_chains(name):
+def test_image_and_window_sizes_of_the_published_chains(name):
     stages = load_recipe(name).stages.values()
     assert [(stage.image_size[0], stage.window_size[0]) for stage in stages] == CHAINS[name]
 
@@ -65,7 +65,7 @@ SEGMENTATION = {"segment_demo", "segment_swinv2_t", "segment_swinv2_l", "segment
     ("name", "steps", "warmup_steps", "lr"),
     [("t", 160_000, 1500, 4e-5), ("l", 40_000, 375, 6e-5), ("3b", 80_000, 750, 4e-5)],
 )
-def test_the_published_segmentation(name, steps, warmup_steps, lr):
+def test_published_segmentation_schedules(name, steps, warmup_steps, lr):
     """Appendices A1.2, A2.1 and A2.2 of Swin V2, on the 20,210 images of ADE20K."""
     stage = load_recipe(f"segment_swinv2_{name}").stages["segment"]
     steps_per_epoch = 20_210 / stage.batch_size
@@ -75,7 +75,7 @@ def test_the_published_segmentation(name, steps, warmup_steps, lr):
     assert (stage.schedule.name, stage.layer_decay, stage.optimizer.weight_decay) == ("linear", 0.95, 0.05)
 
 
-def test_rates_of_the_published_recipes():
+def test_learning_rates_of_the_published_recipes():
     """Peak rates at the published batch sizes: SimMIM's repository, and appendix A2.2 of Swin V2."""
     expected = {
         "simmim_swin_b": [4e-4, 5e-3],
@@ -99,7 +99,7 @@ LARGE = ("l_1536", "3b_1536")
 
 @pytest.mark.parametrize("size", ["t", "s", "b", *LARGE])
 def test_published_detectors(size):
-    """Peak rates and lengths of appendix A of Swin V2, and where the official recipes of detection take their steps."""
+    """Peak rates and lengths of appendix A of Swin V2, and the milestones of the official detection recipes."""
     published = {"l_1536": (4e-5, 64, 32, 36), "3b_1536": (6e-4, 96, 32, 36.8)}
     rate, batch_size, window, epochs = published.get(size, (1e-4, 16, 16, 36))
     stages = [stage for stage in load_recipe(f"detect_swinv2_{size}").stages.values() if stage.kind == "detect"]
@@ -164,10 +164,14 @@ def test_a_dumped_recipe_reads_the_same(write, tmp_path):
         ("{}", ["stages.pretrain.image_size=200"], r"does not divide the image size 200 x 200: take one of 4, 5, 8"),
         ("{}", ["stages.pretrain.image_size=97"], r"take one of 97|no cell"),
         ("{}", ["stages.pretrain.mask.patch_size=6"], r"must be a multiple of encoder.patch_size 4"),
-        ("{}", ["stages.pretrain.target.norm_window=46"], r"norm_window must be odd, from 3, got 46"),
+        ("{}", ["stages.pretrain.target.norm_window=46"], r"norm_window must be odd and at least 3, got 46"),
         ("{}", ["stages.pretrain.schedule.warmup_epochs=200"], r"warmup_epochs 200 must be below epochs 100"),
         ("{}", ["stages.pretrain.schedule.name=multistep"], r"needs milestones_epochs"),
-        ("{}", ["stages.pretrain.crop.scale=[1, 0.5]"], r"scale must go from low to high"),
+        (
+            "{}",
+            ["stages.pretrain.crop.scale=[1, 0.5]"],
+            r"scale must be \[low, high\] with low not above high, got 1.0, 0.5",
+        ),
         (
             "{}",
             ["stages.pretrain.image_size=[32]"],
@@ -175,39 +179,47 @@ def test_a_dumped_recipe_reads_the_same(write, tmp_path):
         ),
         ("{}", ["stages.pretrain.window_size=true"], r"window_size: this must be one or two positive integers"),
         ("{}", ["name=../other"], r"name: String should match pattern"),
-        ("{}", ["encoder.in_chans=4"], r"data.mean has 3 numbers, but encoder.in_chans is 4"),
+        ("{}", ["encoder.in_chans=4"], r"data.mean has 3 values, but encoder.in_chans is 4"),
         ("{}", ["encoder.num_heads=[3, 5, 7, 9]"], r"128 channels, which 3 heads do not divide"),
         ("{}", ["encoder.name=swinv2_bas"], r"encoder.name: Input should be 'swin_tiny', 'swin_small'"),
-        ("{}", ["stages.finetune.epochs=3"], r"stages.finetune.epochs: unknown key, \(known here: kind, init_from"),
-        ("{}", ["stages.tune.head=keep"], r"what is stage 'tune'\? Begin its name with one of pretrain, supervised"),
+        ("{}", ["stages.finetune.epochs=3"], r"stages.finetune.epochs: unknown key \(known here: kind, init_from"),
+        (
+            "{}",
+            ["stages.tune.head=keep"],
+            r"stage 'tune': cannot infer its kind; start the name with one of pretrain, supervised",
+        ),
         ("{}", ["stages.tune.kind=tune"], r"stages.tune: .*'tune' found using 'kind' does not match"),
         ("{}", ["stages={}"], r"stages: .* at least 1 item"),
-        ("{}", ["stages.finetune.head=keep"], r"stages.finetune starts from nothing: put a stage before it"),
-        ("{}", ["stages.finetune.init_from=scratch"], r"starts from scratch: give its image_size and window_size"),
-        ("stages: {finetune_a: {init_from: finetune_b}, finetune_b: {init_from: x}}", [], r"'finetune_b' comes later"),
-        ("stages: {finetune: {init_from: finetune}}", [], r"'finetune' comes later"),
+        ("{}", ["stages.finetune.head=keep"], r"stages.finetune has no initial weights: put a stage before it"),
+        ("{}", ["stages.finetune.init_from=scratch"], r"starts from scratch: set its image_size and window_size"),
+        (
+            "stages: {finetune_a: {init_from: finetune_b}, finetune_b: {init_from: x}}",
+            [],
+            r"'finetune_b' is not an earlier stage",
+        ),
+        ("stages: {finetune: {init_from: finetune}}", [], r"'finetune' is not an earlier stage"),
         ("stages: {finetune: {init_from: x, micro_batch_size: 3}}", [], r"micro_batch_size must be even, got 3"),
         ("stages: {finetune: {init_from: x, augment: {rand_augment: much}}}", [], r"rand_augment: String should match"),
         (
             "{encoder: {in_chans: 1}, data: {mean: [0], std: [1]}, stages: {finetune: {init_from: x}}}",
             [],
-            r"rand_augment is for 3 channels: set it to null",
+            r"rand_augment needs 3 channels: set it to null",
         ),
         ("{}", ["seed"], r"override 'seed': expected key.path=value"),
-        ("{}", ["seed.a=1", "seed.a.b=1"], r"a holds a value, not further keys"),
+        ("{}", ["seed.a=1", "seed.a.b=1"], r"a is a value and has no keys"),
         ("{}", ["seed=[1"], r"is not valid YAML"),
-        ("- a\n- b", [], r"holds no recipe: expected keys such as name, seed"),
+        ("- a\n- b", [], r"is not a recipe: expected keys such as name, seed"),
         ("seed: 1\nseed: 2", [], r"seed is given twice"),
         ("a: !!python/object/apply:os.system [ls]", [], r"not valid YAML.*could not determine a constructor"),
         ("data: {path: x", [], r"is not valid YAML"),
     ],
 )
-def test_problems_are_named(write, text, overrides, message):
+def test_invalid_recipes_are_explained(write, text, overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(write(text), overrides)
 
 
-def test_all_problems_come_at_once(write):
+def test_all_problems_are_reported_together(write):
     with pytest.raises(ValueError, match=r"(?s)3 problem\(s\).*seed.*pth.*base_lr"):
         load_recipe(write("data: {pth: x}\nseed: -1\nstages: {pretrain: {schedule: {base_lr: 0}}}"))
 
@@ -219,7 +231,7 @@ def test_a_missing_recipe_suggests_a_shipped_one(tmp_path):
         load_recipe(str(tmp_path / "zzz"))
 
 
-def test_a_file_that_is_no_recipe(tmp_path):
+def test_files_that_are_not_recipes(tmp_path):
     path = tmp_path / "big.yaml"
     path.write_text("a" * 1_000_001)
     with pytest.raises(ValueError, match="larger than 1,000,000 bytes"):
@@ -229,14 +241,14 @@ def test_a_file_that_is_no_recipe(tmp_path):
         load_recipe(str(path))
 
 
-def test_plain_exponents_are_numbers_though_yaml_says_text(write):
+def test_exponents_without_a_point_are_numbers(write):
     assert yaml.safe_load("1e-3") == "1e-3"
     recipe = load_recipe(write("stages: {pretrain: {schedule: {base_lr: 1e-3}}}"))
     assert recipe.stages["pretrain"].schedule.base_lr == 1e-3
 
 
 def test_a_stage_can_repeat_another(write):
-    """YAML's merge key, whose values may be given again; a key given twice is a mistake all the same."""
+    """Values of a YAML merge key may be overridden; duplicate keys are still errors."""
     text = """
 stages:
   finetune_a: &a {init_from: scratch, image_size: 32, window_size: 4, layer_decay: 0.5, drop_path: 0.3}
@@ -254,7 +266,7 @@ stages:
         load_recipe(write(text + "    drop_path: 0\n    drop_path: 1\n"))
 
 
-def test_a_part_of_a_schedule_keeps_the_defaults_of_its_stage(write):
+def test_a_partial_schedule_keeps_the_defaults_of_its_stage(write):
     text = (
         "stages: {finetune: {init_from: x, schedule: {epochs: 30}, crop: {scale: [0.3, 1]}}, pretrain: {init_from: y}}"
     )

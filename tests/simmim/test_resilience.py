@@ -112,11 +112,11 @@ def test_training_finishes_and_names_what_it_left_out(everything, tmp_path, monk
     monkeypatch.setattr("simmim.data.sources.Images", lambda files, decoder: everything)
     recipe = tiny_recipe(f"data.path={tmp_path / 'photos'}", "data.num_workers=1", "data.validation_images=0", *apart())
     stages.run_stage(recipe, "pretrain", tmp_path / "runs")
-    with (tmp_path / "runs/tiny/pretrain/bad_images.csv").open(newline="") as file:
+    with (tmp_path / "runs/tiny/pretrain/corrupt_images.csv").open(newline="") as file:
         rows = {Path(name).name: reason for name, reason in csv.reader(file)}
     assert rows.keys() == BAD.keys()
     assert (tmp_path / "runs/tiny/pretrain/export/encoder.safetensors").exists()
-    assert "6 broken image(s) skipped so far" in capsys.readouterr().out
+    assert "6 corrupt image(s) skipped so far" in capsys.readouterr().out
 
 
 def test_too_many_broken_images_end_the_run(tmp_path, capsys):
@@ -129,9 +129,9 @@ def test_too_many_broken_images_end_the_run(tmp_path, capsys):
     arguments = ["demo", "--out", str(tmp_path / "runs"), f"data.path={folder}", "data.validation_images=0", *apart()]
     assert main(["pretrain", *arguments, "name=strict", *small()]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"11 images could not be read.*max_corrupt_fraction.*\(10\).*bad_images\.csv", error)
+    assert re.search(r"11 images could not be read.*max_corrupt_fraction.*\(10\).*corrupt_images\.csv", error)
     assert main(["pretrain", *arguments, "name=lenient", "data.max_corrupt_fraction=0.3", *small()]) == 0
-    assert "15 broken image(s)" in capsys.readouterr().out
+    assert "15 corrupt image(s)" in capsys.readouterr().out
 
 
 def apart():

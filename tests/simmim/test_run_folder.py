@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from simmim import stages
 from simmim.cli.main import main
 from simmim.training import run_log
-from simmim.training.run_log import RunLog, locked, read_lines
+from simmim.training.run_log import RunLog, locked, read_json_lines
 from tests.simmim.test_training import TINY, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_trackers_are_told_the_metrics(tmp_path):
     folder = stages.run_stage(recipe, "pretrain", tmp_path).parent
     events = EventAccumulator(str(folder / "tiny"))
     events.Reload()
-    rows = [row for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_json_lines(folder / "metrics.jsonl") if "loss" in row]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (row["step"], pytest.approx(row["loss"])) for row in rows
     ]
@@ -62,16 +62,16 @@ def test_no_tracker_unless_asked_for(tmp_path):
 
 def test_lines_that_were_cut_off_are_passed_over(tmp_path):
     log = RunLog(tmp_path, is_main=True)
-    log.event(3, "warning", "a")
+    log.log_event(3, "warning", "a")
     with log.events_file.open("a") as file:
         file.write('{"step": 4, "ev')
-    log.event(5, "resumed", "b")
+    log.log_event(5, "resumed", "b")
     with log.events_file.open("ab") as file:
         file.write(b"\0\0\xff\n5\n")
-    log.event(6, "warning", "c")
-    assert [row["step"] for row in read_lines(log.events_file)] == [3, 5, 6]
+    log.log_event(6, "warning", "c")
+    assert [row["step"] for row in read_json_lines(log.events_file)] == [3, 5, 6]
     log.start(4, 10)  # warnings come again, what happened does not
-    assert [row["step"] for row in read_lines(log.events_file)] == [3, 5]
+    assert [row["step"] for row in read_json_lines(log.events_file)] == [3, 5]
 
 
 def test_a_locked_folder_is_refused_and_says_by_whom(tmp_path):
@@ -163,11 +163,11 @@ def test_a_scheduler_puts_the_job_in_its_queue_again(tmp_path):
 def test_broken_images_are_events_of_their_step(tmp_path):
     log = RunLog(tmp_path, is_main=True)
     log.start(4, 10)
-    log.count(8)
-    log.corrupt([("a.jpg", "truncated")])
-    log.corrupt([("a.jpg", "truncated")])
-    (event,) = read_lines(log.events_file)
-    assert (event["step"], event["event"], event["text"]) == (6, "skipped", "a.jpg (truncated)")
+    log.count_step(8)
+    log.log_corrupt_images([("a.jpg", "truncated")])
+    log.log_corrupt_images([("a.jpg", "truncated")])
+    (event,) = read_json_lines(log.events_file)
+    assert (event["step"], event["event"], event["text"]) == (6, "corrupt_image", "a.jpg (truncated)")
 
 
 def test_processes_that_outlive_a_run_do_not_keep_its_lock(tmp_path):

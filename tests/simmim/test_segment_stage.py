@@ -217,7 +217,7 @@ def test_an_average_is_judged_and_exported(data, tmp_path):
     saved = load_file(next((export.parent / "checkpoints/step_00000005").glob("*.safetensors")))
     key = "head.classifier.linear.weight"
     exported = load_file(export / "head.safetensors")[key]
-    assert torch.equal(exported, saved[f"average/{key}"]) and not torch.equal(exported, saved[f"model/{key}"])
+    assert torch.equal(exported, saved[f"ema/{key}"]) and not torch.equal(exported, saved[f"model/{key}"])
 
 
 def test_bad_data_is_counted_and_named(tmp_path, capsys):
@@ -236,10 +236,10 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
     assert "8 images at 32 x 32 px" in printed
     assert "training/003.png (the file is empty)" in printed and "validation/002.png" in printed
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events].count("left out") == 1
+    assert [event["event"] for event in events].count("excluded_data") == 1
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation_images"] == 2
-    corrupt = [line.split(",")[0][-18:] for line in (folder / "bad_images.csv").read_text().splitlines()]
+    corrupt = [line.split(",")[0][-18:] for line in (folder / "corrupt_images.csv").read_text().splitlines()]
     assert sorted(corrupt) == ["s/training/003.png", "validation/002.png"]
     for file in annotations.glob("validation/*"):
         file.write_bytes(b"")
@@ -284,10 +284,10 @@ def test_some_of_the_labels(data):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.segment.test.stride=40", r"test.stride \[40, 40\] must not be above image_size \[32, 32\]"),
-        ("stages.segment.augment.scale=[2, 1]", r"scale must go from low to high"),
-        ("encoder={in_chans: 1, name: swinv2_tiny}", r"data.mean has 3 numbers"),
-        ("encoder.depths=[2]", r"segment needs a pyramid"),
+        ("stages.segment.test.stride=40", r"test.stride \[40, 40\] must not exceed image_size \[32, 32\]"),
+        ("stages.segment.augment.scale=[2, 1]", r"scale must be \[low, high\] with low not above high"),
+        ("encoder={in_chans: 1, name: swinv2_tiny}", r"data.mean has 3 values"),
+        ("encoder.depths=[2]", r"segment needs a feature pyramid"),
         ("stages.segment.head.chanels=4", r"did you mean 'channels'"),
     ],
 )
@@ -297,10 +297,10 @@ def test_recipes_that_cannot_work(override, message, data):
 
 
 def test_recipes_that_do_not_agree(data):
-    with pytest.raises(ValueError, match=r"test.stride \[16, 16\] is for windows: set test"):
+    with pytest.raises(ValueError, match=r"test.stride \[16, 16\] needs sliding windows: set test"):
         make_recipe(data, "stages.segment.test={stride: 16}")
     grey = ["encoder.in_chans=1", "data.mean=[0.5]", "data.std=[0.2]"]
-    with pytest.raises(ValueError, match="distort is for 3 channels: set it to false"):
+    with pytest.raises(ValueError, match="distort needs 3 channels: set it to false"):
         make_recipe(data, *grey)
     recipe = make_recipe(data, *grey, "stages.segment.augment.distort=false")
     assert recipe.stages["segment"].kind == "segment"

@@ -95,7 +95,7 @@ def test_a_signal_while_an_image_is_decoded_is_not_its_fault(tmp_path, monkeypat
 
     monkeypatch.setattr(Shapes, "decode", decode)
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
-    assert not (tmp_path / "tiny/pretrain/bad_images.csv").exists()
+    assert not (tmp_path / "tiny/pretrain/corrupt_images.csv").exists()
 
 
 def test_a_signal_that_the_loop_has_not_seen_is_not_lost():

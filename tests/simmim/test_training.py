@@ -1,4 +1,4 @@
-"""The loop: equal however the batch is cut, exact when it continues, silent about nothing."""
+"""The training loop: accumulation, exact resume, non-finite steps, records of a run, learning rates, launch checks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from simmim.signals import StopRequest
 from simmim.stages import initialization
 from simmim.stages.pretrain import PRETRAIN
 from simmim.tasks.simmim import SimMIM
-from simmim.training import engine
+from simmim.training import distributed, engine
 from simmim.training.checkpoint import Checkpoints
-from simmim.training.optim import make_lr, make_optimizer
+from simmim.training.optim import LearningRate, make_lr, make_optimizer
 from simmim.training.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,13 @@ def tiny_recipe(*overrides: str):
     return load_recipe("demo", ["name=tiny", *TINY, *overrides])
 
 
-def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> SimMIM:
+def train_in_float64(
+    tmp_path: Path,
+    micro_batch_size: int,
+    *,
+    clip_grad_norm: float | None = 0.05,
+    lr_at: LearningRate = lambda step: 0.01,
+) -> SimMIM:
     torch.manual_seed(0)
     encoder = swin.make_encoder(
         "swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4
@@ -75,36 +81,38 @@ def train_in_float64(tmp_path: Path, micro_batch_size: int, **arguments) -> SimM
     batches = training_batches(
         source, RandomCrop((32, 32)), seed=0, batch_size=8, micro_batch_size=micro_batch_size, end_step=3
     )
-    arguments = {"clip_grad_norm": 0.05, "lr_at": lambda step: 0.01} | arguments
     engine.fit(
         accelerator,
         prepared,
         optimizer,
         batches,
-        start_step=0,
-        total_steps=3,
-        accumulation=8 // micro_batch_size,
-        images_per_epoch=20,
-        seed=0,
+        engine.LoopSettings(
+            start_step=0,
+            total_steps=3,
+            accumulation=8 // micro_batch_size,
+            images_per_epoch=20,
+            seed=0,
+            clip_grad_norm=clip_grad_norm,
+            metrics_every_steps=1,
+            evaluate_every_steps=100,
+            checkpoint_every_steps=100,
+        ),
+        lr_at=lr_at,
         log=RunLog(tmp_path, is_main=True),
         checkpoints=Checkpoints(tmp_path / "checkpoints", {}, keep=1),
         stop=StopRequest(),
-        metrics_every_steps=1,
-        evaluate_every_steps=100,
-        checkpoint_every_steps=100,
         validation=[],
         preview=next(iter(evaluation_batches(source, CenterCrop((32, 32)), batch_size=2))),
-        **arguments,
     )
     return model
 
 
-def test_one_batch_of_eight_is_two_of_four_is_four_of_two(tmp_path):
-    whole = train_in_float64(tmp_path / "8", 8)
-    before = whole.head.weight.detach().clone()
+def test_accumulation_equals_one_large_batch(tmp_path):
+    expected_model = train_in_float64(tmp_path / "8", 8)
+    before = expected_model.head.weight.detach().clone()
     for micro_batch_size in (4, 2):
-        parts = train_in_float64(tmp_path / str(micro_batch_size), micro_batch_size)
-        for (name, expected), parameter in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        model = train_in_float64(tmp_path / str(micro_batch_size), micro_batch_size)
+        for (name, expected), parameter in zip(expected_model.named_parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-12, msg=name)
         for expected, got in zip(
             comparable_metrics(tmp_path / "8"), comparable_metrics(tmp_path / str(micro_batch_size)), strict=True
@@ -114,7 +122,7 @@ def test_one_batch_of_eight_is_two_of_four_is_four_of_two(tmp_path):
     assert not torch.allclose(other.head.weight, before)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+def test_a_nonfinite_loss_stops_before_the_step(tmp_path):
     original = SimMIM.loss
     calls = []
 
@@ -131,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
 
 @contextmanager
 def interrupted(at_step: int) -> Iterator[None]:
-    """Ctrl-C before a step."""
+    """Raise ``KeyboardInterrupt`` before a step, and expect it."""
     original = initialization.make_lr
 
     def interrupting(**arguments):
@@ -159,11 +167,11 @@ def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
+def test_resume_after_interrupt_is_bitwise_equal(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     stages.run_stage(tiny_recipe(), "pretrain", straight)
     with interrupted(5):
-        stages.run_stage(tiny_recipe(), "pretrain", resumed)  # after the checkpoint of step 3; steps 4 and 5 are lost
+        stages.run_stage(tiny_recipe(), "pretrain", resumed)  # resumes from step 3
     with interrupted(8):
         stages.run_stage(tiny_recipe(), "pretrain", resumed)
     stages.run_stage(tiny_recipe("data.num_workers=1"), "pretrain", resumed)
@@ -175,7 +183,7 @@ def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
     assert [path.name for path in sorted((b / "checkpoints").iterdir())] == ["step_00000009", "step_00000010"]
 
 
-def test_what_a_run_leaves(tmp_path, capsys):
+def test_the_files_of_a_run(tmp_path, capsys):
     export = stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     folder = tmp_path / "tiny" / "pretrain"
     assert export == folder / "export"
@@ -187,9 +195,9 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert [line["step"] for line in metrics if "validation_loss" in line] == [4, 8, 10]
     assert load_recipe(str(folder / "recipe.yaml")) == tiny_recipe()
     assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__.split("+")[0]
-    pictures = sorted((folder / "reconstructions").iterdir())
-    assert [path.stem for path in pictures] == ["step_00000004", "step_00000008", "step_00000010"]
-    assert Image.open(pictures[-1]).width > 300
+    images = sorted((folder / "reconstructions").iterdir())
+    assert [path.stem for path in images] == ["step_00000004", "step_00000008", "step_00000010"]
+    assert Image.open(images[-1]).width > 300
 
     encoder = swin.load_encoder(export)
     trained = saved_state(folder / "checkpoints/step_00000010")
@@ -204,7 +212,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert summary["model"] == pytest.approx(metrics[-1]["validation_loss"], rel=1e-5)
 
 
-def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
+def test_running_a_finished_stage_again_changes_nothing(tmp_path, capsys):
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     checkpoint = tmp_path / "tiny/pretrain/checkpoints/step_00000010/state.json"
     written = checkpoint.stat().st_mtime_ns
@@ -218,7 +226,7 @@ def test_the_same_command_again_leaves_a_finished_run_alone(tmp_path, capsys):
         stages.run_stage(tiny_recipe(), "pretrain", tmp_path, precision="bf16")
 
 
-def test_other_channels_rectangles_and_normalised_targets_train(tmp_path):
+def test_other_channels_rectangles_and_normalized_targets_train(tmp_path):
     recipe = tiny_recipe(
         "encoder.in_chans=5",
         "data.mean=[0.5, 0.5, 0.5, 0.5, 0.5]",
@@ -284,10 +292,10 @@ def test_every_parameter_is_in_exactly_one_group():
     assert "head.weight" in names and "mask_token" not in names
 
 
-def test_copies_that_do_not_know_of_each_other_are_refused(monkeypatch):
+def test_independent_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, but each of them believes to be alone"):
-        initialization.make_accelerator(None)
+    with pytest.raises(ValueError, match="2 processes were started, but each of them sees 1"):
+        distributed.make_accelerator(None)
 
 
 @pytest.mark.parametrize(
@@ -297,23 +305,23 @@ def test_copies_that_do_not_know_of_each_other_are_refused(monkeypatch):
         ("mixed_precision", "fp16", "mixed precision 'fp16' is not supported: use bf16"),
     ],
 )
-def test_what_accelerate_is_configured_for_is_checked(attribute, value, message, monkeypatch):
+def test_unsupported_configurations_of_accelerate_are_refused(attribute, value, message, monkeypatch):
     monkeypatch.setattr(Accelerator, attribute, value)
     with pytest.raises(ValueError, match=message):
-        initialization.make_accelerator(None)
+        distributed.make_accelerator(None)
 
 
-def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_path, monkeypatch, capsys):
+def test_default_precision_is_bf16_on_cpus_with_bf16_instructions(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True}, raising=False)
-    assert initialization.usual_precision() is None  # a launcher has spoken
+    assert distributed.default_precision() is None  # set by the launcher
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert initialization.usual_precision() == "bf16"
+    assert distributed.default_precision() == "bf16"
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     assert " in bf16; seed " in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
-    assert initialization.usual_precision() is None
-    stages.run_stage(tiny_recipe(), "pretrain", tmp_path)  # as it was begun, on another processor
+    assert distributed.default_precision() is None
+    stages.run_stage(tiny_recipe(), "pretrain", tmp_path)  # precision recorded in the run folder
     assert "done before" in capsys.readouterr().out
 
 
@@ -325,13 +333,13 @@ def test_bf16_where_the_processor_multiplies_it_and_nobody_says_otherwise(tmp_pa
         ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading must be false"),
     ],
 )
-def test_settings_of_sharding_that_would_change_numbers_are_refused(setting, message):
+def test_sharding_settings_that_change_results_are_refused(setting, message):
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **setting})
     with pytest.raises(ValueError, match=message):
-        initialization._configure_sharding(plugin)
+        distributed._configure_sharding(plugin)
 
 
-def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(initialization.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_tracker_is_reported(monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"log.trackers names wandb, which is not installed: pip install wandb"):
-        initialization.make_accelerator(None, ["wandb"])
+        distributed.make_accelerator(None, ["wandb"])

@@ -30,7 +30,7 @@ from simmim.planning.plan import config_of, make_fake_task
 from simmim.stages import run_stage
 from simmim.stages.initialization import make_start
 from simmim.stages.pretrain import PRETRAIN as PRETRAIN_TYPE
-from simmim.training.distributed import draw_weights, give_memory
+from simmim.training.distributed import allocate_parameters, initialize_parameters
 from simmim.training.footprint import footprint, sizes
 from simmim.training.memory import choose_chunks
 from simmim.visualization import reconstructions
@@ -261,7 +261,7 @@ def test_a_start_from_images_gives_a_still_clip_the_features_of_its_image(chain)
     for encoder in scratch:
         assert isinstance(encoder, VideoEncoder) and next(encoder.parameters()).is_meta
         torch.manual_seed(0)
-        draw_weights(give_memory(encoder, torch.device("cpu")))
+        initialize_parameters(allocate_parameters(encoder, torch.device("cpu")))
     assert all(torch.equal(*pair) for pair in zip(scratch[0].parameters(), scratch[1].parameters(), strict=True))
 
 
@@ -339,12 +339,12 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
     for name in ("pretrain_clips", "finetune_48"):
         AcceleratorState._reset_state(reset_partial_state=True)
         export = run_stage(load_recipe(str(path), changes), name, tmp_path)
-        with (export.parent / "bad_images.csv").open() as file:
+        with (export.parent / "corrupt_images.csv").open() as file:
             found = {Path(row[0]).stem: row[1] for row in csv.reader(file)}
         wanted = {"cut", "empty", "text"} | ({"torn", "noise"} if name == "finetune_48" else set())
         assert set(found) == wanted and is_learning(export.parent)
         assert all(reasons[key] in reason for key, reason in found.items())
-    assert "skipped a broken image" in capsys.readouterr().out
+    assert "skipped a corrupt image" in capsys.readouterr().out
     numbers = evaluate_classifier(export, str(folder), num_workers=0)
     assert numbers["images"] == 6 and "noise.mp4" in capsys.readouterr().err
 
@@ -352,12 +352,12 @@ def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("stages.transfer_64.video=null", r"transfer_64 starts from finetune_48, an encoder of clips: give it a video"),
-        ("stages.transfer_64.video.temporal_patch=1", r"whose tokens are of 2 frames: video.temporal_patch must be"),
-        ("stages.finetune_48.augment.rand_augment=rand-m9", r"paints on single images, not on clips: set it to null"),
-        ("stages.pretrain_clips.target.norm_window=9", r"target: of clips it is every masked pixel, by L1"),
-        ("data.value_range=[0, 9]", r"value_range is of image files: leave it out, stages.pretrain_clips has videos"),
-        ("stages.finetune_48.speed.fused_attention=true", r"the kernel knows no windows in time, take auto"),
+        ("stages.transfer_64.video=null", r"transfer_64 starts from finetune_48, an encoder of clips: add a video"),
+        ("stages.transfer_64.video.temporal_patch=1", r"whose tokens have 2 frames: set video.temporal_patch to 2"),
+        ("stages.finetune_48.augment.rand_augment=rand-m9", r"is for images, not for clips: set it to null"),
+        ("stages.pretrain_clips.target.norm_window=9", r"target cannot be changed for clips"),
+        ("data.value_range=[0, 9]", r"value_range is for image files, but stages.pretrain_clips reads videos"),
+        ("stages.finetune_48.speed.fused_attention=true", r"the kernel does not support clips, use auto"),
         ("stages.finetune_48.video.temporal_window=8", r"temporal_window 8 is longer than the 2 tokens of 4 frames"),
         (
             "stages.finetune_48.video.frame=8",

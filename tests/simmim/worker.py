@@ -1,9 +1,9 @@
-"""One process of a distributed run, as a test wants it: ``worker.py OPTIONS COMMAND ...``.
+"""One process of a distributed run with test options: ``worker.py OPTIONS COMMAND ...``.
 
-``--sharded``: FSDP2 on the CPU, which accelerate itself keeps for accelerators: it is told that this is one.
-``--double``: float64, so that only real differences are left. ``--stop=N``: SIGTERM in step N. ``--fail=N`` and
-``--kill=N``: the second process raises an error there, or is killed. What a process held at the end of its loop
-is written to ``held_RANK.json`` in the current folder.
+``--sharded``: FSDP2 on the CPU, which accelerate does not offer by itself. ``--double``: float64, so that rounding
+does not hide differences. ``--stop=N``: SIGTERM in step N. ``--fail=N`` and ``--kill=N``: in step N the second process
+raises an error, or is killed. The bytes that a process holds at the end of its loop are written to
+``process_RANK.json`` in the current folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLUGIN = {
 
 
 def shard_on_the_cpu() -> None:
-    """Let accelerate take several CPU processes for FSDP2."""
+    """Make accelerate use FSDP2 for several CPU processes."""
     original = AcceleratorState.__init__
 
     def init(self, *arguments, **options):
@@ -62,16 +62,16 @@ def in_double_precision() -> None:
 
 
 class Building(TrackedMemory):
-    """The most bytes that a process held at once until its model was ready; sees into tensors that are shared out."""
+    """Peak bytes of a process until its model is ready; counts the local shards of sharded tensors."""
 
-    def _see(self, tensor, given) -> None:
+    def _track(self, tensor, given) -> None:
         tensor = getattr(tensor, "_local_tensor", tensor)
         if tensor.device.type != "meta":
-            super()._see(tensor, given)
+            super()._track(tensor, given)
 
 
-def note_what_is_held() -> None:
-    """Bytes of weights and moments in this process, and the most of weights before its first step."""
+def record_bytes() -> None:
+    """Record the bytes of weights and optimizer state of this process, and its peak before the first step."""
     original, make_start, distribute = runner.fit, runner.make_start, runner.distribute
     building = Building()
 
@@ -79,30 +79,30 @@ def note_what_is_held() -> None:
         with building:
             return make_start(*arguments)
 
-    def shared_out(*arguments):
+    def distribute_and_track(*arguments):
         with building:
             return distribute(*arguments)
 
-    runner.make_start, runner.distribute = start, shared_out
+    runner.make_start, runner.distribute = start, distribute_and_track
 
     def fit(accelerator, model, optimizer, *arguments, **options):
         with SentBytes() as sent:
             original(accelerator, model, optimizer, *arguments, **options)
         optimizer_state = [value for state in optimizer.state.values() for value in state.values()]
-        held = {
+        report = {
             "weights": size(model.parameters()),
-            "moments": size(optimizer_state),
+            "optimizer_state": size(optimizer_state),
             "kind": accelerator.distributed_type.value,
             "sent": sent.bytes,
             "building": building.peak,
         }
-        Path(f"held_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(held))
+        Path(f"process_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
 
     runner.fit = fit
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes of the whole tensors that collectives of several processes gather, scatter or reduce, by kind."""
+    """Bytes of the full tensors that collectives gather, scatter or reduce, by operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,15 +121,15 @@ def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def act_in_step(number: int, act) -> None:
-    """Call ``act`` while a step is computed."""
+def act_in_step(step_index: int, act) -> None:
+    """Call ``act`` at the beginning of a step."""
     original = initialization.make_lr
 
     def acting(**arguments):
         lr_at = original(**arguments)
 
         def lr(step):
-            if step == number - 1:
+            if step == step_index - 1:
                 act()
             return lr_at(step)
 
@@ -145,7 +145,7 @@ def fail(step: int) -> None:
 
 def kill() -> None:
     if os.environ["RANK"] == "1":
-        time.sleep(0.5)  # the other one waits for this one's gradients
+        time.sleep(0.5)  # the other process waits for the gradients of this one
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -163,5 +163,5 @@ if __name__ == "__main__":
         act_in_step(int(options["fail"]), lambda: fail(int(options["fail"])))
     if "kill" in options:
         act_in_step(int(options["kill"]), kill)
-    note_what_is_held()
-    sys.exit(main.main(command))
+    record_bytes()
+    sys.exit(main(command))
