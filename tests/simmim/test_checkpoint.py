@@ -264,7 +264,7 @@ def test_resume_from_the_checkpoint_before_a_damaged_one_is_bitwise_equal(tmp_pa
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path / "damaged")
     printed = capsys.readouterr().out
     assert "step_00000010 is damaged (shard-00001" in printed and ": skipped" in printed
-    assert f"continues at step 9 from {folder}/checkpoints/step_00000009" in printed
+    assert f"resumes at step 9 from {folder}/checkpoints/step_00000009" in printed
     straight = tmp_path / "straight/tiny/pretrain"
     name = "checkpoints/step_00000010"
     one, two = saved_state(straight / name), saved_state(folder / name)
@@ -298,4 +298,4 @@ def test_changed_settings_need_allow_changes(tmp_path, capsys):
     rows = [row for row in comparable_metrics(folder) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 16)) and rows[-1]["lr"] < 0.0002
     stages.run_stage(slower, "pretrain", tmp_path)
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out

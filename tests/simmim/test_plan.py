@@ -144,7 +144,7 @@ def test_what_does_not_fit_says_what_would(capsys):
     command += ["stages.pretrain.memory.attention_chunks=1"]
     assert main([*command, "--memory", "14G"]) == 1
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and moments and ")
+    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and optimizer state and ")
     fixes = printed.split("take ")[1].split(", or ")
     assert fixes[0] == "stages.pretrain.micro_batch_size=256" and fixes[1].endswith("memory.checkpointing=full")
     for fix in fixes:
@@ -228,7 +228,7 @@ def test_a_batch_that_cannot_be_shared_gets_no_micro_batch(capsys):
 def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runner, "device_bytes", lambda _: 1_000_000)
     assert main(["pretrain", "demo", "--out", str(tmp_path)]) == 2
-    assert "weights, gradients and moments take 2.8 MB on each of 1 process(es)" in capsys.readouterr().err
+    assert "weights, gradients and optimizer state take 2.8 MB on each of 1 process(es)" in capsys.readouterr().err
     assert not list(tmp_path.rglob("checkpoints"))
 
 

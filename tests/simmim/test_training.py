@@ -208,7 +208,7 @@ def test_the_files_of_a_run(tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())["validation_masked_l1"]
     assert set(summary) == {"predict zero", "mean of the visible pixels", "copy the nearest visible pixel", "model"}
     printed = capsys.readouterr().out
-    assert "held-out masked L1" in printed and f"{summary['model']:.4f}  model" in printed
+    assert "validation masked L1" in printed and f"{summary['model']:.4f}  model" in printed
     assert summary["model"] == pytest.approx(metrics[-1]["validation_loss"], rel=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_running_a_finished_stage_again_changes_nothing(tmp_path, capsys):
     written = checkpoint.stat().st_mtime_ns
     stages.run_stage(tiny_recipe("stages.pretrain.log.metrics_every_steps=5"), "pretrain", tmp_path)
     assert checkpoint.stat().st_mtime_ns == written
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
         stages.run_stage(tiny_recipe("seed=1"), "pretrain", tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -322,7 +322,7 @@ def test_default_precision_is_bf16_on_cpus_with_bf16_instructions(tmp_path, monk
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
     assert distributed.default_precision() is None
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path)  # precision recorded in the run folder
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
