@@ -121,7 +121,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["predict", "classifier", "PHOTOS", "path=there"], "path: unknown key"),
         (["predict", "detector", "PHOTOS", "soft_nms=foo"], "soft_nms: Input should be 'linear' or 'gaussian'"),
         (["predict", "detector", "PHOTOS", "scales=0.8"], "scales: Input should be a valid list (got 0.8)"),
-        (["predict", "detector", "PHOTOS", "short_px=90"], "long_px 64 is below short_px 90: raise it"),
+        (["predict", "detector", "PHOTOS", "short_px=90"], "long_px 64 must be at least short_px, 90"),
         (["predict", "plain", "PHOTOS"], "holds no classifier, segmenter or detector"),
         (["evaluate", "detector", "COCO"], "has no object of the 2 classes of the detector (cat, dog)"),
         (["evaluate", "detector", "PHOTOS", "scales=[]"], "scales: List should have at least 1 item"),
