@@ -177,7 +177,8 @@ def _write_transformers(encoder: SwinEncoder, out: Path, pixels: Pixels) -> floa
     assert config.reference_windows is not None
     if any(height != width for height, width in (config.window_size, *config.reference_windows)):
         raise ValueError(
-            f"transformers supports square windows only, got {config.window_size} (references {config.reference_windows})"
+            f"transformers supports square windows only, got {config.window_size} (references "
+            f"{config.reference_windows})"
         )
     if is_v1 and set(config.reference_windows) != {config.window_size}:
         raise ValueError(

@@ -115,7 +115,7 @@ class Export:
         head = HEADS[kind]
         settings = self.description.get(head.key)
         if settings is None or not (self.path / head.file).exists():
-            raise ValueError(f"{self.path} holds no {kind} ({head.file}): give the export of {head.stage}")
+            raise ValueError(f"{self.path} holds no {kind}: give the export of {head.stage}")
         return dict(settings)
 
     def encoder(self, **settings: Any) -> SwinEncoder:

@@ -144,8 +144,8 @@ def test_what_does_not_fit_says_what_would(capsys):
     command += ["stages.pretrain.memory.attention_chunks=1"]
     assert main([*command, "--memory", "14G"]) == 1
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and optimizer state and ")
-    fixes = printed.split("take ")[1].split(", or ")
+    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and optimizer state")
+    fixes = printed.split(": use ")[1].split(", or ")
     assert fixes[0] == "stages.pretrain.micro_batch_size=256" and fixes[1].endswith("memory.checkpointing=full")
     for fix in fixes:
         assert main([*command, "--memory", "14G", fix]) == 0  # what is suggested works

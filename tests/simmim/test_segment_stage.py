@@ -304,7 +304,7 @@ def test_recipes_that_do_not_agree(data):
         make_recipe(data, *grey)
     recipe = make_recipe(data, *grey, "stages.segment.augment.distort=false")
     assert recipe.stages["segment"].kind == "segment"
-    with pytest.raises(ValueError, match="holds no segmenter: give the export of a stage of segmentation"):
+    with pytest.raises(ValueError, match="holds no segmenter: give the export of a stage of kind segment"):
         load_segmenter(swin_export(data))
     with pytest.raises(ValueError, match="names no images with label maps"):
         recipe = make_recipe(data, "data.path=builtin:shapes", "stages.segment.labels.path=''")
