@@ -102,7 +102,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from simmim.evaluation.classification import format_probe, probe
+    from simmim.evaluation.probe import format_probe, probe
 
     if arguments.overrides:
         raise ValueError(
@@ -115,7 +115,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _print_results(text: str, results: Any, file: Path | None) -> int:
     if os.environ.get("RANK", "0") == "0":
-        from simmim.evaluation.classification import write_results
+        from simmim.evaluation.dispatch import write_results
 
         print(text)
         if file:

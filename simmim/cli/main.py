@@ -181,6 +181,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.to,
         inflate=arguments.inflate,
         table_resampling=arguments.table_resampling,
+        report=print,
         **{name: value for name, value in given.items() if value is not None},
     )
     return 0

@@ -114,11 +114,7 @@ def describe(plan: StagePlan, recipe: Recipe, machine: Machine, zero: str, image
         widths = (11, 11, 9, 10, 11)
         line = "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
         lines.append(f"  {line}{chunks:>8}{'  global' if grid.is_global else ''}")
-    if plan.masks is not None:
-        height, width = plan.masks.grid
-        lines.append(
-            f"  masks       {plan.masks.num_masked} of {height} x {width} patches of {plan.masks.mask_patch_size} px"
-        )
+    lines += [f"  {title:<12}{text}" for title, text in plan.facts.items()]
     lines.append(f"  parameters  {plan.sizes.all:,}, encoder {plan.sizes.encoder:,}")
     forward, training = (readable(count / 1e9) for count in plan.flops)
     total = f"{forward} in all of the forward pass, {training} per training step"

@@ -51,6 +51,7 @@ def add_visualize(commands: argparse._SubParsersAction) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
+    from simmim.export.export import open_export
     from simmim.visualization.reconstructions import gallery, load_simmim, read_images, reconstruct
 
     if (arguments.mask_patch_sizes is None) != (arguments.ratios is None):
@@ -58,8 +59,9 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     if arguments.images < 1:
         raise ValueError(f"--images must be at least 1, got {arguments.images}")
     bands = "pca" if arguments.bands == ["pca"] else arguments.bands and [int(band) for band in arguments.bands]
+    export = open_export(arguments.export)
     task = load_simmim(
-        arguments.export,
+        export,
         mask_patch_size=arguments.mask_patch_size,
         mask_ratio=arguments.mask_ratio,
         seed=arguments.seed,
@@ -67,7 +69,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     sizes = arguments.mask_patch_sizes
     images = read_images(arguments.images_path, task, 1 if sizes else arguments.images)
     if sizes:
-        figure = gallery(arguments.export, images[0], sizes, arguments.ratios, bands, arguments.seed)
+        figure = gallery(export, images[0], sizes, arguments.ratios, bands, arguments.seed)
     else:
         figure = reconstruct(task, images, bands)
     figure.save(arguments.out)

@@ -8,7 +8,7 @@ from simmim.config.inference_options import (
     SegmenterEvaluationOptions,
     SegmenterOptions,
 )
-from simmim.config.recipe import KINDS, Recipe, encoder_config
+from simmim.config.recipe import KINDS, Recipe, add_kinds, encoder_config, remove_kinds
 from simmim.config.sections import Data, Encoder, Optimizer, Settings, Stage, Supervised
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "Stage",
     "Supervised",
     "Video",
+    "add_kinds",
     "encoder_config",
+    "remove_kinds",
     "video_of",
 ]

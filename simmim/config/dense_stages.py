@@ -18,6 +18,7 @@ from simmim.config.sections import (
     Stage,
     Supervised,
 )
+from swin import SwinConfig
 
 
 class SegmentLabels(Settings):
@@ -140,6 +141,16 @@ class SegmentStage(Supervised):
             raise ValueError(f"test.stride {list(stride)} must not exceed image_size {list(self.image_size)}")
         return self
 
+    @property
+    def labels_path(self) -> str:
+        return self.labels.path
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        if self.augment.distort and config.in_chans != 3:
+            raise ValueError(f"{where}.augment.distort needs 3 channels: set it to false")
+        if len(config.depths) < 2:
+            raise ValueError(f"{where} needs a feature pyramid, but the encoder has one stage: use two or more")
+
 
 class DetectLabels(Settings):
     """Images with objects: a folder with annotations/instances_train2017.json and train2017 as in COCO, or with
@@ -240,3 +251,15 @@ class DetectStage(Supervised):
     jitter: DetectJitter = Field(DetectJitter(), description="augmentation of training images")
     test: DetectTest = Field(DetectTest(), description="inference in evaluation")
     schedule: DetectSchedule = Field(DetectSchedule(), description="training length and learning rates")
+
+    @property
+    def labels_path(self) -> str:
+        return self.labels.path
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        depth = len(config.depths)
+        if self.anchor_px is not None and len(self.anchor_px) != depth + 1:
+            raise ValueError(
+                f"{where}.anchor_px has {len(self.anchor_px)} values, but an encoder of {depth} stages "
+                f"gives a feature pyramid of {depth + 1} maps"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from simmim.config.sections import (
     Supervised,
 )
 from simmim.masking import MaskGenerator
+from swin import SwinConfig
 
 
 class Video(Settings):
@@ -35,6 +37,11 @@ class Video(Settings):
     def time(self) -> dict[str, int]:
         """Return the settings that the encoder needs."""
         return self.model_dump(include={"frames", "temporal_patch", "temporal_window"})
+
+    @property
+    def inference(self) -> dict[str, int]:
+        """Inference settings of a trained classifier."""
+        return self.model_dump(include={"stride", "views", "crops"})
 
 
 class Mask(Settings):
@@ -95,6 +102,19 @@ class PretrainStage(Stage):
                 "target cannot be changed for clips (masked pixels, L1, linear head): remove it, or remove video"
             )
         return self
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        if self.mask.patch_size % config.patch_size:
+            raise ValueError(
+                f"{where}.mask.patch_size {self.mask.patch_size} must be a multiple of encoder.patch_size "
+                f"{config.patch_size}"
+            )
+        largest = gcd(config.stride, self.mask.patch_size)
+        if largest % self.target.downsample:
+            raise ValueError(
+                f"{where}.target.downsample {self.target.downsample} must divide mask.patch_size and "
+                f"the stride of the encoder: use a divisor of {largest}"
+            )
 
 
 class Labels(Settings):
@@ -174,6 +194,14 @@ class FinetuneStage(Supervised):
     @property
     def in_pairs(self) -> bool:
         return bool(self.augment.mixup or self.augment.cutmix)
+
+    @property
+    def labels_path(self) -> str:
+        return self.labels.path
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        if self.augment.rand_augment and config.in_chans != 3:
+            raise ValueError(f"{where}.augment.rand_augment needs 3 channels: set it to null")
 
     @model_validator(mode="after")
     def _pairs_to_mix(self) -> FinetuneStage:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from math import gcd
-from typing import Annotated, Any
+from functools import lru_cache
+from typing import Annotated, Any, Union, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, SerializeAsAny, TypeAdapter, model_validator
 
 from simmim.config.dense_stages import DetectStage, SegmentStage
 from simmim.config.image_stages import FinetuneStage, PretrainStage, video_of
@@ -13,14 +13,29 @@ from simmim.config.sections import Data, Encoder, Settings, Stage
 from swin import SwinConfig, make_config
 from swin.inflation import inflated_config
 
-KINDS: dict[str, type[Stage]] = {
-    "pretrain": PretrainStage,
-    "supervised": FinetuneStage,
-    "finetune": FinetuneStage,
-    "transfer": FinetuneStage,
-    "segment": SegmentStage,
-    "detect": DetectStage,
-}
+KINDS: dict[str, type[Stage]] = {}
+"""The settings of every kind of stage, by the ``kind`` of a recipe."""
+
+
+def add_kinds(settings: type[Stage]) -> None:
+    """Let recipes have stages with these settings, of all kinds that their field ``kind`` names.
+
+    Raises:
+        ValueError: another class has one of these kinds.
+    """
+    for kind in get_args(settings.model_fields["kind"].annotation):
+        if KINDS.setdefault(kind, settings) is not settings:
+            raise ValueError(f"stages of kind {kind!r} have the settings {KINDS[kind].__name__} already")
+
+
+def remove_kinds(settings: type[Stage]) -> None:
+    """Undo :func:`add_kinds`."""
+    for kind in get_args(settings.model_fields["kind"].annotation):
+        KINDS.pop(kind, None)
+
+
+for _settings in (PretrainStage, FinetuneStage, SegmentStage, DetectStage):
+    add_kinds(_settings)
 
 
 def _name_kinds(stages: Any) -> Any:
@@ -40,7 +55,18 @@ def _name_kinds(stages: Any) -> Any:
     return named
 
 
-AnyStage = Annotated[PretrainStage | FinetuneStage | SegmentStage | DetectStage, Field(discriminator="kind")]
+@lru_cache
+def _union_of(settings: tuple[type[Stage], ...]) -> TypeAdapter:
+    """Make the validator of a stage that has one of these settings, chosen by its kind."""
+    union: Any = Annotated[Union[settings], Field(discriminator="kind")]  # noqa: UP007 - the members are computed
+    return TypeAdapter(union)
+
+
+def _validate_stage(value: Any) -> Any:
+    return _union_of(tuple(dict.fromkeys(KINDS.values()))).validate_python(value)
+
+
+AnyStage = Annotated[SerializeAsAny[Stage], PlainValidator(_validate_stage)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
 Stages = Annotated[dict[Name, AnyStage], BeforeValidator(_name_kinds), Field(min_length=1)]
 
@@ -74,51 +100,20 @@ class Recipe(Settings):
                     f"stages.{name}.memory.attention_chunks has {len(chunks)} values, but the encoder has "
                     f"{len(config.depths)} stages"
                 )
-            if isinstance(stage, PretrainStage):
-                token = config.patch_size
-                if stage.mask.patch_size % token:
-                    raise ValueError(
-                        f"stages.{name}.mask.patch_size {stage.mask.patch_size} must be a "
-                        f"multiple of encoder.patch_size {token}"
-                    )
-                largest = gcd(config.stride, stage.mask.patch_size)
-                if largest % stage.target.downsample:
-                    raise ValueError(
-                        f"stages.{name}.target.downsample {stage.target.downsample} must divide mask.patch_size and "
-                        f"the stride of the encoder: use a divisor of {largest}"
-                    )
-            elif not self.start_of(name):
+            stage.check_encoder(f"stages.{name}", config)
+            if not self.start_of(name):
                 raise ValueError(
                     f"stages.{name} has no initial weights: put a stage before it, or set init_from to "
                     "an export folder, a weights file, or scratch"
                 )
-            elif stage.init_from == "scratch" and stage.image_size is None:
+            if stage.init_from == "scratch" and stage.image_size is None:
                 raise ValueError(f"stages.{name} starts from scratch: set its image_size and window_size")
             if stage.init_from in list(self.stages)[list(self.stages).index(name) :]:
                 raise ValueError(
                     f"stages.{name}.init_from {stage.init_from!r} is not an earlier stage: move it before {name}"
                 )
             self._agree_on_clips(name)
-            if isinstance(stage, FinetuneStage) and stage.augment.rand_augment and channels != 3:
-                raise ValueError(f"stages.{name}.augment.rand_augment needs 3 channels: set it to null")
-            if isinstance(stage, SegmentStage):
-                self._agree_to_segment(name, stage, len(config.depths))
-            if isinstance(stage, DetectStage):
-                self._agree_to_detect(name, stage, len(config.depths))
         return self
-
-    def _agree_to_detect(self, name: str, stage: DetectStage, depth: int) -> None:
-        if stage.anchor_px is not None and len(stage.anchor_px) != depth + 1:
-            raise ValueError(
-                f"stages.{name}.anchor_px has {len(stage.anchor_px)} values, but an encoder of {depth} stages "
-                f"gives a feature pyramid of {depth + 1} maps"
-            )
-
-    def _agree_to_segment(self, name: str, stage: SegmentStage, depth: int) -> None:
-        if stage.augment.distort and self.encoder.in_chans != 3:
-            raise ValueError(f"stages.{name}.augment.distort needs 3 channels: set it to false")
-        if depth < 2:
-            raise ValueError(f"stages.{name} needs a feature pyramid, but the encoder has one stage: use two or more")
 
     def _agree_on_clips(self, name: str) -> None:
         video, start = video_of(self.stages[name]), self.start_of(name)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from swin import SIZES
+from swin import SIZES, SwinConfig
 from swin.activation_checkpointing import Checkpointing
 from swin.config import Attention, Norm, PositionBias, as_pair
 
@@ -238,6 +238,22 @@ class Stage(Settings):
     def in_pairs(self) -> bool:
         """Return whether mixup or cutmix mixes pairs of images, which needs an even micro-batch."""
         return False
+
+    @property
+    def labels_path(self) -> str:
+        """Path of the labelled images of this stage; empty: ``data.path``."""
+        return ""
+
+    def check_encoder(self, where: str, config: SwinConfig) -> None:
+        """Check the settings against the encoder that the stage trains.
+
+        Args:
+            where: key of the stage, to begin error messages with: ``stages.NAME``.
+            config: the encoder, as if trained from scratch.
+
+        Raises:
+            ValueError: a setting that does not fit the encoder.
+        """
 
 
 class Supervised(Stage):

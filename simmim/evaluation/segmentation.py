@@ -1,10 +1,9 @@
-"""Judging and showing segmenters: whole images, each once."""
+"""Evaluation and inference of segmenters on whole images."""
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,83 +16,75 @@ from tqdm import tqdm
 
 from simmim.config import SegmenterOptions
 from simmim.config.loading import read_options
-from simmim.data import Source, TensorImage
-from simmim.data.loader import Batches
+from simmim.data import Source, TensorImage, evaluation_batches
 from simmim.data.segment_transforms import ShortSideResize
 from simmim.data.segments import class_names_in, validation_segments
-from simmim.data.views import make_views, report_corrupt, told
-from simmim.evaluation.classification import SIZES, decoder_of, pixels_of
-from simmim.export.heads import load_head
+from simmim.data.views import report_corrupt, summarize_problems
+from simmim.export.export import SIZES, Export, open_export
 from simmim.metrics.mean_iou import MeanIoU
 from simmim.tasks.segmentation import Segmentation
 from simmim.tasks.sliding_window import resize_maps
 from simmim.training.distributed import make_accelerator
 from simmim.training.engine import to_device
 from simmim.visualization import drawing
-from swin import load_description, load_encoder
-from swin.weights.serialization import load_config
 
-HEAD = "head.safetensors"
+logger = logging.getLogger(__name__)
 
 
-class Judged(NamedTuple):
-    """Of whole images."""
+class SegmentationResult(NamedTuple):
+    """Metrics over whole images."""
 
     numbers: dict[str, float]
     """``images``, ``mean_iou``, ``mean_accuracy``, ``pixel_accuracy``."""
-    of_classes: dict[str, float | None]
-    """Intersection over union; None of classes that are neither in the labels nor in any prediction."""
+    iou_of_classes: dict[str, float | None]
+    """Intersection over union by class; None for classes that are neither in the labels nor predicted."""
     corrupt: dict[str, str]
     """Images of this process that could not be read, with the reason."""
 
 
-class Shown(NamedTuple):
-    """One image, segmented."""
+class SegmentedImage(NamedTuple):
+    """The segmentation of one image."""
 
-    name: str
     overlay: Image.Image
     facts: dict[str, Any]
-    """Its size, and the share of every class that was found; plain JSON."""
+    """Size of the image, and the fraction of its pixels of each class that was found; plain JSON."""
     label_map: Image.Image
-    """Numbers of classes in a palette, counted as in the label maps of the training."""
+    """Class labels as a palette image, numbered as in the training label maps."""
 
 
-def load_segmenter(export: Path | str, **options: Any) -> Segmentation:
-    """The segmenter of an export, on the CPU, ready to predict.
+def load_segmenter(source: Export | Path | str, **options: Any) -> Segmentation:
+    """Load the segmenter of an export, on the CPU and in evaluation mode.
 
     Args:
-        options: other ``image_size`` and ``window_size`` of the encoder, which whole images and windows follow; and for
-            predictions, other ``short_px``, ``window`` (px, or None for the whole image at once), ``stride``,
-            ``scales``, ``flip``, as of :class:`simmim.tasks.segmentation.Segment`.
+        options: ``image_size`` and ``window_size`` of the encoder, which the size of whole images and windows follows;
+            and inference options: ``short_px``, ``window`` (px; None: the whole image at once), ``stride``, ``scales``,
+            ``flip``, see :class:`simmim.tasks.segmentation.Segmentation`.
 
     Raises:
-        ValueError: an export that is not of segmentation, or options that do not fit.
+        ValueError: the export has no segmenter, or options do not fit.
     """
-    export = Path(export)
-    about = load_description(export)
-    described = about.get("segmentation")
-    if described is None or not (export / HEAD).exists():
-        raise ValueError(f"{export} holds no segmenter: give the export of a stage of segmentation")
+    export = open_export(source)
+    settings = export.head_settings("segmenter")
     sizes = {name: options.pop(name) for name in SIZES if name in options}
-    encoder, trained_size = load_encoder(export, **sizes), load_config(export).image_size
-    size = encoder.config.image_size
+    encoder = export.encoder(**sizes)
+    trained_size, size = export.config.image_size, encoder.config.image_size
     if size != trained_size:
-        short_px = round(described["short_px"] * min(size) / min(trained_size))
-        described = {**described, "short_px": short_px, "window": described["window"] and size, "stride": None}
-    if "window" in options:  # the stride belongs to it
-        described = {**described, "stride": None}
+        short_px = round(settings["short_px"] * min(size) / min(trained_size))
+        settings |= {"short_px": short_px, "window": settings["window"] and size, "stride": None}
+    if "window" in options:  # the stride belongs to the old window
+        settings["stride"] = None
     try:
-        looks = {name: described[name] for name in SegmenterOptions.model_fields}
-        settings, pixels = {**described, **read_options(SegmenterOptions, looks | options)}, about["pixels"]
-        task = Segmentation(encoder, **settings, mean=pixels["mean"], std=pixels["std"])
+        inference = {name: settings[name] for name in SegmenterOptions.model_fields}
+        settings |= read_options(SegmenterOptions, inference | options)
+        task = Segmentation(encoder, **settings, mean=export.mean, std=export.std)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"encoder.json of {export} does not describe a segmenter ({error!r})") from None
-    load_head(export / HEAD, task)
+        raise ValueError(f"encoder.json of {export.path} does not describe a segmenter ({error!r})") from None
+    export.load_head(task)
     return task.eval()
 
 
 def evaluate_segmenter(
-    path: Path,
+    source: Export | Path | str,
     data: str,
     *,
     annotations: str | None = None,
@@ -101,60 +92,66 @@ def evaluate_segmenter(
     precision: str | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Mean intersection over union of a segmenter; every image counts once, over any number of processes.
+    """Compute the mean intersection over union of a segmenter; each image counts once, over any number of processes.
 
     Args:
-        path: an export of a stage of segmentation.
-        data: a folder with ``images`` and ``annotations``, of which the validation part is taken where there is one;
+        source: the export of a segmentation stage.
+        data: a folder with ``images`` and ``annotations``, of which the validation part is used if there is one;
             or images, with ``annotations``.
-        options: as of :func:`load_segmenter`.
+        options: of :func:`load_segmenter`.
 
     Raises:
-        ValueError: no segmenter, images without label maps, or with other classes.
+        ValueError: no segmenter, images without label maps, or other classes.
     """
+    export = open_export(source)
     accelerator = make_accelerator(precision)
-    task = load_segmenter(path, **options).to(accelerator.device)
-    decoder = decoder_of(task.encoder, pixels_of(path))
+    task = load_segmenter(export, **options).to(accelerator.device)
     names = class_names_in(data)
     if names is not None and names != task.classes:
         raise ValueError(
             f"{data} names {len(names)} classes ({names[0]}, ...), which are not the {len(task.classes)} of the "
-            f"segmenter ({task.classes[0]}, ...): judge it by images with its own classes"
+            f"segmenter ({task.classes[0]}, ...): evaluate on data with the classes of the segmenter"
         )
-    source = validation_segments(
+    images = validation_segments(
         data,
-        decoder,
+        export.make_decoder(task.encoder.config),
         annotations=annotations,
         classes=task.classes,
         ignore_zero=bool(task.first_label),
     )
     with accelerator.autocast():
-        found = evaluate_whole_images(task, source, accelerator, num_workers=num_workers)
-    problems = told(source.problems) if accelerator.is_main_process else []
-    for line in problems:
-        print(line, file=sys.stderr)
-    report_corrupt(found.corrupt)
-    return found.numbers
+        result = evaluate_whole_images(task, images, accelerator, num_workers=num_workers)
+    if accelerator.is_main_process:
+        for problem in summarize_problems(images.problems):
+            logger.warning(problem)
+    report_corrupt(result.corrupt)
+    return result.numbers
 
 
 @torch.no_grad()
 def evaluate_whole_images(
     task: Segmentation, source: Source, accelerator: Accelerator, *, num_workers: int = 0, is_sharded: bool = False
-) -> Judged:
-    """Look at whole images one by one, as the objective looks at them.
+) -> SegmentationResult:
+    """Evaluate whole images one by one, with the inference options of the task.
 
     Args:
-        is_sharded: the weights are shared out among the processes. Then all look at all images, as each forward pass
-            is one of all of them, and the number of windows depends on the image.
+        is_sharded: parameters are sharded over the processes. Then every process evaluates all images, because each
+            forward pass needs all processes and the number of windows depends on the image.
 
     Raises:
         ValueError: no image could be read, or none of their pixels has a label.
     """
-    shares = (0, 1) if is_sharded else (accelerator.process_index, accelerator.num_processes)
-    views = make_views(source, ShortSideResize(task.short_px), 1, False, shares, num_workers)
-    assert isinstance(views, Batches)
+    rank, world_size = (0, 1) if is_sharded else (accelerator.process_index, accelerator.num_processes)
+    batches = evaluation_batches(
+        source,
+        ShortSideResize(task.short_px),
+        batch_size=1,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+    )
     scores, images = MeanIoU(len(task.classes)), 0
-    for batch in tqdm(views, unit="image", disable=None if accelerator.is_main_process else True):
+    for batch in tqdm(batches, unit="image", disable=None if accelerator.is_main_process else True):
         inputs = to_device(batch, accelerator.device)
         scores.add(task.scores(inputs).argmax(dim=1), inputs["segments"])
         images += 1
@@ -162,31 +159,31 @@ def evaluate_whole_images(
         scores.gather(gather_object)
         images = sum(gather_object([images]))
     if not images:
-        report_corrupt(views.corrupt)
-        raise ValueError(f"none of {len(source)} images, {source.name(0)} for one, could be read with its label map")
+        report_corrupt(batches.corrupt)
+        raise ValueError(
+            f"none of {len(source)} images could be read with its label map, for instance {source.name(0)}"
+        )
     numbers = scores.compute()
     if math.isnan(numbers["mean_iou"]):
-        raise ValueError(f"no pixel of {images} images has a label: there is nothing to be judged by")
-    of_classes = dict(zip(task.classes, scores.iou_per_class(), strict=True))
-    return Judged({"images": float(images), **numbers}, of_classes, views.corrupt)
+        raise ValueError(f"no pixel of {images} images has a label: evaluate on images with labels")
+    iou_of_classes = dict(zip(task.classes, scores.iou_per_class(), strict=True))
+    return SegmentationResult({"images": float(images), **numbers}, iou_of_classes, batches.corrupt)
 
 
 @torch.no_grad()
-def predict_segments(task: Segmentation, images: Iterable[tuple[str, Tensor]]) -> Iterator[Shown]:
-    """Segment images of any size.
+def segment_image(task: Segmentation, image: Tensor) -> SegmentedImage:
+    """Segment an image of any size.
 
     Args:
-        images: names, and uint8 ``(c, H, W)``.
+        image: uint8 ``(c, H, W)``.
     """
-    for name, image in images:
-        seen = ShortSideResize(task.short_px).resize(TensorImage(image))
-        scores = task.predict(seen[None].to(task.mean.device))
-        found = resize_maps(scores, image.shape[-2:]).argmax(dim=1).cpu()
-        counts = torch.bincount(found.flatten(), minlength=len(task.classes)).tolist()
-        shares = {task.classes[label]: count / found.numel() for label, count in enumerate(counts) if count}
-        yield Shown(
-            name,
-            drawing.draw_segmentation(drawing.to_rgb(image[None] / 255), None, found, task.classes),
-            {"size": list(image.shape[-2:]), "classes": shares},
-            drawing.label_map_image(found[0], len(task.classes), first=task.first_label),
-        )
+    resized_image = ShortSideResize(task.short_px).resize(TensorImage(image))
+    scores = task.predict(resized_image[None].to(task.mean.device))
+    found = resize_maps(scores, image.shape[-2:]).argmax(dim=1).cpu()
+    counts = torch.bincount(found.flatten(), minlength=len(task.classes)).tolist()
+    fractions = {task.classes[label]: count / found.numel() for label, count in enumerate(counts) if count}
+    return SegmentedImage(
+        drawing.draw_segmentation(drawing.to_rgb(image[None] / 255), None, found, task.classes),
+        {"size": list(image.shape[-2:]), "classes": fractions},
+        drawing.label_map_image(found[0], len(task.classes), first=task.first_label),
+    )

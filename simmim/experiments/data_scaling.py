@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from simmim.config import Recipe
 from simmim.experiments.results import percent, write_results
 from simmim.experiments.trials import Outcome, check_seeds, make_variant, pearson, pretraining_of, run_variant
-from simmim.stages.datasets import images_of_fraction, make_sources
+from simmim.stages.datasets import make_datasets
+from simmim.stages.pretrain import images_of_fraction
 from simmim.training.distributed import make_accelerator
 
 MARKS = "osD^v"
@@ -95,7 +96,7 @@ def count_images(recipe: Recipe, fractions: Sequence[float]) -> tuple[int, dict[
     """Return the number of pretraining images of the recipe, and by fraction; the data is opened once."""
     name, _ = pretraining_of(recipe)
     complete = recipe.model_copy(update={"data": recipe.data.model_copy(update={"fraction": 1.0})})
-    images = len(make_sources(complete, name).training)
+    images = len(make_datasets(complete, name).training)
     counts = {fraction: images_of_fraction(fraction, images) for fraction in (recipe.data.fraction, *fractions)}
     return counts[recipe.data.fraction], {fraction: counts[fraction] for fraction in fractions}
 

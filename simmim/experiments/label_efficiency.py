@@ -14,17 +14,15 @@ from typing import Any, NamedTuple, cast
 
 from simmim.config import DetectStage, FinetuneStage, PretrainStage, Recipe, SegmentStage, Supervised, video_of
 from simmim.data import LabelledSource
-from simmim.data.views import about_video
-from simmim.evaluation.classification import evaluate_with_head
+from simmim.evaluation.classification import evaluate_images, load_classifier, make_view
 from simmim.experiments.page import draw_page, final_of, measure_of
 from simmim.experiments.results import percent
 from simmim.experiments.trials import check_seeds
-from simmim.export.classifier import load_classifier
+from simmim.export.export import open_export
 from simmim.stages import run, run_stage
-from simmim.stages.datasets import make_sources
+from simmim.stages.datasets import make_datasets
 from simmim.stages.initialization import geometry
 from simmim.training.distributed import make_accelerator
-from swin import load_encoder
 
 BICUBIC = "not fine-tuned, bias table resampled"
 CONTINUOUS = "not fine-tuned, continuous bias"
@@ -159,21 +157,19 @@ def evaluate_transfer(recipe: Recipe, name: str, out: Path, precision: str | Non
     """
     stage = recipe.stages[name]
     assert isinstance(stage, FinetuneStage)
-    export = out / recipe.name / stage.init_from / "export"
-    encoder, classifier = load_encoder(export), load_classifier(export)
-    size, window = geometry(stage, encoder.config)
-    validation = cast(LabelledSource, make_sources(recipe, name, size).validation)
+    export = open_export(out / recipe.name / stage.init_from / "export")
+    config = export.config
+    size, window = geometry(stage, config)
+    validation = cast(LabelledSource, make_datasets(recipe, name, size).validation)
     accuracies = {}
-    pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
-    biases = {CONTINUOUS: encoder.config.position_bias, BICUBIC: "table"}
-    if encoder.config.position_bias == "table":
+    biases = {CONTINUOUS: config.position_bias, BICUBIC: "table"}
+    if config.position_bias == "table":
         del biases[CONTINUOUS]
-    options: dict[str, Any] = {"interpolation": stage.crop.interpolation, "batch_size": stage.micro_batch_size}
-    options |= about_video(stage.video)
     for treatment, bias in biases.items():
-        larger = load_encoder(export, image_size=size, window_size=window, position_bias=bias)
-        accuracies[treatment] = evaluate_with_head(
-            larger, classifier, validation, pixels, make_accelerator(precision), **options
+        task = load_classifier(export, image_size=size, window_size=window, position_bias=bias)
+        view = make_view(task.encoder.config, stage.crop.interpolation, stage.video.inference if stage.video else None)
+        accuracies[treatment] = evaluate_images(
+            task, validation, view, make_accelerator(precision), batch_size=stage.micro_batch_size
         )["top1"]
     return accuracies
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.config import PretrainStage, Recipe
-from simmim.data import CenterCrop
+from simmim.data import CenterCrop, evaluation_batches
 from simmim.data.sources import Subset
-from simmim.data.views import make_views
 from simmim.masking import MaskGenerator, expand_mask
 from simmim.metrics.baselines import average_distance, copy_nearest_visible, masked_l1, mean_of_visible
-from simmim.stages.datasets import make_sources
+from simmim.stages.datasets import make_datasets
 from simmim.tasks.simmim import mean_of_squares, normalize_locally
 
 BATCH = 16
@@ -91,12 +90,12 @@ def loss_baselines(
 
 def load_batches(recipe: Recipe, name: str, images: int) -> list[tuple[Tensor, Tensor]]:
     """Return normalized images ``(b, c, H, W)`` and their indices ``(b,)``: of the validation part if there is one."""
-    stage, sources = recipe.stages[name], make_sources(recipe, name)
+    stage, sources = recipe.stages[name], make_datasets(recipe, name)
     assert isinstance(stage, PretrainStage)
     source = sources.validation or sources.training
     subset = Subset(source, list(range(min(images, len(source)))))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
-    views = make_views(subset, CenterCrop(stage.image_size, stage.crop.interpolation), BATCH, False)
+    views = evaluation_batches(subset, CenterCrop(stage.image_size, stage.crop.interpolation), batch_size=BATCH)
     return [((batch["image"] / 255 - mean) / std, batch["index"]) for batch in views]
 
 

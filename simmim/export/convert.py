@@ -1,8 +1,9 @@
-"""Weights in and out: any known file -> an encoder -> the layout of another library, compared with it."""
+"""Conversion of encoders into the formats of other libraries, verified by reading them back."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -14,18 +15,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swin import SwinEncoder, VideoConfig, import_encoder, load_description, load_encoder, save_encoder
+from simmim.export.export import open_export
+from swin import SwinEncoder, VideoConfig, import_encoder, load_encoder, save_encoder
 from swin.config import SwinConfig, effective_window
 from swin.position_bias import TableResampling
-from swin.weights.serialization import DESCRIPTION
 from swin.weights.state_dict_names import from_native
 from swin.weights.transfer import Inflation
 
 LARGEST_DIFFERENCE = 1e-4
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 V1 = {"attention": "dot", "norm": "pre", "position_bias": "table"}
 V2 = {"attention": "cosine", "norm": "res-post", "position_bias": "log_cpb"}
-Pixels = dict[str, list[float]]
+Pixels = dict[str, Any]
+"""Channel statistics, see :attr:`simmim.export.export.Export.pixels`."""
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -35,46 +37,48 @@ def convert(
     *,
     inflate: Inflation | None = None,
     table_resampling: TableResampling = "bicubic",
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
     **settings: Any,
 ) -> None:
-    """Read ``source``, write ``out`` for another library, read it back with that library and compare.
+    """Convert an encoder, read it back with the library it is for, and compare the features.
 
     Args:
-        source: a native export, or whatever :func:`swin.import_encoder` knows.
-        to: ``native``, ``timm`` and ``transformers`` make a folder, ``official`` a ``.pth``, ``onnx``
-            an ``.onnx`` and ``torch-export`` a ``.pt2`` file.
+        source: an export, or a checkpoint that :func:`swin.import_encoder` can read.
+        out: a folder for ``native``, ``timm`` and ``transformers``; a file that ends in ``.pth`` for ``official``,
+            ``.onnx`` for ``onnx``, ``.pt2`` for ``torch-export``.
+        to: the format.
+        report: called with each line of the report.
         settings: ``image_size``, ``window_size`` and ``in_chans``, as for :func:`swin.load_encoder`.
 
     Raises:
-        ValueError: what cannot be read, written or told in that layout; ``out`` exists; or features
-            that differ by more than 1e-4. Nothing is left at ``out`` then.
+        ValueError: the source cannot be read, the encoder does not exist in that format, ``out`` exists, or features
+            differ by more than 1e-4. Nothing is left at ``out`` then.
     """
     write, suffix = WRITERS[to]
     if out.exists():
-        raise ValueError(f"{out} exists: choose another place, or remove it first")
+        raise ValueError(f"{out} exists: choose another path, or remove it first")
     if out.suffix != suffix and suffix:
-        raise ValueError(f"--to {to} writes one file that ends in {suffix}, got {out}")
-    encoder, pixels = _open(source, say, inflate=inflate, table_resampling=table_resampling, **settings)
+        raise ValueError(f"--to {to} writes a file whose name ends in {suffix}, got {out}")
+    encoder, pixels = _open(source, report, inflate=inflate, table_resampling=table_resampling, **settings)
     encoder.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".convert-", dir=out.parent) as unfinished:
         difference = write(encoder, Path(unfinished) / out.name, pixels)
-        for part in Path(unfinished).iterdir():  # a large .onnx has its data beside it
+        for part in Path(unfinished).iterdir():  # a large ONNX model has a second file with its weights
             os.replace(part, out.parent / part.name)
     size = " x ".join(map(str, encoder.config.input_size))
-    say(f"{out}: {to} layout, {size} px; features read back differ by at most {difference:.1e}")
+    report(f"{out}: {to} format, {size} px; features read back differ by at most {difference:.1e}")
 
 
-def _open(source: Path, say: Callable[[str], None], **arguments: Any) -> tuple[SwinEncoder, Pixels]:
-    if (source / DESCRIPTION).exists():
-        encoder = load_encoder(source, **arguments)
-        pixels = load_description(source).get("pixels", IMAGENET)
-        say(f"native export: {len(encoder.state_dict())} tensors loaded")
+def _open(source: Path, report: Callable[[str], None], **arguments: Any) -> tuple[SwinEncoder, Pixels]:
+    export = open_export(source)
+    pixels = export.pixels
+    if export.is_native:
+        encoder = export.encoder(**arguments)
+        report(f"native export: {len(encoder.state_dict())} tensors loaded")
     else:
-        encoder, report = import_encoder(source, **arguments)
-        pixels = IMAGENET
-        say(str(report))
+        encoder, tensors = import_encoder(source, **arguments)
+        report(str(tensors))
     channels = encoder.config.in_chans
     per_channel = {key: [pixels[key][i % len(pixels[key])] for i in range(channels)] for key in ("mean", "std")}
     return encoder, {**pixels, **per_channel}
@@ -86,7 +90,7 @@ def _write_native(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
 
 
 def _write_official(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
-    """The official code reads ``torch.load(file)["model"]``; the texts beside it make the file self-describing."""
+    """Write a file for the official code, which reads the key ``model``; other keys describe the encoder."""
     _need(encoder, "the official code", V1, V2)
     content: dict[str, Any] = {
         "model": from_native(encoder.state_dict(), "official"),
@@ -101,7 +105,7 @@ def _write_official(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
 
 
 def timm_arguments(config: SwinConfig) -> dict[str, Any]:
-    """Of timm's Swin V1 or V2."""
+    """Return the constructor arguments of timm's Swin V1 or V2."""
     arguments: dict[str, Any] = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -120,35 +124,35 @@ def timm_arguments(config: SwinConfig) -> dict[str, Any]:
 
 def _write_timm(encoder: SwinEncoder, out: Path, pixels: Pixels) -> float:
     import timm
+    from timm.models import save_for_hf
 
     config = encoder.config
     is_v1 = _need(encoder, "timm", V1, V2) == V1
-    out.mkdir()
-    save_file(_cpu(from_native(encoder.state_dict(), "timm")), out / "model.safetensors")
-    description = {
-        "architecture": "swin_base_patch4_window7_224" if is_v1 else "swinv2_base_window12_192",
-        "num_classes": 0,
-        "num_features": config.num_features,
-        "model_args": timm_arguments(config),
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [config.in_chans, *config.image_size],
-            "fixed_input_size": True,
-            "mean": pixels["mean"],
-            "std": pixels["std"],
-            "first_conv": "patch_embed.proj",
-            "classifier": "head.fc",
-        },
-    }
-    _write_json(out / "config.json", description)
-    theirs: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    difference = _compare(encoder, theirs.forward_features)
-    _write_json(out / "config.json", description | {"simmim": {"largest_difference": difference}})
+    architecture = "swin_base_patch4_window7_224" if is_v1 else "swinv2_base_window12_192"
+    model_args = timm_arguments(config)
+    theirs: Any = timm.create_model(architecture, num_classes=0, **model_args)
+    theirs.load_state_dict(from_native(encoder.state_dict(), "timm"))
+    data_config = {"input_size": (config.in_chans, *config.image_size), "mean": pixels["mean"], "std": pixels["std"]}
+
+    def save(**notes: Any) -> None:
+        save_for_hf(
+            theirs,
+            str(out),
+            model_args=model_args,
+            model_config=notes,
+            data_config=data_config,
+            safe_serialization=True,
+        )
+
+    save()
+    read_back: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    difference = _compare(encoder, read_back.forward_features)
+    save(simmim={"largest_difference": difference})
     return difference
 
 
 def transformers_arguments(config: SwinConfig) -> dict[str, Any]:
-    """Of the configuration of transformers' Swin V1 or V2, which knows square windows only."""
+    """Return the arguments of the Swin V1 or V2 configuration of transformers; windows must be square."""
     arguments: dict[str, Any] = {
         "image_size": config.image_size[0] if config.image_size[0] == config.image_size[1] else config.image_size,
         "patch_size": config.patch_size,
@@ -173,7 +177,8 @@ def _write_transformers(encoder: SwinEncoder, out: Path, pixels: Pixels) -> floa
     assert config.reference_windows is not None
     if any(height != width for height, width in (config.window_size, *config.reference_windows)):
         raise ValueError(
-            f"transformers knows square windows only, got {config.window_size} (references {config.reference_windows})"
+            f"transformers supports square windows only, got {config.window_size} (references "
+            f"{config.reference_windows})"
         )
     if is_v1 and set(config.reference_windows) != {config.window_size}:
         raise ValueError(
@@ -198,7 +203,7 @@ def _open_transformers(transformers: Any, folder: Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     theirs, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     if left := {kind: names for kind, names in report.items() if names}:
-        raise ValueError(f"transformers {transformers.__version__} does not take all of the weights: {left}")
+        raise ValueError(f"transformers {transformers.__version__} did not load all weights: {left}")
     return theirs.eval()
 
 
@@ -247,10 +252,10 @@ WRITERS: dict[str, tuple[Writer, str]] = {
 
 @torch.no_grad()
 def _compare(encoder: SwinEncoder, theirs: Callable[[Tensor], Any]) -> float:
-    """The largest difference of the features on random images of the encoder's own size.
+    """Return the largest difference of the features on random images of the size of the encoder.
 
     Raises:
-        ValueError: above 1e-4.
+        ValueError: the difference is above 1e-4.
     """
     config = encoder.config
     images = _images(config)
@@ -264,14 +269,12 @@ def _compare(encoder: SwinEncoder, theirs: Callable[[Tensor], Any]) -> float:
             if any(side % step for side, step in zip(grid, window, strict=True))
         ]
         reason = (
-            f": windows do not divide the grid ({'; '.join(uneven)}), which other libraries pad in another way. "
+            f": windows do not divide the grid ({'; '.join(uneven)}), which other libraries pad differently. "
             "Choose an image size whose grids are multiples of the window"
             if uneven
             else ""
         )
-        raise ValueError(
-            f"read back, the features differ by {difference:.1e} (allowed {LARGEST_DIFFERENCE:.0e}){reason}"
-        )
+        raise ValueError(f"features read back differ by {difference:.1e} (allowed {LARGEST_DIFFERENCE:.0e}){reason}")
     return difference
 
 
@@ -281,21 +284,21 @@ def _images(config: SwinConfig) -> Tensor:
 
 
 def _need(encoder: SwinEncoder, library: str, *known: dict[str, str]) -> dict[str, str]:
-    """The one of ``known`` that the encoder is.
+    """Return which of the ``known`` architectures the encoder has.
 
     Raises:
-        ValueError: none of them.
+        ValueError: none of them; the library does not implement the encoder.
     """
     config = encoder.config
     if isinstance(config, VideoConfig):
-        raise ValueError(f"{library} has no Swin of clips: use --to native, onnx or torch-export")
+        raise ValueError(f"{library} has no Swin encoder of clips: use --to native, onnx or torch-export")
     kind = {name: getattr(config, name) for name in V1}
     if kind in known and not config.extra_norm_interval:
         return kind
     extra = f" with an extra norm every {config.extra_norm_interval} blocks" if config.extra_norm_interval else ""
     raise ValueError(
-        f"{library} knows plain Swin V1 and V2, but not {', '.join(kind.values())}{extra}: use --to native, onnx or "
-        "torch-export"
+        f"{library} implements plain Swin V1 and V2, but not {', '.join(kind.values())}{extra}: use --to native, "
+        "onnx or torch-export"
     )
 
 

@@ -1,4 +1,4 @@
-"""What an export has around its encoder: a file of tensors, and what ``encoder.json`` says of it."""
+"""Files with the weights of a head, beside the encoder of an export."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 HEAD = "head.safetensors"
-"""What an export has beside its encoder, where its answers have places in the image."""
+"""Head of a segmenter or detector."""
+DECODER = "decoder.safetensors"
+"""Mask token and reconstruction head of a pretrained model."""
 
 
 def save_head(file: Path, weights: dict[str, Tensor]) -> None:
-    """Write, of the weights of an objective, those that are not its encoder's."""
-    own = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.")}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, file)
+    """Write the weights of a task that do not belong to its encoder."""
+    head = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.")}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}, file)
 
 
-def load_head(file: Path, task: nn.Module) -> None:
-    """Give an objective the weights that :func:`save_head` wrote.
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file.
 
     Raises:
-        ValueError: an unreadable file, or weights of another objective.
+        ValueError: the file is missing or damaged.
     """
     try:
-        missing, unknown = task.load_state_dict(load_file(file), strict=False)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
-    missing = [name for name in missing if not name.startswith("encoder.")]
-    for word, names in (("lacks", missing), ("has an unknown", unknown)):
-        if names:
-            raise ValueError(f"{file} {word} {names[0]}: its encoder.json describes another model")

@@ -1,21 +1,20 @@
-"""What a recipe will need, stage by stage, before anything is trained."""
+"""Estimates of parameters, FLOPs, memory and time of the stages of a recipe, before training."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from simmim.config import Recipe, Stage, Supervised, encoder_config
-from simmim.masking import MaskGenerator
+from simmim.config import Recipe, Stage, encoder_config
+from simmim.export.export import open_export
 from simmim.stages.initialization import check_start, chunks_of, derive_accumulation, micro_batch_sizes, moved_config
-from simmim.stages.stage_type import room_of
-from simmim.tasks.simmim import SimMIM
+from simmim.stages.stage_type import stage_type_of
 from simmim.tasks.task import Task
-from simmim.tasks.video import VideoSimMIM
 from simmim.training.footprint import (
     ZEROS,
     Flops,
@@ -31,26 +30,26 @@ from simmim.training.footprint import (
 from swin import SwinConfig, VideoConfig
 from swin.activation_checkpointing import CHECKPOINTINGS
 from swin.video import build_encoder
-from swin.weights.serialization import DESCRIPTION, load_config
 from swin.windows import fit_windows
 
 
 class Machine(NamedTuple):
-    """What a recipe is planned for."""
+    """Hardware and launch that a recipe is planned for."""
 
     ranks: int
     memory: float
-    """Bytes of each."""
+    """Bytes per rank."""
     precision: str
     device: str
-    """``cuda`` or ``cpu``: they cast differently."""
+    """``cuda`` or ``cpu``, whose autocast differs."""
     flops: float
-    """Multiplications and additions a second of each."""
+    """Multiply-adds per second and rank."""
     measured: bool
+    """True if ``flops`` was measured on this machine."""
 
 
 class Grid(NamedTuple):
-    """One stage of the encoder."""
+    """Token grid and attention windows of one stage of the encoder."""
 
     grid: tuple[int, ...]
     window: tuple[int, ...]
@@ -64,36 +63,42 @@ class Grid(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """Of one stage."""
+    """Plan of one stage of a recipe."""
 
     name: str
     config: SwinConfig
     grids: list[Grid]
-    masks: MaskGenerator | None
+    facts: Mapping[str, str]
+    """Further lines of the plan, by title."""
     sizes: Sizes
     flops: Flops
     official_flops: int | None
-    """None for clips, which no official code counts."""
+    """As counted by the official code; None for clips, which it does not count."""
     chunks: list[int]
     footprints: dict[str, Footprint]
-    """By checkpointing."""
+    """Memory of activations, by checkpointing option."""
     ema: bool
-    """Whether an average of the weights is kept."""
+    """True if an EMA of the weights is kept."""
     problems: list[str]
-    """Why it cannot work, each with what to do."""
+    """Reasons why the stage cannot run, each with what to do."""
 
     def states(self, zero: str, machine: Machine) -> float:
-        """Bytes of each rank that do not depend on the images."""
+        """Return the bytes of weights, gradients and optimizer state per rank."""
         return states_bytes(self.sizes, zero, machine.ranks, self.ema)
 
 
 def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: int) -> StagePlan:
-    """Count, measure and judge a stage.
+    """Plan a stage: count parameters and FLOPs, estimate memory, and check that it fits.
+
+    Args:
+        zero: ZeRO stage: ``none``, ``1``, ``2`` or ``3``.
+        classes: number of classes of stages with labels.
 
     Raises:
         ValueError: a stage that cannot be built.
     """
-    stage, task = recipe.stages[name], make_planned(recipe, name, classes)
+    stage, task = recipe.stages[name], make_fake_task(recipe, name, classes)
+    stage_type = stage_type_of(stage)
     config = task.encoder.config
     chunks = chunks_of(stage, config, int(machine.memory))
     footprints: dict[str, Footprint] = {
@@ -104,13 +109,13 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
         name,
         config,
         grids_of(config),
-        task.mask_generator if isinstance(task, SimMIM | VideoSimMIM) else None,
+        stage_type.plan(task),
         sizes(task),
         flops(task, stage.memory.checkpointing),
         None if isinstance(config, VideoConfig) else official_flops(config),
         chunks,
         footprints,
-        isinstance(stage, Supervised) and stage.ema_decay is not None,
+        stage_type.ema_decay(stage) is not None,
         [],
     )
     try:
@@ -122,7 +127,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
 
 
 def memory_problems(plan: StagePlan, task: Task, stage: Stage, machine: Machine, zero: str) -> list[str]:
-    """Empty, or what does not fit and what would."""
+    """Return an error that names settings that would fit; an empty list if the stage fits into memory."""
     states = plan.states(zero, machine)
     free = free_bytes(machine.memory, states)
     own = plan.footprints[stage.memory.checkpointing]
@@ -142,14 +147,17 @@ def memory_problems(plan: StagePlan, task: Task, stage: Stage, machine: Machine,
     if not fixes:
         fixes.append("more or larger GPUs, ZeRO-3 with full checkpointing, or a smaller encoder")
     return [
-        f"{plan.name}: a rank needs {gigabytes(states)} for weights, gradients and moments and {gigabytes(needed)} for "
-        f"the activations of {stage.micro_batch_size} images, but {gigabytes(machine.memory)} less 5 % is all it has: "
-        f"take {', or '.join(fixes)}"
+        f"{plan.name}: a rank needs {gigabytes(states)} for weights, gradients and optimizer state and "
+        f"{gigabytes(needed)} for the activations of {stage.micro_batch_size} images, but has "
+        f"{gigabytes(machine.memory)} less 5 %: use {', or '.join(fixes)}"
     ]
 
 
 def fitting_batch(plan: StagePlan, task: Task, stage: Stage, machine: Machine, free: float) -> int:
-    """The largest micro-batch that fits. With fewer images attention may be computed at once, which keeps more."""
+    """Return the largest micro-batch that fits.
+
+    With fewer images, attention may be computed in fewer chunks, which needs more memory per image.
+    """
     kind = stage.memory.checkpointing
     largest, chunks = plan.footprints[kind].largest_batch(free), plan.chunks
     while largest:
@@ -163,7 +171,7 @@ def fitting_batch(plan: StagePlan, task: Task, stage: Stage, machine: Machine, f
 
 
 def grids_of(config: SwinConfig) -> list[Grid]:
-    """Window, shift and padding of every stage at the image size of the configuration."""
+    """Return token grid, window, shift and padding of every stage of the encoder."""
     found = []
     for grid, reference in zip(config.grids(), config.reference_windows or (), strict=True):
         windows = fit_windows(grid, config.window, shifted=True)
@@ -172,8 +180,10 @@ def grids_of(config: SwinConfig) -> list[Grid]:
 
 
 def official_flops(config: SwinConfig) -> int:
-    """Multiply-adds of one image as ``flops()`` of the official code counts them, without a classifier; position
-    biases are left out there."""
+    """Count the multiply-adds of one image as ``flops()`` of the official code does.
+
+    The official code leaves out position biases; the classifier is not counted.
+    """
     dim, scales = config.embed_dim, len(config.depths)
     (height, width), total = config.grids()[0], 0
     total += height * width * dim * (config.in_chans * config.patch_size**2 + 1)
@@ -191,10 +201,10 @@ def official_flops(config: SwinConfig) -> int:
 
 
 def config_of(recipe: Recipe, name: str) -> SwinConfig:
-    """The encoder of a stage, through all transfers before it.
+    """Return the encoder configuration of a stage, after all transfers before it.
 
     Raises:
-        ValueError: sizes that do not fit each other, or a stage of unknown size.
+        ValueError: sizes that do not fit each other, or initial weights of unknown size.
     """
     stage, start = recipe.stages[name], recipe.start_of(name)
     if start == "scratch":
@@ -202,36 +212,36 @@ def config_of(recipe: Recipe, name: str) -> SwinConfig:
     path = Path(start).expanduser()
     if start in recipe.stages:
         old = config_of(recipe, start)
-    elif (path / DESCRIPTION).exists():
-        old = load_config(path)
-        check_start(recipe, name, path, old)
     elif not path.exists():
-        raise ValueError(f"{name} starts from {start}, which is not there: set stages.{name}.init_from")
+        raise ValueError(f"{name} starts from {start}, which does not exist: correct stages.{name}.init_from")
+    elif (export := open_export(path)).is_native:
+        old = export.config
+        check_start(recipe, name, path, old)
     elif stage.image_size is not None and stage.window_size is not None:
         return encoder_config(recipe.encoder, stage)
     else:
         raise ValueError(
-            f"{name} starts from {start}, which is no export and says nothing of its size: "
-            "give its image_size and window_size"
+            f"{name} starts from {start}, which is no export and does not record its sizes: "
+            f"set image_size and window_size of stages.{name}"
         )
     return moved_config(stage, old)
 
 
-def make_planned(recipe: Recipe, name: str, classes: int) -> Task:
-    """The objective of a stage on the meta device, where tensors have shapes only."""
+def make_fake_task(recipe: Recipe, name: str, classes: int) -> Task:
+    """Build the task of a stage on the meta device, where tensors have shapes but no values."""
     stage, config = recipe.stages[name], config_of(recipe, name)
     with torch.device("meta"):
-        return room_of(stage).make_fake_task(recipe, stage, build_encoder(config), classes)
+        return stage_type_of(stage).make_fake_task(recipe, stage, build_encoder(config), classes)
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """Multiplications and additions a second of large matrix products, measured."""
+    """Measure the multiply-adds per second of large matrix products."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     side = 8192 if device.type != "cpu" else 1024
     left = torch.randn(side, side, device=device, dtype=kind)
     times = []
     for _ in range(4):
         begin = time.perf_counter()
-        float((left @ left)[0, 0])  # waits for the device
+        float((left @ left)[0, 0])  # synchronizes with the device
         times.append(time.perf_counter() - begin)
     return 2 * side**3 / min(times)

@@ -1,108 +1,83 @@
-"""Detection and instance segmentation, from a recipe to an exported detector."""
+"""Detection and instance segmentation stages."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from accelerate import Accelerator
 
 from simmim.config import DetectStage, Recipe
+from simmim.data import LabelledSource, Source
 from simmim.data.box_transforms import EvaluationSize, LargeScaleJitter, ShortSideJitter
+from simmim.data.boxes import coco_sources, has_split, open_coco
 from simmim.evaluation.detection import average_precision
-from simmim.export.heads import HEAD, save_head
 from simmim.metrics.average_precision import AveragePrecision
-from simmim.rng import derive_seed
-from simmim.stages.datasets import make_sources
-from simmim.stages.initialization import make_start, resume_fingerprint
-from simmim.stages.runner import Job, Trained
+from simmim.stages.datasets import decoder_of
+from simmim.stages.job import Datasets, TrainedStage, Transforms
+from simmim.stages.stage_type import SupervisedType, register
 from simmim.tasks.detection import Detection
-from simmim.training.run_log import write_atomically
 from swin import SwinEncoder
 from swin.config import Pair
 
-MEASURES = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
+LOGGED_METRICS = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
 
 
-def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
-    """What the stage trains, on which images, and from where; weights and settings do not depend on the launch.
+class DetectType(SupervisedType[DetectStage]):
+    """Detection and instance segmentation with Mask R-CNN or Cascade Mask R-CNN."""
 
-    Raises:
-        ValueError: settings, data or a start that cannot work, or nothing installed that could judge.
-    """
-    stage = recipe.stages[name]
-    assert isinstance(stage, DetectStage)
-    AveragePrecision(masks=stage.masks)  # what it needs is missed now, not after days of training
-    sources = make_sources(recipe, name)
-    torch.manual_seed(derive_seed("step", recipe.seed, 0))
-    start = make_start(recipe, name, out)
-    task = make_task(recipe, stage, start.encoder, sources.classes)
-    settings = resume_fingerprint(
-        recipe, name, start, num_training_images=len(sources.training), classes=sources.classes, precision=precision
-    )
-    return Job(
-        task=task,
-        training=sources.training,
-        validation=sources.validation,
-        transform=make_jitter(stage, start.encoder.config.image_size),
-        view=EvaluationSize(stage.test.short_px, stage.test.long_px, stage.jitter.interpolation),
-        settings=settings,
-        start=str(start.path or "scratch"),
-        pictures="predictions",
-        about={"detection": describe(stage, sources.classes)},
-        save=lambda folder, weights: save_head(folder / HEAD, weights),
-        layer_decay=stage.layer_decay,
-        ema_decay=stage.ema_decay,
-        problems=sources.problems,
-    )
+    settings = DetectStage
+    data_description = "images with objects"
+    data_keys = "data.path or the labels.path of the stage"
+
+    def check_requirements(self, stage: DetectStage) -> None:
+        AveragePrecision(masks=stage.masks)
+
+    def open_datasets(self, recipe: Recipe, stage: DetectStage, path: str, size: Pair | None) -> Datasets:
+        decoder = decoder_of(recipe.data, recipe.encoder.in_chans, None)
+        training, validation, problems = coco_sources(path, decoder, stage.labels.val_images, masks=stage.masks)
+        return Datasets(training, validation, list(cast(LabelledSource, training).classes), problems)
+
+    def open_validation(self, recipe: Recipe, stage: DetectStage, path: str) -> Source | None:
+        if has_split(path, "val"):  # do not read the training annotations, which are large
+            return open_coco(path, "val", training=False, masks=False)
+        return super().open_validation(recipe, stage, path)
+
+    def make_transforms(self, recipe: Recipe, stage: DetectStage, size: Pair) -> Transforms:
+        jitter = stage.jitter
+        view = EvaluationSize(stage.test.short_px, stage.test.long_px, jitter.interpolation)
+        if jitter.kind == "large_scale":
+            return Transforms(LargeScaleJitter(size, jitter.scale, jitter.flip, jitter.interpolation), view)
+        return Transforms(ShortSideJitter(jitter.short_px, jitter.long_px, jitter.flip, jitter.interpolation), view)
+
+    def make_task(self, recipe: Recipe, stage: DetectStage, encoder: SwinEncoder, classes: list[str]) -> Detection:
+        inference = stage.test.model_dump(include={"soft_nms", "scales", "flip"})
+        return Detection(encoder, classes, mean=recipe.data.mean, std=recipe.data.std, **head_of(stage), **inference)
+
+    def evaluate(self, trained: TrainedStage, accelerator: Accelerator) -> dict[str, Any]:
+        """Evaluate the average precision on all validation images."""
+        task, log, validation = trained.task, trained.log, trained.datasets.validation
+        assert isinstance(task, Detection) and validation is not None
+        numbers = average_precision(task, trained.validation, validation, accelerator, trained.preview)
+        if not numbers:
+            raise ValueError(f"none of the validation images could be read: checkpoints are in {log.folder}")
+        text = "  ".join(f"{name} {numbers[name]:.3f}" for name in LOGGED_METRICS if name in numbers)
+        log.info(f"validation, {numbers['images']} images: {text or 'they show no object'}")
+        return {f"validation_{name}": value for name, value in numbers.items()}
+
+    def describe(self, stage: DetectStage, task: Detection) -> dict[str, Any]:
+        return {"detection": describe(stage, task.classes)}
 
 
-def make_jitter(stage: DetectStage, size: Pair) -> ShortSideJitter | LargeScaleJitter:
-    """How training images change their size."""
-    jitter = stage.jitter
-    if jitter.kind == "large_scale":
-        return LargeScaleJitter(size, jitter.scale, jitter.flip, jitter.interpolation)
-    return ShortSideJitter(jitter.short_px, jitter.long_px, jitter.flip, jitter.interpolation)
-
-
-def make_task(recipe: Recipe, stage: DetectStage, encoder: SwinEncoder, classes: list[str]) -> Detection:
-    """The encoder with a fresh head."""
-    looks = stage.test.model_dump(include={"soft_nms", "scales", "flip"})
-    return Detection(encoder, classes, mean=recipe.data.mean, std=recipe.data.std, **head_of(stage), **looks)
-
-
-def make_fake_task(recipe: Recipe, stage: DetectStage, encoder: SwinEncoder, classes: int) -> Detection:
-    """For as many classes."""
-    return make_task(recipe, stage, encoder, [""] * classes)
+DETECT = register(DetectType())
 
 
 def head_of(stage: DetectStage) -> dict[str, Any]:
-    """What the head is."""
+    """Return the settings of the head."""
     names = {"masks", "cascade", "width", "hidden", "anchor_px", "regions_per_image"}
     return stage.model_dump(mode="json", include=names)
 
 
 def describe(stage: DetectStage, classes: list[str]) -> dict[str, Any]:
-    """All that :func:`simmim.evaluation.detection.load_detector` needs beside the weights."""
+    """Return all that :func:`simmim.evaluation.detection.load_detector` needs besides weights."""
     test = stage.test.model_dump(mode="json") | {"interpolation": stage.jitter.interpolation}
     return {"classes": classes, **head_of(stage), "test": test}
-
-
-def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
-    """Average precision over all held-out images, on the screen and in ``summary.json``.
-
-    Raises:
-        ValueError: no held-out image could be read.
-    """
-    task, log, validation = trained.task, trained.log, trained.validation
-    assert isinstance(task, Detection) and validation is not None
-    measured = average_precision(task, trained.views, validation, accelerator, trained.preview)
-    if not measured:
-        raise ValueError(f"none of the held-out images could be read: checkpoints are in {log.folder}")
-    shown = "  ".join(f"{name} {measured[name]:.3f}" for name in MEASURES if name in measured)
-    log.info(f"held-out, {measured['images']} images: {shown or 'they show no object'}")
-    if log.is_main:
-        numbers = {f"validation_{name}": value for name, value in measured.items()}
-        write_atomically(log.folder / "summary.json", json.dumps(numbers, indent=2) + "\n")

@@ -1,101 +1,110 @@
-"""Semantic segmentation, from a recipe to an exported segmenter."""
+"""Semantic segmentation stages."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from simmim.config import Recipe, SegmentStage
+from simmim.data import Source
 from simmim.data.segment_transforms import CenterSegmentCrop, RandomSegmentCrop
-from simmim.evaluation.segmentation import HEAD, evaluate_whole_images
-from simmim.export.heads import save_head
+from simmim.data.segments import read_class_names, segmented_sources
+from simmim.data.sources import Subset
+from simmim.evaluation.segmentation import evaluate_whole_images
 from simmim.metrics.mean_iou import MeanIoU
-from simmim.rng import derive_seed
-from simmim.stages.datasets import make_sources
-from simmim.stages.initialization import make_start, resume_fingerprint
-from simmim.stages.runner import Job, Trained
+from simmim.rng import permutation
+from simmim.stages.datasets import data_path, decoder_of
+from simmim.stages.job import Datasets, TrainedStage, Transforms
+from simmim.stages.stage_type import SupervisedType, register
 from simmim.tasks.segmentation import Segmentation
-from simmim.training.run_log import write_atomically
 from swin import SwinEncoder
+from swin.config import Pair
 
 
-def evaluate_trained(trained: Trained, accelerator: Accelerator) -> None:
-    """Mean intersection over union on whole held-out images, on the screen and in ``summary.json``.
+class SegmentType(SupervisedType[SegmentStage]):
+    """Semantic segmentation with UPerNet."""
 
-    Raises:
-        ValueError: no held-out image could be read, or none of their pixels has a label.
-    """
-    task, log, validation = trained.task, trained.log, trained.validation
-    assert isinstance(task, Segmentation) and validation is not None
-    found = evaluate_whole_images(task, validation, accelerator, is_sharded=accelerator.is_fsdp2)
-    log.log_corrupt_images(list(found.corrupt.items()))
-    numbers = found.numbers
-    log.info(
-        f"held-out mean IoU {numbers['mean_iou']:.2%}, mean accuracy {numbers['mean_accuracy']:.2%}, pixels "
-        f"{numbers['pixel_accuracy']:.2%}, of {numbers['images']:,.0f} whole images"
-    )
-    if log.is_main:
-        summary = {f"validation_{key}": value for key, value in numbers.items()}
-        content = {**summary, "validation_iou": found.of_classes}
-        write_atomically(log.folder / "summary.json", json.dumps(content, indent=2) + "\n")
+    settings = SegmentStage
+    data_description = "images with label maps"
+    data_keys = "the labels.path of the stage, or data.path"
+
+    def check_requirements(self, stage: SegmentStage) -> None:
+        MeanIoU(2)
+
+    def open_datasets(self, recipe: Recipe, stage: SegmentStage, path: str, size: Pair | None) -> Datasets:
+        labels = stage.labels
+        classes = read_class_names(Path(labels.classes)) if isinstance(labels.classes, str) else labels.classes
+        return self._open(recipe, stage, path, classes)
+
+    def open_validation(self, recipe: Recipe, stage: SegmentStage, path: str) -> Source | None:
+        # Any number of classes will do, and saves counting them, which may read all label maps.
+        return self._open(recipe, stage, path, 2).validation
+
+    def _open(self, recipe: Recipe, stage: SegmentStage, path: str, classes: list[str] | int | None) -> Datasets:
+        labels = stage.labels
+        sources = segmented_sources(
+            path,
+            decoder_of(recipe.data, recipe.encoder.in_chans, None),
+            labels.val_images,
+            annotations=labels.annotations or None,
+            val_path=labels.val_path or None,
+            val_annotations=labels.val_annotations or None,
+            classes=classes,
+            ignore_zero=labels.ignore_zero,
+        )
+        return Datasets(*sources)
+
+    def label_map_folders(self, stage: SegmentStage, path: str) -> list[str]:
+        folders = (stage.labels.annotations or f"{path}/annotations", stage.labels.val_annotations)
+        return [folder for folder in folders if folder]
+
+    def select_training(self, source: Source, recipe: Recipe, stage: SegmentStage) -> Source:
+        wanted, count = stage.labels.images, len(source)
+        if wanted is None:
+            return source
+        if wanted > count:
+            raise ValueError(
+                f"{data_path(recipe, stage)} has {count} training images, but labels.images is {wanted}: lower it"
+            )
+        return Subset(source, permutation(recipe.seed, 0, count)[:wanted])
+
+    def make_transforms(self, recipe: Recipe, stage: SegmentStage, size: Pair) -> Transforms:
+        crop = RandomSegmentCrop(stage.image_size, mean=recipe.data.mean, **stage.augment.model_dump())
+        return Transforms(crop, CenterSegmentCrop(stage.image_size))
+
+    def make_task(self, recipe: Recipe, stage: SegmentStage, encoder: SwinEncoder, classes: list[str]) -> Segmentation:
+        test = stage.test
+        return Segmentation(
+            encoder,
+            classes,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            **stage.head.model_dump(),
+            window=stage.image_size if test.window else None,
+            **test.model_dump(exclude={"window"}),
+            first_label=int(stage.labels.ignore_zero),
+        )
+
+    def evaluate(self, trained: TrainedStage, accelerator: Accelerator) -> dict[str, Any]:
+        """Evaluate the mean intersection over union on whole validation images."""
+        task, log, validation = trained.task, trained.log, trained.datasets.validation
+        assert isinstance(task, Segmentation) and validation is not None
+        result = evaluate_whole_images(task, validation, accelerator, is_sharded=accelerator.is_fsdp2)
+        log.log_corrupt_images(list(result.corrupt.items()))
+        numbers = result.numbers
+        log.info(
+            f"validation mean IoU {numbers['mean_iou']:.2%}, mean accuracy {numbers['mean_accuracy']:.2%}, pixel "
+            f"accuracy {numbers['pixel_accuracy']:.2%}, on {numbers['images']:,.0f} whole images"
+        )
+        return {
+            **{f"validation_{key}": value for key, value in numbers.items()},
+            "validation_iou": result.iou_of_classes,
+        }
+
+    def describe(self, stage: SegmentStage, task: Segmentation) -> dict[str, Any]:
+        return {"segmentation": task.description()}
 
 
-def make_job(recipe: Recipe, out: Path, name: str, precision: str) -> Job:
-    """What the stage trains, on which images, and from where; weights and settings do not depend on the launch.
-
-    Raises:
-        ValueError: settings, data or a start that cannot work.
-    """
-    stage = recipe.stages[name]
-    assert isinstance(stage, SegmentStage)
-    torch.manual_seed(derive_seed("step", recipe.seed, 0))
-    start = make_start(recipe, name, out)
-    sources = make_sources(recipe, name)
-    MeanIoU(len(sources.classes))  # which says now, and not after the training, what is not installed
-    task = make_task(recipe, stage, start.encoder, sources.classes)
-    settings = resume_fingerprint(
-        recipe,
-        name,
-        start,
-        num_training_images=len(sources.training),
-        classes=sources.classes,
-        precision=precision,
-    )
-    return Job(
-        task=task,
-        training=sources.training,
-        validation=sources.validation,
-        transform=RandomSegmentCrop(stage.image_size, mean=recipe.data.mean, **stage.augment.model_dump()),
-        view=CenterSegmentCrop(stage.image_size),
-        settings=settings,
-        start=str(start.path or "scratch"),
-        pictures="predictions",
-        about={"segmentation": task.description()},
-        save=lambda folder, weights: save_head(folder / HEAD, weights),
-        problems=sources.problems,
-        layer_decay=stage.layer_decay,
-        ema_decay=stage.ema_decay,
-    )
-
-
-def make_task(recipe: Recipe, stage: SegmentStage, encoder: SwinEncoder, classes: list[str]) -> Segmentation:
-    """Heads with fresh weights around the encoder."""
-    test = stage.test
-    return Segmentation(
-        encoder,
-        classes,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
-        **stage.head.model_dump(),
-        window=stage.image_size if test.window else None,
-        **test.model_dump(exclude={"window"}),
-        first_label=int(stage.labels.ignore_zero),
-    )
-
-
-def make_fake_task(recipe: Recipe, stage: SegmentStage, encoder: SwinEncoder, classes: int) -> Segmentation:
-    """For as many classes."""
-    return make_task(recipe, stage, encoder, [""] * classes)
+SEGMENT = register(SegmentType())

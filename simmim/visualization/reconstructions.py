@@ -7,28 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from simmim.data import CenterCrop, Decoder, Images, Shapes, Source, evaluation_batches, open_files
-from simmim.export.heads import load_head
+from simmim.export.export import Export, open_export
 from simmim.masking import MaskGenerator
 from simmim.tasks.simmim import SimMIM
 from simmim.tasks.video import VideoSimMIM
 from simmim.visualization import drawing
-from swin import VideoConfig, VideoEncoder, load_description, load_encoder
+from swin import VideoConfig, VideoEncoder
 from swin.config import Pair, as_pair
-from swin.weights.serialization import load_config
 
-DECODER = "decoder.safetensors"
 Bands = Sequence[int] | str | None
 
 
 def load_simmim(
-    export: Path | str,
+    export: Export | Path | str,
     *,
     mask_patch_size: int | None = None,
     mask_ratio: float | None = None,
@@ -44,11 +41,13 @@ def load_simmim(
     Raises:
         ValueError: the export is not of a pretraining stage on images, or the masks do not fit the image size.
     """
-    export = Path(export)
-    description, trained = _described(export)
-    if isinstance(load_config(export), VideoConfig):
-        raise ValueError(f"{export} was pretrained on clips: its pictures are in {export.parent / 'reconstructions'}")
-    encoder = load_encoder(export) if image_size is None else load_encoder(export, image_size=image_size)
+    export = open_export(export)
+    trained = export.head_settings("reconstruction")
+    if isinstance(export.config, VideoConfig):
+        raise ValueError(
+            f"{export.path} was pretrained on clips: its images are in {export.path.parent / 'reconstructions'}"
+        )
+    encoder = export.encoder() if image_size is None else export.encoder(image_size=image_size)
     size = encoder.config.image_size if image_size is None else as_pair(image_size, "image_size")
     masks = MaskGenerator(
         size,
@@ -57,31 +56,29 @@ def load_simmim(
         seed=seed,
         strategy=trained.get("mask_strategy", "random"),
     )
-    pixels = description["pixels"]
     task = SimMIM(
         encoder,
         masks,
-        mean=pixels["mean"],
-        std=pixels["std"],
+        mean=export.mean,
+        std=export.std,
         norm_target_window=trained["norm_target_window"],
         downsample=trained.get("downsample", 1),
         head=trained.get("head", "linear"),
     )
-    load_head(export / DECODER, task)
+    export.load_head(task)
     return task.eval()
 
 
-def load_video_simmim(export: Path | str, *, seed: int = 0) -> VideoSimMIM:
+def load_video_simmim(export: Export | Path | str, *, seed: int = 0) -> VideoSimMIM:
     """Load the pretraining task of an export on clips, on the CPU, in evaluation mode.
 
     Raises:
         ValueError: the export is not of a pretraining stage on clips.
     """
-    export = Path(export)
-    description, trained = _described(export)
-    encoder, pixels = load_encoder(export), description["pixels"]
+    export = open_export(export)
+    trained, encoder = export.head_settings("reconstruction"), export.encoder()
     if not isinstance(encoder, VideoEncoder):
-        raise ValueError(f"{export} was pretrained on images: load_simmim is for it")
+        raise ValueError(f"{export.path} was pretrained on images: load_simmim is for it")
     masks = MaskGenerator(
         encoder.config.image_size,
         trained["mask_patch_size"],
@@ -89,18 +86,9 @@ def load_video_simmim(export: Path | str, *, seed: int = 0) -> VideoSimMIM:
         seed=seed,
         strategy=trained["mask_strategy"],
     )
-    task = VideoSimMIM(encoder, masks, mean=pixels["mean"], std=pixels["std"])
-    load_head(export / DECODER, task)
+    task = VideoSimMIM(encoder, masks, mean=export.mean, std=export.std)
+    export.load_head(task)
     return task.eval()
-
-
-def _described(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the description of an export and the settings of its pretraining task."""
-    description = load_description(export)
-    trained = description.get("reconstruction")
-    if trained is None or not (export / DECODER).exists():
-        raise ValueError(f"{export} holds no {DECODER}: give the export of a pretraining stage")
-    return description, trained
 
 
 def read_images(paths: str, task: SimMIM, count: int = 4, value_range: tuple[float, float] | None = None) -> Tensor:
@@ -142,7 +130,7 @@ def reconstruct(task: SimMIM, images: Tensor, bands: Bands = None) -> Image.Imag
 
 @torch.no_grad()
 def gallery(
-    export: Path | str,
+    export: Export | Path | str,
     image: Tensor,
     mask_patch_sizes: Sequence[int],
     ratios: Sequence[float],

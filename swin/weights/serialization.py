@@ -62,10 +62,15 @@ def load_config(folder: Path) -> SwinConfig:
     Raises:
         ValueError: see :func:`load_description`, or the file describes no encoder.
     """
-    return _config_of(load_description(folder), Path(folder))
+    return config_from(load_description(folder), Path(folder))
 
 
-def _config_of(description: dict[str, Any], folder: Path) -> SwinConfig:
+def config_from(description: dict[str, Any], folder: Path) -> SwinConfig:
+    """Return the encoder configuration of a description that has been read from ``folder``.
+
+    Raises:
+        ValueError: the description has no valid encoder configuration.
+    """
     try:
         return read_config(description["encoder"])
     except (TypeError, KeyError, AttributeError) as error:
@@ -90,8 +95,25 @@ def load_encoder(
             them.
     """
     folder = Path(folder)
-    description = load_description(folder)
-    config = _config_of(description, folder)
+    return encoder_from(
+        load_description(folder), folder, inflate=inflate, table_resampling=table_resampling, **settings
+    )
+
+
+def encoder_from(
+    description: dict[str, Any],
+    folder: Path,
+    *,
+    inflate: Inflation | None = None,
+    table_resampling: TableResampling = "bicubic",
+    **settings: Any,
+) -> SwinEncoder:
+    """Rebuild an encoder as :func:`load_encoder` does, from a description that has been read from ``folder``.
+
+    Raises:
+        ValueError: as :func:`load_encoder`.
+    """
+    config = config_from(description, folder)
     try:
         encoder = encoder_from_state(config, load_file(folder / WEIGHTS))
     except (FileNotFoundError, SafetensorError) as error:

@@ -15,7 +15,7 @@ from simmim.config.loading import load_recipe
 from simmim.data import Shapes
 from simmim.experiments import ablations, data_scaling, trials
 from simmim.experiments.trials import Outcome
-from simmim.stages.datasets import make_sources
+from simmim.stages.datasets import make_datasets
 from simmim.training.checkpoint import different_settings
 from simmim.visualization.reconstructions import load_simmim
 from tests.simmim.test_label_efficiency import RECIPE
@@ -171,7 +171,7 @@ def test_correlations_by_share():
 def test_small_shares_lie_in_larger_ones(tmp_path):
     def names(fraction):
         data = Data(path="builtin:shapes", num_images=50, fraction=fraction)
-        training, validation, _, _ = make_sources(Recipe(data=data), "pretrain")
+        training, validation, *_ = make_datasets(Recipe(data=data), "pretrain")
         assert isinstance(validation, Shapes) and len(validation) == 64
         return [training.name(number) for number in range(len(training))]
 

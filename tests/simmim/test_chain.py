@@ -105,7 +105,7 @@ def test_what_a_chain_leaves(straight):
 def test_what_is_done_is_not_done_again(straight, monkeypatch, capsys):
     monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert command("run", straight / "chain.yaml", "--out", straight) == 0
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("finished before") == 4
 
 
 @pytest.mark.parametrize("corrupt", ["pretrain", "supervised", "finetune_32", "transfer_48"])
@@ -269,9 +269,9 @@ def test_an_encoder_and_a_folder_are_enough(straight, tmp_path, capsys):
     assert swin.load_description(folder / "finetune/export")["classes"] == ["a", "b", "c"]
     capsys.readouterr()
     assert command(*arguments) == 0
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     assert command("run", folder / "recipe.yaml", "--out", tmp_path / "runs", "stages.finetune.schedule.epochs=6") == 0
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     for wrong in (["--encoder", "x"], [], [folder / "recipe.yaml", "--encoder", "x"]):
         assert command("finetune", *wrong) == 2
 
@@ -360,10 +360,11 @@ def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path
     write_images(tmp_path / "all", ["a", "b"], 40)
     seen: dict[str, set[str]] = {}
 
-    def spy(job, recipe, name, *rest):
-        seen[name] = {job.training.name(number) for number in range(len(job.training))}
-        validation.setdefault(name, set()).update(job.validation.name(number) for number in range(len(job.validation)))
-        return train(job, recipe, name, *rest)
+    def spy(job, *rest):
+        name, (training, unseen, *_) = job.name, job.datasets
+        seen[name] = {training.name(index) for index in range(len(training))}
+        validation.setdefault(name, set()).update(unseen.name(index) for index in range(len(unseen)))
+        return train(job, *rest)
 
     validation: dict[str, set[str]] = {}
     train = runner.train
@@ -413,7 +414,7 @@ def test_another_size_or_head_is_another_stage(recipe, straight, tmp_path, capsy
     arguments += ["name=mapped", f"stages.supervised.init_from={start}", f"stages.supervised.head={mapping}"]
     assert command(*arguments) == 0
     assert command(*arguments) == 0
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     mapping.write_text("3 2 1 0")
     assert command(*arguments) == 2
     assert "head" in capsys.readouterr().err

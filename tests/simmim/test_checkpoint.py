@@ -298,4 +298,4 @@ def test_changed_settings_need_allow_changes(tmp_path, capsys):
     rows = [row for row in comparable_metrics(folder) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 16)) and rows[-1]["lr"] < 0.0002
     stages.run_stage(slower, "pretrain", tmp_path)
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def metadata(path, to) -> dict:
 def test_every_layout_says_its_difference(kind, to, tmp_path):
     export(tmp_path / "export", **kind)
     said = []
-    convert(tmp_path / "export", out_of(tmp_path, to), to, say=said.append)
+    convert(tmp_path / "export", out_of(tmp_path, to), to, report=said.append)
     if to != "native":
         difference = metadata(out_of(tmp_path, to), to)["largest_difference"]
         assert 0 <= difference <= LARGEST_DIFFERENCE
@@ -87,8 +87,8 @@ def test_every_layout_says_its_difference(kind, to, tmp_path):
 @pytest.mark.parametrize("to", ["native", "timm", "transformers", "official"])
 def test_there_and_back_is_bit_exact(kind, to, tmp_path):
     encoder = export(tmp_path / "export", **kind)
-    convert(tmp_path / "export", out_of(tmp_path, to), to, say=quiet)
-    convert(out_of(tmp_path, to), tmp_path / "back", say=quiet)
+    convert(tmp_path / "export", out_of(tmp_path, to), to, report=quiet)
+    convert(out_of(tmp_path, to), tmp_path / "back", report=quiet)
     back = load_encoder(tmp_path / "back")
     assert back.config == encoder.config
     assert back.state_dict().keys() == encoder.state_dict().keys()
@@ -100,7 +100,7 @@ def test_timm_loads_a_base_encoder(tmp_path):
     torch.manual_seed(0)
     encoder = SwinEncoder(make_config("swinv2_base")).eval()
     save_encoder(encoder, tmp_path / "export", about={})
-    convert(tmp_path / "export", tmp_path / "timm", "timm", say=quiet)
+    convert(tmp_path / "export", tmp_path / "timm", "timm", report=quiet)
     overlay = {"file": str(tmp_path / "timm" / "model.safetensors")}
     theirs = timm.create_model(
         "swinv2_base_window12_192", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay
@@ -115,7 +115,7 @@ def test_timm_loads_a_base_encoder(tmp_path):
 def test_transformers_opens_its_folder_offline(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     encoder = export(tmp_path / "export", **kind)
-    convert(tmp_path / "export", tmp_path / "hf", "transformers", say=quiet)
+    convert(tmp_path / "export", tmp_path / "hf", "transformers", report=quiet)
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -128,10 +128,10 @@ def test_exported_programs_take_any_batch(kind, tmp_path):
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         ours = encoder(images)
-        convert(tmp_path / "export", tmp_path / "out.pt2", "torch-export", say=quiet)
+        convert(tmp_path / "export", tmp_path / "out.pt2", "torch-export", report=quiet)
         theirs = torch.export.load(tmp_path / "out.pt2").module()(images)
         assert (theirs - ours).abs().max() <= LARGEST_DIFFERENCE
-    convert(tmp_path / "export", tmp_path / "out.onnx", "onnx", say=quiet)
+    convert(tmp_path / "export", tmp_path / "out.onnx", "onnx", report=quiet)
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"images": images.numpy()})
     assert np.abs(theirs - ours.numpy()).max() <= LARGEST_DIFFERENCE
@@ -182,7 +182,7 @@ def test_a_difference_is_an_error_and_leaves_nothing(to, tmp_path, monkeypatch, 
     monkeypatch.setattr(simmim.export.convert, "LARGEST_DIFFERENCE", -1.0)
     before = sorted(tmp_path.rglob("*"))
     assert main(["convert", str(tmp_path / "export"), str(out_of(tmp_path, to)), "--to", to]) == 2
-    assert "features differ" in capsys.readouterr().err
+    assert "features read back differ" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -198,8 +198,8 @@ def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
 
     monkeypatch.setattr(simmim.export.convert, "from_native", wrong)
     for to in ("timm", "transformers", "official"):
-        with pytest.raises(ValueError, match="features differ"):
-            convert(tmp_path / "export", out_of(tmp_path, to), to, say=quiet)
+        with pytest.raises(ValueError, match="features read back differ"):
+            convert(tmp_path / "export", out_of(tmp_path, to), to, report=quiet)
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "official"])
@@ -211,23 +211,23 @@ def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
 def test_what_no_other_library_knows_is_refused(variant, to, tmp_path):
     export(tmp_path / "export", **variant)
     with pytest.raises(ValueError, match="use --to native"):
-        convert(tmp_path / "export", out_of(tmp_path, to), to, say=quiet)
-    convert(tmp_path / "export", tmp_path / "out.pt2", "torch-export", say=quiet)
+        convert(tmp_path / "export", out_of(tmp_path, to), to, report=quiet)
+    convert(tmp_path / "export", tmp_path / "out.pt2", "torch-export", report=quiet)
 
 
 def test_padding_that_others_do_in_another_way_is_explained(tmp_path):
     export(tmp_path / "export", image_size=40)
     with pytest.raises(ValueError, match="10 x 10 tokens by 4 x 4"):
-        convert(tmp_path / "export", tmp_path / "timm", "timm", say=quiet)
+        convert(tmp_path / "export", tmp_path / "timm", "timm", report=quiet)
 
 
 def test_what_transformers_cannot_run_is_refused(tmp_path):
     export(tmp_path / "export", image_size=(32, 64), window_size=(4, 8))
     with pytest.raises(ValueError, match="square windows only"):
-        convert(tmp_path / "export", tmp_path / "hf", "transformers", say=quiet)
+        convert(tmp_path / "export", tmp_path / "hf", "transformers", report=quiet)
     export(tmp_path / "v1", **V1, window_size=8)
     with pytest.raises(ValueError, match="grid is smaller than the window"):
-        convert(tmp_path / "v1", tmp_path / "hf", "transformers", say=quiet)
+        convert(tmp_path / "v1", tmp_path / "hf", "transformers", report=quiet)
 
 
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
@@ -279,7 +279,7 @@ def test_damaged_exports(damage, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{export}", "{tmp}"], "exists: choose another place"),
+        (["{export}", "{tmp}"], "exists: choose another path"),
         (["{export}", "{tmp}/out.bin", "--to", "onnx"], "ends in .onnx"),
         (["{export}", "{tmp}/out", "--in-chans", "5"], "set inflate='mean' or 'repeat'"),
         (["{export}", "{tmp}/out", "--window-size", "64"], "larger than the"),

@@ -19,9 +19,8 @@ from simmim.config.loading import load_recipe
 from simmim.data import Decoder, Subset, evaluation_batches
 from simmim.data.boxes import coco_sources
 from simmim.evaluation import detection
-from simmim.evaluation.detection import average_precision, load_detector, predict_objects
-from simmim.stages import pretrain
-from simmim.stages.detect import make_job
+from simmim.evaluation.detection import average_precision, detect_objects, load_detector
+from simmim.stages.runner import make_job
 from simmim.tasks.detection import Detection
 from simmim.training.footprint import flops, footprint
 from simmim.training.memory import TrackedMemory
@@ -191,15 +190,15 @@ def test_what_is_found_is_drawn_and_told(chain):
 
     task.predict = predict
     image = torch.full((3, 80, 120), 100, dtype=torch.uint8)
-    ((name, overlay, facts),) = predict_objects(task, [("a", image)], view=view)
+    overlay, facts = detect_objects(task, image, view=view)
     assert seen[0]["image_size"].tolist() == [[40, 60]] and seen[0]["original_size"].tolist() == [[80, 120]]
     (fact,) = json.loads(json.dumps(facts))
-    assert (name, overlay.size, fact["class"], fact["bbox"]) == ("a", (480, 320), "red", [30, 10, 20, 10])
+    assert (overlay.size, fact["class"], fact["bbox"]) == ((480, 320), "red", [30, 10, 20, 10])
     assert fact["score"] == pytest.approx(0.9) and fact["segmentation"]["size"] == [80, 120]
     pixels = np.array(overlay)[2::4, 2::4]  # small pictures are enlarged
     assert (pixels[12:18, 34:46] != 100).any(axis=-1).all() and (pixels[40:, 60:] == 100).all()
     del task.predict
-    assert len(list(predict_objects(task, [("a", image)], view=view, least_score=0.0))) == 1
+    detect_objects(task, image, view=view, least_score=0.0)
 
 
 def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
@@ -221,16 +220,16 @@ def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
 
 def test_how_it_is_tested_may_change_and_how_it_is_trained_may_not(tmp_path):
     write_coco(tmp_path, count=12)
-    first = make_job(make_recipe(tmp_path, root=tmp_path), tmp_path, "detect", "no").settings
+    first = make_job(make_recipe(tmp_path, root=tmp_path), "detect", tmp_path, "no").fingerprint
     tested = make_recipe(tmp_path, ["stages.detect.test.flip=true", "stages.detect.labels.path=" + str(tmp_path)])
-    assert make_job(tested, tmp_path, "detect", "no").settings == first
+    assert make_job(tested, "detect", tmp_path, "no").fingerprint == first
     for change in ("jitter.flip=0", "micro_batch_size=4", "regions_per_image=9", "masks=false"):
         changed = make_recipe(tmp_path, [f"stages.detect.{change}"], root=tmp_path)
-        assert make_job(changed, tmp_path, "detect", "no").settings != first, change
+        assert make_job(changed, "detect", tmp_path, "no").fingerprint != first, change
     large = make_recipe(tmp_path, ["stages.detect.jitter.kind=large_scale"], root=tmp_path)
-    assert make_job(large, tmp_path, "detect", "no").transform.size == (64, 64)
+    assert make_job(large, "detect", tmp_path, "no").transforms.training.size == (64, 64)
     with pytest.raises(ValueError, match="names no images with objects: set data"):
-        make_job(make_recipe(tmp_path, ["data.path=''"]), tmp_path, "detect", "no")
+        make_job(make_recipe(tmp_path, ["data.path=''"]), "detect", tmp_path, "no")
 
 
 def test_held_out_images_are_not_trained_on_by_any_stage(tmp_path):
@@ -244,8 +243,8 @@ def test_held_out_images_are_not_trained_on_by_any_stage(tmp_path):
     for path in (tmp_path, tmp_path / "train"):
         labels = {"path": str(tmp_path), "val_images": 3}
         recipe = make_recipe(tmp_path, root=path, pretrain=PRETRAIN, detect=DETECT | {"labels": labels})
-        job = pretrain.make_job(recipe, tmp_path, "pretrain", "no")
-        seen = {job.training.name(number) for number in range(len(job.training))}
+        training = make_job(recipe, "pretrain", tmp_path, "no").datasets.training
+        seen = {training.name(index) for index in range(len(training))}
         assert len(seen) >= 34 and not seen & names[1]
     write_coco(tmp_path, "val2017", count=2)
     (tmp_path / "annotations" / "val2017.json").rename(tmp_path / "annotations" / "instances_val2017.json")
@@ -316,4 +315,4 @@ def test_a_judge_that_is_not_installed_is_missed_at_the_start(tmp_path, monkeypa
     write_coco(tmp_path, count=12)
     monkeypatch.setitem(sys.modules, "torchmetrics.detection", None)
     with pytest.raises(ValueError, match="average precision needs torchmetrics"):
-        make_job(make_recipe(tmp_path, root=tmp_path), tmp_path, "detect", "no")
+        make_job(make_recipe(tmp_path, root=tmp_path), "detect", tmp_path, "no")

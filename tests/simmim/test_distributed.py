@@ -85,7 +85,7 @@ def one(tmp_path_factory) -> Path:
 def sharded(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sharded")
     printed = run(2, out, *PRETRAIN, *SAME, options=("--sharded", "--double"))
-    assert "2 process(es) x 1 x 4 on cpu (FSDP)" in printed and printed.count("held-out masked L1") == 1
+    assert "2 process(es) x 1 x 4 on cpu (FSDP)" in printed and printed.count("validation masked L1") == 1
     return out
 
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_resumes_on_any_number_of_processes(first, one, tmp_path, m
     run(begin[0], tmp_path, *PRETRAIN, *SAME, options=(*begin[1], "--stop=5"), code=75 if begin[0] == 1 else 1)
     assert list_checkpoints(tmp_path / "tiny/pretrain/checkpoints")[-1].name == "step_00000005"
     printed = run(end[0], tmp_path, *PRETRAIN, *SAME, options=end[1])
-    assert "continues at step 5 from" in printed
+    assert "resumes at step 5 from" in printed
     assert_same(tmp_path, one, 1e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from simmim.cli.main import main
 from simmim.config import DetectStage
+from simmim.data import Decoder
 from simmim.evaluation.classification import labelled_images
 from simmim.export.classifier import save_classifier
 from simmim.export.heads import HEAD, save_head
@@ -70,21 +72,21 @@ def photos(tmp_path_factory):
     return folder
 
 
-def shown_by(capsys, *arguments) -> tuple[list[dict], str, str]:
-    """Lines of JSON, what was printed, and what was complained of."""
+def shown_by(capsys, *arguments) -> tuple[list[dict], str]:
+    """Return the lines of JSON, and the standard output."""
     assert main(["predict", *map(str, arguments)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr().out
     out = arguments[-1]
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()], said.out, said.err
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()], printed
 
 
 @pytest.mark.parametrize("kind", ["classifier", "segmenter", "detector"])
-def test_every_image_gets_a_picture_and_a_line(kind, exports, photos, tmp_path, capsys):
-    lines, printed, complained = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
+def test_every_image_gets_a_preview_and_a_line(kind, exports, photos, tmp_path, capsys, caplog):
+    lines, printed = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
     assert [line["image"].rpartition("/")[2] for line in lines] == list(SIZES)
-    assert printed.startswith("3 image(s)") and "left out a broken image: " in complained and "bad.png" in complained
+    assert printed.startswith("3 image(s)") and "skipped a corrupt image: " in caplog.text and "bad.png" in caplog.text
     for line in lines:
-        with Image.open(tmp_path / "out" / line["picture"]) as picture:
+        with Image.open(tmp_path / "out" / line["preview"]) as picture:
             assert min(picture.size) >= 32
     if kind == "classifier":
         assert all(next(iter(line["classes"])) == "name 2" and len(line["classes"]) == 5 for line in lines)
@@ -100,7 +102,7 @@ def test_every_image_gets_a_picture_and_a_line(kind, exports, photos, tmp_path, 
 
 def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     lines, *_ = shown_by(capsys, exports / "classifier", "builtin:shapes", "--images", 2, "--out", tmp_path / "out")
-    assert [line["picture"][:6] for line in lines] == ["00000_", "00001_"]
+    assert [line["preview"][:6] for line in lines] == ["00000_", "00001_"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["evaluate", "classifier", ""], "got an empty path"),
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe takes no key=value options, got 'views=2'"),
         (["predict", "classifier", "views=2"], "no data given, only the options views=2"),
-        (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter looks at whole images one by one"),
+        (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter processes whole images one by one"),
         (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key (known here: short_px"),
     ],
 )
@@ -155,10 +157,10 @@ def test_classes_that_are_called_by_numbers_are_matched_by_name(exports, tmp_pat
     for name in ("2", "3"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (40, 40)).save(tmp_path / name / "a.png")
-    encoder = make_small()
-    assert labelled_images(str(tmp_path), encoder, PIXELS, ["0", "3", "2"], 3).label(0) == 2
+    config, decoder = make_small().config, Decoder()
+    assert labelled_images(str(tmp_path), config, decoder, ["0", "3", "2"], 3).label(0) == 2
     with pytest.raises(ValueError, match="has classes that are not among the 2 training classes: 3"):
-        labelled_images(str(tmp_path), encoder, PIXELS, ["2", "4"], 2)
+        labelled_images(str(tmp_path), config, decoder, ["2", "4"], 2)
 
 
 def test_numbers_of_images_are_above_zero(exports, photos, capsys):
@@ -180,13 +182,12 @@ def test_what_is_not_installed_is_said(exports, photos, tmp_path, capsys, monkey
     assert main(task) == 2 and "pip install 'simmim[detection]'" in capsys.readouterr().err
 
 
-def test_why_no_image_could_be_judged_is_said(exports, tmp_path, capsys):
+def test_error_names_the_reason_if_no_image_could_be_read(exports, tmp_path, capsys, caplog):
     for folder in ("images", "annotations"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").write_bytes(b"nothing")
     assert main(["evaluate", str(exports / "segmenter"), str(tmp_path), "--num-workers", "0"]) == 2
-    complained = capsys.readouterr().err
-    assert "left out a broken image: " in complained and "none of 1 images" in complained
+    assert "skipped a corrupt image: " in caplog.text and "none of 1 images" in capsys.readouterr().err
 
 
 def test_nothing_to_show_is_a_mistake(exports, tmp_path, capsys):
@@ -222,3 +223,40 @@ def test_bars_are_as_long_as_shares():
     blue = (picture == (190, 215, 240)).all(axis=2)
     lengths = [int(blue[22 + row * 23 + 16].sum()) for row in range(3)]
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=2) and lengths[0] > 60 and lengths[2] <= 1
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter", "detector"])
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_the_description_of_an_export_is_parsed_once(command, kind, exports, photos, tmp_path, monkeypatch):
+    """Counts how often ``encoder.json`` is opened."""
+    data = tmp_path / "data"
+    if command == "predict":
+        data = photos
+    elif kind == "classifier":
+        for name in CLASSES:
+            (data / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(data / name / "a.png")
+    elif kind == "segmenter":
+        for folder, mode in (("images", "RGB"), ("annotations", "L")):
+            (data / folder).mkdir(parents=True)
+            Image.new(mode, (40, 40)).save(data / folder / "a.png")
+    else:
+        write_coco(data, "val", count=2)
+        description = json.loads((data / "annotations/val.json").read_text())
+        known = description["categories"][:2]
+        description["categories"] = [
+            {**category, "name": name} for category, name in zip(known, ("cat", "dog"), strict=True)
+        ]
+        ids = {category["id"] for category in known}
+        description["annotations"] = [box for box in description["annotations"] if box["category_id"] in ids]
+        (data / "annotations/val.json").write_text(json.dumps(description))
+    opened, open_path = [], Path.open
+
+    def count(path, *arguments, **options):
+        opened.append(path.name)
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", count)
+    options = ["--num-workers", "0"] if command == "evaluate" else ["--out", str(tmp_path / "out")]
+    assert main([command, str(exports / kind), str(data), *options]) == 0
+    assert opened.count("encoder.json") == 1

@@ -15,12 +15,12 @@ import swin
 from simmim.data import RandAugmentedCrop, Shapes, limit_labels
 from simmim.data.transforms import preserve_global_rng
 from simmim.export.classifier import (
-    Classifier,
-    load_classifier,
+    ClassifierHead,
     load_classifier_head,
     map_classifier_head,
     save_classifier,
 )
+from simmim.export.export import open_export
 from simmim.tasks.classification import Classification
 from simmim.training.optim import make_lr, make_optimizer
 
@@ -102,7 +102,7 @@ def test_training_mixes_and_erases_and_judging_does_not():
             plain.head.weight.copy_(model.head.weight)
             expected = F.cross_entropy(plain.logits(plain.normalize(batch["image"])), batch["label"])
             assert not torch.isclose(model.train()(batch), expected), settings
-            assert model.eval().measure(batch)["loss"] == pytest.approx(expected.item(), rel=1e-6)
+            assert model.eval().eval_step(batch)["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_mixing_is_tied_to_the_seed_of_the_step():
@@ -171,15 +171,17 @@ def test_few_labels():
         limit_labels(source, 300, seed=0)
 
 
-def wide(classes: int) -> Classifier:
-    return Classifier(torch.randn(classes, 16), torch.randn(classes), [f"class {number}" for number in range(classes)])
+def wide(classes: int) -> ClassifierHead:
+    return ClassifierHead(
+        torch.randn(classes, 16), torch.randn(classes), [f"class {number}" for number in range(classes)]
+    )
 
 
 def test_the_classifier_is_taken_over(tmp_path):
     model, old = make_classifier(), wide(4)
     load_classifier_head(model.head, old, model.classes, "there")
     assert torch.equal(model.head.weight, old.weight) and torch.equal(model.head.bias, old.bias)
-    with pytest.raises(ValueError, match="classifier of there tells 9 classes, but the labels have 4: set head"):
+    with pytest.raises(ValueError, match="classifier of there has 9 classes, but the labels have 4: set head"):
         load_classifier_head(model.head, wide(9), model.classes, "there")
     with pytest.raises(ValueError, match="calls a class 'class 1' that the labels call 'bee'"):
         load_classifier_head(model.head, old, ["class 0", "bee", "class 2", "class 3"], "there")
@@ -193,9 +195,9 @@ def test_rows_of_a_wider_classifier(tmp_path):
     assert torch.equal(model.head.weight, old.weight[[7, 0, 7, 3]])
     assert torch.equal(model.head.bias, old.bias[[7, 0, 7, 3]])
     for text, message in (
-        ("1\n2\n", "has 2 numbers for 4 classes"),
+        ("1\n2\n", "has 2 indices for 4 classes"),
         ("1\n2\n3\n9\n", "names class 9, but the old classifier has 0 to 8"),
-        ("a\n", "expected fresh, keep or a file of class numbers"),
+        ("a\n", "expected fresh, keep or a file of class indices"),
     ):
         mapping.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -208,7 +210,7 @@ def test_rows_of_a_wider_classifier(tmp_path):
 def test_classifiers_of_other_projects(name, tmp_path):
     old = wide(9)
     save_file({f"{name}.weight": old.weight, f"{name}.bias": old.bias}, tmp_path / "model.safetensors")
-    found = load_classifier(tmp_path / "model.safetensors")
+    found = open_export(tmp_path / "model.safetensors").classifier_head()
     assert torch.equal(found.weight, old.weight) and torch.equal(found.bias, old.bias) and found.classes is None
 
 
@@ -216,13 +218,13 @@ def test_a_missing_or_damaged_classifier(tmp_path):
     model = make_classifier()
     swin.save_encoder(model.encoder, tmp_path, about={})
     with pytest.raises(ValueError, match="holds no classifier: give the export of a fine-tuned encoder"):
-        load_classifier(tmp_path)
+        open_export(tmp_path).classifier_head()
     save_classifier(tmp_path, model.head.state_dict())
-    assert load_classifier(tmp_path).weight.shape == (4, 16)
+    assert open_export(tmp_path).classifier_head().weight.shape == (4, 16)
     file = tmp_path / "classifier.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"cannot read .*classifier.safetensors"):
-        load_classifier(tmp_path)
+        open_export(tmp_path).classifier_head()
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"holds no classifier: expected head\.weight or"):
-        load_classifier(tmp_path / "other.safetensors")
+        open_export(tmp_path / "other.safetensors").classifier_head()

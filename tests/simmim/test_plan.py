@@ -11,9 +11,9 @@ from simmim.benchmarks import memory as memory_benchmark
 from simmim.cli.main import main
 from simmim.cli.plan import duration, parse_bytes, readable
 from simmim.config.loading import load_recipe
-from simmim.planning.plan import config_of, grids_of, make_planned, official_flops
+from simmim.planning.plan import config_of, grids_of, make_fake_task, official_flops
 from simmim.stages import runner
-from simmim.stages.pretrain import make_task
+from simmim.stages.pretrain import PRETRAIN
 from simmim.training import memory
 from simmim.training.footprint import Footprint, Sizes, flops, footprint, sizes, states_bytes
 from swin import SwinEncoder, make_config, make_encoder, save_encoder, transfer
@@ -44,9 +44,9 @@ FLOPS = [
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_exact(name):
     recipe = load_recipe("simmim_swinv2_b", [f"encoder.name={name}"])
-    found = sizes(make_planned(recipe, "pretrain", 1000))
+    found = sizes(make_fake_task(recipe, "pretrain", 1000))
     assert (found.encoder, found.all) == PARAMETERS[name]
-    labelled = sizes(make_planned(recipe, "finetune_224", 1000))
+    labelled = sizes(make_fake_task(recipe, "finetune_224", 1000))
     assert labelled.all == found.encoder + 1000 * (make_config(name).num_features + 1)
 
 
@@ -58,7 +58,7 @@ def test_flops_as_officially_counted(name, size, window, expected):
 
 
 def test_flops_with_everything():
-    planned = make_planned(load_recipe("simmim_swinv2_b"), "pretrain", 1)
+    planned = make_fake_task(load_recipe("simmim_swinv2_b"), "pretrain", 1)
     plain = flops(planned, "none")
     # Beside the official count: position biases, and a head of 22 of 36 tokens; norms are no products.
     assert plain.forward / 1e9 == pytest.approx(11.92, abs=0.01)
@@ -75,8 +75,8 @@ def test_planned_bytes_are_those_of_a_step(size, window, batch_size, checkpointi
     recipe = load_recipe(
         "simmim_swinv2_b", ["encoder.name=swinv2_tiny", *(f"stages.pretrain.{change}" for change in changes)]
     )
-    planned = footprint(make_planned(recipe, "pretrain", 1), checkpointing, chunks, precision=precision, device="cpu")
-    task = make_task(recipe, recipe.stages["pretrain"], SwinEncoder(config_of(recipe, "pretrain")))
+    planned = footprint(make_fake_task(recipe, "pretrain", 1), checkpointing, chunks, precision=precision, device="cpu")
+    task = PRETRAIN.make_task(recipe, recipe.stages["pretrain"], SwinEncoder(config_of(recipe, "pretrain")))
     task.encoder.save_memory(checkpointing=checkpointing, attention_chunks=chunks)
     found = memory_benchmark.measured_bytes(task.train(), batch_size, precision)
     assert planned.of(batch_size) == pytest.approx(found, rel=0.1)
@@ -85,7 +85,7 @@ def test_planned_bytes_are_those_of_a_step(size, window, batch_size, checkpointi
 def test_checkpointing_saves_what_the_papers_say(monkeypatch):
     """V2-B at 192 px: at least 60 % with checkpointing, 40 % with the selective kind and without any, of what plain
     operations keep for a step."""
-    planned = make_planned(load_recipe("simmim_swinv2_b", ["encoder.depths=[2,2,2,2]"]), "pretrain", 1)
+    planned = make_fake_task(load_recipe("simmim_swinv2_b", ["encoder.depths=[2,2,2,2]"]), "pretrain", 1)
     kept = {
         kind: footprint(planned, kind, 1, precision="fp32", device="cpu").per_image
         for kind in ("none", "selective", "full")
@@ -144,8 +144,8 @@ def test_what_does_not_fit_says_what_would(capsys):
     command += ["stages.pretrain.memory.attention_chunks=1"]
     assert main([*command, "--memory", "14G"]) == 1
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("does not work: pretrain: a rank needs 0.8 GB for weights, gradients and moments and ")
-    fixes = printed.split("take ")[1].split(", or ")
+    assert printed.startswith("cannot work: pretrain: a rank needs 0.8 GB for weights, gradients and optimizer state")
+    fixes = printed.split(": use ")[1].split(", or ")
     assert fixes[0] == "stages.pretrain.micro_batch_size=256" and fixes[1].endswith("memory.checkpointing=full")
     for fix in fixes:
         assert main([*command, "--memory", "14G", fix]) == 0  # what is suggested works
@@ -228,7 +228,7 @@ def test_a_batch_that_cannot_be_shared_gets_no_micro_batch(capsys):
 def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runner, "device_bytes", lambda _: 1_000_000)
     assert main(["pretrain", "demo", "--out", str(tmp_path)]) == 2
-    assert "weights, gradients and moments take 2.8 MB on each of 1 process(es)" in capsys.readouterr().err
+    assert "weights, gradients and optimizer state take 2.8 MB on each of 1 process(es)" in capsys.readouterr().err
     assert not list(tmp_path.rglob("checkpoints"))
 
 

@@ -155,7 +155,7 @@ def test_a_scheduler_puts_the_job_in_its_queue_again(tmp_path):
     assert (tmp_path / "requeued").read_text() == "4711\n"
     assert "stopped by SIGUSR1 after step" in printed
     again = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0 and "continues at step" in again.stdout, again.stderr
+    assert again.returncode == 0 and "resumes at step" in again.stdout, again.stderr
     assert (tmp_path / "requeued").read_text() == "4711\n"
     assert (tmp_path / "out/tiny/pretrain/export/encoder.json").exists()
 

@@ -22,8 +22,8 @@ from simmim.cli.main import main
 from simmim.config.loading import load_recipe
 from simmim.data import Decoder, Shapes
 from simmim.data.segments import read_label_map, segmented_sources, validation_segments
-from simmim.evaluation.segmentation import evaluate_segmenter, load_segmenter, predict_segments
-from simmim.stages.datasets import make_sources
+from simmim.evaluation.segmentation import evaluate_segmenter, load_segmenter, segment_image
+from simmim.stages.datasets import make_datasets
 from simmim.training.optim import make_lr
 from simmim.visualization.report import write_report
 from tests.simmim.test_training import comparable_metrics, interrupted
@@ -132,9 +132,8 @@ def test_the_number_is_that_of_every_whole_image_once(done, data):
     assert (task.short_px, task.window, task.stride) == (32, (32, 32), (21, 21))
     both, either = np.zeros(3), np.zeros(3)
     files = sorted((data / "images/validation").iterdir())
-    named = [(str(file), torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)) for file in files]
-    for shown in predict_segments(task, named):
-        file = Path(shown.name)
+    for file in files:
+        shown = segment_image(task, torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
         truth = read_label_map((data / "annotations/validation" / file.name).read_bytes())
         buffer = done / "map.png"
         shown.label_map.save(buffer)
@@ -254,7 +253,7 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
     for number in range(0, 60, 3):
         (tmp_path / f"one/annotations/{number:03d}.png").unlink()
     recipe = make_recipe(tmp_path / "one", "data.validation_images=2", pretrained=True)
-    (training, own, *_), sources = make_sources(recipe, "pretrain"), make_sources(recipe, "segment")
+    (training, own, *_), sources = make_datasets(recipe, "pretrain"), make_datasets(recipe, "segment")
     validation = {sources.validation.name(n) for n in range(len(sources.validation))}
     assert len(training) == 60 - len(validation | {own.name(n) for n in range(len(own))}) and validation
     assert len(sources.training) + len(validation) <= 40
@@ -264,7 +263,7 @@ def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
 
 def test_parts_are_found_below_images(data):
     """ADE20K calls them training and validation; pretraining on all of its images leaves the second alone."""
-    training = make_sources(make_recipe(data, pretrained=True), "pretrain").training
+    training = make_datasets(make_recipe(data, pretrained=True), "pretrain").training
     assert len(training) == 20 and "/training/" in training.name(0)
     assert len(validation_segments(data, Decoder(), classes=3, ignore_zero=True)) == 7
 
@@ -273,13 +272,13 @@ def test_some_of_the_labels(data):
     names = []
     for seed in (0, 0, 1):
         recipe = make_recipe(data, "stages.segment.labels.images=6", f"seed={seed}")
-        sources = make_sources(recipe, "segment")
+        sources = make_datasets(recipe, "segment")
         names.append({sources.training.name(n) for n in range(len(sources.training))})
         assert len(sources.validation) == 7
     assert len(names[0]) == 6 and names[0] == names[1] != names[2]
     recipe = make_recipe(data, "stages.segment.labels.images=21")
     with pytest.raises(ValueError, match=r"has 20 training images, but labels.images is 21: lower it"):
-        make_sources(recipe, "segment")
+        make_datasets(recipe, "segment")
 
 
 @pytest.mark.parametrize(
@@ -305,11 +304,11 @@ def test_recipes_that_do_not_agree(data):
         make_recipe(data, *grey)
     recipe = make_recipe(data, *grey, "stages.segment.augment.distort=false")
     assert recipe.stages["segment"].kind == "segment"
-    with pytest.raises(ValueError, match="holds no segmenter: give the export of a stage of segmentation"):
+    with pytest.raises(ValueError, match="holds no segmenter: give the export of a stage of kind segment"):
         load_segmenter(swin_export(data))
     with pytest.raises(ValueError, match="names no images with label maps"):
         recipe = make_recipe(data, "data.path=builtin:shapes", "stages.segment.labels.path=''")
-        make_sources(recipe, "segment")
+        make_datasets(recipe, "segment")
 
 
 def swin_export(folder: Path) -> Path:
@@ -321,7 +320,7 @@ def swin_export(folder: Path) -> Path:
 def test_other_classes_are_refused(done, tmp_path):
     write_data(tmp_path, "validation", 2, seed=6)
     (tmp_path / "classes.txt").write_text("wall\ndisc\nsquare\n")
-    with pytest.raises(ValueError, match="judge it by images with its own classes"):
+    with pytest.raises(ValueError, match="evaluate on data with the classes of the segmenter"):
         evaluate_segmenter(done / "export", str(tmp_path), num_workers=0)
     (tmp_path / "classes.txt").unlink()
     for file in (tmp_path / "annotations/validation").iterdir():

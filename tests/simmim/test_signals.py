@@ -79,7 +79,7 @@ def test_signal_in_the_last_step_defers_evaluation_and_export_to_the_next_run(tm
 
 
 def test_signal_outside_the_training_loop_stops_immediately(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("simmim.stages.pretrain.judge", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("simmim.stages.pretrain.PretrainType.evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path)]) == 75
     assert "stopped by SIGTERM; run the same command again to resume" in capsys.readouterr().err
 

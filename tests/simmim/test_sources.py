@@ -14,8 +14,8 @@ from simmim import stages
 from simmim.config import Recipe
 from simmim.data.sources import open_images
 from simmim.evaluation.dispatch import evaluate_export
-from simmim.stages import pretrain
-from simmim.stages.datasets import make_sources
+from simmim.stages.datasets import make_datasets
+from simmim.stages.runner import make_job
 from tests.simmim.test_detection_data import write_coco
 
 STAGE = {"init_from": "scratch", "image_size": 16, "window_size": 2}
@@ -58,15 +58,15 @@ def test_one_folder_has_many_spellings(photos, spelled, monkeypatch):
     monkeypatch.chdir(photos)
     (photos / "link").symlink_to(photos / "classes")
     recipe = make_recipe(spelled.format("classes", photos), **finetune("classes"))
-    judged_by = names(make_sources(recipe, "finetune").validation)
-    seen = names(make_sources(recipe, "pretrain").training)
+    judged_by = names(make_datasets(recipe, "finetune").validation)
+    seen = names(make_datasets(recipe, "pretrain").training)
     assert len(judged_by) == 4 and seen and not seen & judged_by
 
 
 def test_label_maps_are_no_images(photos):
     recipe = make_recipe(photos / "scenes", **segment(photos / "scenes"))
-    images, judged_by = names(make_sources(recipe, "pretrain").training), make_sources(recipe, "segment").validation
-    validation = make_sources(recipe, "pretrain").validation
+    images, judged_by = names(make_datasets(recipe, "pretrain").training), make_datasets(recipe, "segment").validation
+    validation = make_datasets(recipe, "pretrain").validation
     assert images and all("/images/" in name for name in images | names(validation)) and not images & names(judged_by)
 
 
@@ -80,7 +80,7 @@ def test_label_maps_of_any_part_are_no_images(photos, part):
             folder.mkdir(exist_ok=True)
             file.rename(folder / file.name)
     recipe = make_recipe(photos / "scenes", **segment(photos / "scenes"))
-    seen = names(make_sources(recipe, "pretrain").training)
+    seen = names(make_datasets(recipe, "pretrain").training)
     assert seen and all("/images/" in name for name in seen) and not any("/images/validation/" in name for name in seen)
 
 
@@ -91,7 +91,7 @@ def test_only_the_part_for_validation_tests_a_classifier(photos):
             for file in (photos / "classes" / name).glob(end):
                 file.rename(photos / "parts" / part / name / file.name)
     labels = {"path": str(photos / "parts"), "tests": [str(photos / "parts"), str(photos / "gone")]}
-    sources = make_sources(make_recipe(photos / "parts", finetune={**STAGE, "labels": labels}), "pretrain")
+    sources = make_datasets(make_recipe(photos / "parts", finetune={**STAGE, "labels": labels}), "pretrain")
     assert len(names(sources.training)) == 27 and not any("/val/" in name for name in names(sources.training))
     ((where, why),) = sources.problems
     assert where == "stages.finetune.labels.tests" and "gone" in why
@@ -103,7 +103,7 @@ def test_what_cannot_work_later_is_said_before_anything_is_trained(photos, tmp_p
     builtin = {"segment": {**STAGE, "labels": {"path": ""}}}
     for path, later, message in (
         (photos / "classes", few, "stages.finetune: .*100"),
-        (photos / "classes", start, "stages.finetune: init_from 'nowhere' is no stage, no export and no file"),
+        (photos / "classes", start, "stages.finetune: init_from .nowhere. is no stage, and no file or folder of"),
         ("builtin:shapes", builtin, "stages.segment: the recipe names no images with label maps"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -116,17 +116,17 @@ def test_stages_with_labels_keep_from_each_other(photos):
         "supervised": {**STAGE, "labels": {"path": str(photos / "classes/../classes"), "val_images": 2}}
     }
     recipe = make_recipe(photos / "classes", **later)
-    two, four = (names(make_sources(recipe, name).validation) for name in ("supervised", "finetune"))
-    assert len(two) == 2 and two < four and not names(make_sources(recipe, "supervised").training) & four
+    two, four = (names(make_datasets(recipe, name).validation) for name in ("supervised", "finetune"))
+    assert len(two) == 2 and two < four and not names(make_datasets(recipe, "supervised").training) & four
 
 
 def test_nothing_is_left(photos):
     """What is named by a list may be all that there is."""
     later = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "val_path": str(photos / "classes")}}}
     with pytest.raises(
-        ValueError, match="none of 36 images is left to train on, stages of the recipe are judged by all of them"
+        ValueError, match="none of 36 images is left to train on: all are evaluation data of stages of the recipe"
     ):
-        make_sources(make_recipe(photos / "classes", **later), "pretrain")
+        make_datasets(make_recipe(photos / "classes", **later), "pretrain")
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_missing_labels_are_missed_before_anything_is_trained(photos, later, tmp
     with pytest.raises(ValueError, match=r"stages.(finetune|segment|detect): .*gone"):
         stages.run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    job = pretrain.make_job(recipe, tmp_path / "out", "pretrain", "no")
-    ((which, why),) = job.problems
-    assert which.startswith("stages.") and "gone" in why and why.endswith("may be trained on here")
+    job = make_job(recipe, "pretrain", tmp_path / "out", "no")
+    ((which, why),) = job.datasets.problems
+    assert which.startswith("stages.") and "gone" in why and why.endswith("cannot be excluded from training")
 
 
 def test_images_to_be_judged_by_may_lie_among_the_others(photos):
@@ -149,7 +149,7 @@ def test_images_to_be_judged_by_may_lie_among_the_others(photos):
     (photos / "some.csv").write_text("\n".join(["path,label", *rows]) + "\n")
     labels = {"path": str(photos / "classes"), "val_path": str(photos / "some.csv")}
     recipe = make_recipe(photos / "classes", finetune={**STAGE, "labels": labels})
-    sources = make_sources(recipe, "finetune")
+    sources = make_datasets(recipe, "finetune")
     assert names(sources.validation) == {str(photos / file) for file in some}
     assert len(names(sources.training)) == 37 and not names(sources.training) & names(sources.validation)
 
@@ -159,8 +159,8 @@ def test_objects_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = {"detect": {**STAGE, "labels": {"path": "coco/", "val_images": 3}}}
     recipe = make_recipe(tmp_path, **labels)
-    judged_by = names(make_sources(recipe, "detect").validation)
-    assert len(judged_by) == 3 and not names(make_sources(recipe, "pretrain").training) & judged_by
+    judged_by = names(make_datasets(recipe, "detect").validation)
+    assert len(judged_by) == 3 and not names(make_datasets(recipe, "pretrain").training) & judged_by
 
 
 def test_a_classifier_is_judged_by_more_than_one_place(photos, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_a_classifier_is_judged_by_more_than_one_place(photos, tmp_path, capsys)
         assert summary["test_top1"][place] == pytest.approx(found["top1"])
         assert summary["test_loss"][place] == pytest.approx(found["loss"], rel=1e-5)
     assert summary["test_top1"].keys() == summary["test_loss"].keys() and "v2/imagenetv2-b" in capsys.readouterr().out
-    assert not any("/v2/" in name for name in names(make_sources(recipe, "pretrain").training))
+    assert not any("/v2/" in name for name in names(make_datasets(recipe, "pretrain").training))
     gone = make_recipe(photos, finetune=stage | {"labels": labels | {"tests": [str(photos / "gone")]}})
     with pytest.raises(ValueError, match=r"stages.finetune: '.*gone' is not a folder"):
         stages.run(gone, tmp_path / "other")

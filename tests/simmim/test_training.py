@@ -26,7 +26,7 @@ from simmim.data.transforms import CenterCrop
 from simmim.masking import MaskGenerator
 from simmim.signals import StopRequest
 from simmim.stages import initialization
-from simmim.stages.pretrain import make_task
+from simmim.stages.pretrain import PRETRAIN
 from simmim.tasks.simmim import SimMIM
 from simmim.training import distributed, engine
 from simmim.training.checkpoint import Checkpoints
@@ -208,7 +208,7 @@ def test_the_files_of_a_run(tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())["validation_masked_l1"]
     assert set(summary) == {"predict zero", "mean of the visible pixels", "copy the nearest visible pixel", "model"}
     printed = capsys.readouterr().out
-    assert "held-out masked L1" in printed and f"{summary['model']:.4f}  model" in printed
+    assert "validation masked L1" in printed and f"{summary['model']:.4f}  model" in printed
     assert summary["model"] == pytest.approx(metrics[-1]["validation_loss"], rel=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_running_a_finished_stage_again_changes_nothing(tmp_path, capsys):
     written = checkpoint.stat().st_mtime_ns
     stages.run_stage(tiny_recipe("stages.pretrain.log.metrics_every_steps=5"), "pretrain", tmp_path)
     assert checkpoint.stat().st_mtime_ns == written
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 -> 1\)"):
         stages.run_stage(tiny_recipe("seed=1"), "pretrain", tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -281,7 +281,7 @@ def test_learning_rates():
 def test_every_parameter_is_in_exactly_one_group():
     recipe = tiny_recipe()
     encoder = swin.SwinEncoder(encoder_config(recipe.encoder, recipe.stages["pretrain"]))
-    model = make_task(recipe, recipe.stages["pretrain"], encoder)
+    model = PRETRAIN.make_task(recipe, recipe.stages["pretrain"], encoder)
     optimizer = make_optimizer(model, model.no_decay_parameters(), weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())

@@ -21,14 +21,15 @@ from simmim.cli.main import main
 from simmim.config.loading import load_recipe
 from simmim.config.reference import document
 from simmim.data import CenterCrop, MiddleClip, MovingShapes, Video
-from simmim.evaluation.classification import evaluate_classifier, format_probe, probe
+from simmim.evaluation.classification import evaluate_classifier
+from simmim.evaluation.probe import format_probe, probe
 from simmim.export.convert import convert
 from simmim.masking import expand_mask
 from simmim.metrics.baselines import nearest_visible
-from simmim.planning.plan import config_of, make_planned
+from simmim.planning.plan import config_of, make_fake_task
 from simmim.stages import run_stage
 from simmim.stages.initialization import make_start
-from simmim.stages.pretrain import make_task
+from simmim.stages.pretrain import PRETRAIN as PRETRAIN_TYPE
 from simmim.training.distributed import allocate_parameters, initialize_parameters
 from simmim.training.footprint import footprint, sizes
 from simmim.training.memory import choose_chunks
@@ -285,7 +286,7 @@ def test_flops_and_parameters_of_video_swin(tmp_path):
     """Table 1 of arXiv 2106.13230: 88 x 10^9, and 28.2, 49.8 and 88.1 million with 400 classes."""
     (tmp_path / "k.yaml").write_text(VIDEO_SWIN)
     for name, millions in (("swin_base", 88.1), ("swin_small", 49.8), ("swin_tiny", 28.2)):
-        planned = make_planned(load_recipe(str(tmp_path / "k.yaml"), [f"encoder.name={name}"]), "finetune", 400)
+        planned = make_fake_task(load_recipe(str(tmp_path / "k.yaml"), [f"encoder.name={name}"]), "finetune", 400)
         assert sizes(planned).all / 1e6 == pytest.approx(millions, abs=0.06)
     with FlopCounterMode(display=False) as counted:
         planned.logits(torch.zeros(1, 3, 32, 224, 224, device="meta"))
@@ -295,8 +296,8 @@ def test_flops_and_parameters_of_video_swin(tmp_path):
 def test_planned_bytes_are_those_of_a_step_on_clips(tmp_path):
     recipe = load_recipe(str(written(tmp_path)), ["stages.pretrain_clips.init_from=scratch"])
     stage = recipe.stages["pretrain_clips"]
-    planned = footprint(make_planned(recipe, "pretrain_clips", 1), "none", 1, precision="fp32", device="cpu")
-    task = make_task(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
+    planned = footprint(make_fake_task(recipe, "pretrain_clips", 1), "none", 1, precision="fp32", device="cpu")
+    task = PRETRAIN_TYPE.make_task(recipe, stage, VideoEncoder(config_of(recipe, "pretrain_clips")))
     assert planned.of(3) == pytest.approx(measured_bytes(task.train(), 3, "fp32"), rel=0.1)
 
 
@@ -433,9 +434,9 @@ def test_shapes_that_move_do_what_their_label_says():
 
 def test_objectives_of_a_recipe_follow_the_encoder(tmp_path):
     recipe = load_recipe(str(written(tmp_path)))
-    names = [type(make_planned(recipe, name, 4)).__name__ for name in recipe.stages]
+    names = [type(make_fake_task(recipe, name, 4)).__name__ for name in recipe.stages]
     assert names == ["Reconstruct", "VideoSimMIM", "Classification", "Classification", "Classification"]
     with torch.device("meta"):
         encoder = VideoEncoder(config_of(recipe, "pretrain_clips"))
-        task = make_task(recipe, recipe.stages["pretrain_clips"], encoder)
+        task = PRETRAIN_TYPE.make_task(recipe, recipe.stages["pretrain_clips"], encoder)
     assert task.description() == {"mask_patch_size": 8, "mask_ratio": 0.6, "mask_strategy": "random"}

@@ -219,7 +219,7 @@ def test_the_reconstruct_command(run, tmp_path, capsys):
     shutil.copytree(export, tmp_path / "without")
     (tmp_path / "without/decoder.safetensors").unlink()
     assert main(["reconstruct", str(tmp_path / "without"), str(photos)]) == 2
-    assert "holds no decoder.safetensors: give the export of a pretraining stage" in capsys.readouterr().err
+    assert "holds no reconstruction: give the export of a pretraining stage" in capsys.readouterr().err
 
 
 class Links(html.parser.HTMLParser):

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmim.cli.main import main
-from simmim.stages import initialization, pretrain, runner
+from simmim.stages import initialization, runner
 from simmim.tasks.classification import Classification
 from simmim.tasks.simmim import SimMIM
 from simmim.training.memory import TrackedMemory
@@ -72,7 +72,7 @@ class Building(TrackedMemory):
 
 def record_bytes() -> None:
     """Record the bytes of weights and optimizer state of this process, and its peak before the first step."""
-    original, make_start, distribute = runner.fit, pretrain.make_start, runner.distribute
+    original, make_start, distribute = runner.fit, runner.make_start, runner.distribute
     building = Building()
 
     def start(*arguments):
@@ -83,7 +83,7 @@ def record_bytes() -> None:
         with building:
             return distribute(*arguments)
 
-    pretrain.make_start, runner.distribute = start, distribute_and_track
+    runner.make_start, runner.distribute = start, distribute_and_track
 
     def fit(accelerator, model, optimizer, *arguments, **options):
         with SentBytes() as sent:
