@@ -23,7 +23,7 @@ def document() -> str:
     """Generate the reference as Markdown: one table for each section of a recipe."""
     parts: list[tuple[str, Any]] = [("", Recipe), ("data", Data), ("encoder", Encoder)]
     for model in dict.fromkeys(KINDS.values()):
-        name = model.__name__.lower()
+        name = model.__name__.removesuffix("Stage").lower()
         parts.append((f"stages.{name}", model))
         for key, field in model.model_fields.items():
             for part in (field.annotation, *get_args(field.annotation)):
