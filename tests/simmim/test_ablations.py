@@ -168,7 +168,7 @@ def test_correlations_by_share():
     assert more_seeds["fraction 1"] is None  # three points, however many seeds; all of one loss
 
 
-def test_small_shares_lie_in_larger_ones(tmp_path):
+def test_smaller_fractions_are_subsets_of_larger_ones(tmp_path):
     def names(fraction):
         data = Data(path="builtin:shapes", num_images=50, fraction=fraction)
         training, validation, *_ = make_datasets(Recipe(data=data), "pretrain")

@@ -76,7 +76,7 @@ def straight(tmp_path_factory) -> Path:
     return out
 
 
-def test_what_a_chain_leaves(straight):
+def test_run_folders_of_a_chain_hold_all_files(straight):
     for stage in ("supervised", "finetune_32", "transfer_48"):
         folder = straight / "chain" / stage
         summary = json.loads((folder / "summary.json").read_text())
@@ -102,14 +102,14 @@ def test_what_a_chain_leaves(straight):
     assert not torch.equal(weights[0][key], weights[1][key]) and not torch.equal(weights[1][key], weights[2][key])
 
 
-def test_what_is_done_is_not_done_again(straight, monkeypatch, capsys):
+def test_finished_stages_are_skipped(straight, monkeypatch, capsys):
     monkeypatch.setattr(runner, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert command("run", straight / "chain.yaml", "--out", straight) == 0
     assert capsys.readouterr().out.count("finished before") == 4
 
 
 @pytest.mark.parametrize("corrupt", ["pretrain", "supervised", "finetune_32", "transfer_48"])
-def test_a_chain_broken_in_any_stage_ends_the_same(corrupt, recipe, straight, tmp_path, monkeypatch):
+def test_chain_interrupted_in_a_stage_is_bitwise_equal(corrupt, recipe, straight, tmp_path, monkeypatch):
     original = initialization.make_lr
     stages = list(CHAIN["stages"])
     started = []
@@ -355,7 +355,7 @@ def test_probe_of_every_stage(straight, tmp_path, capsys):
     assert all(0 <= row["linear"] <= 1 and row["effective_rank"] > 1 for row in rows)
 
 
-def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path, monkeypatch):
+def test_no_stage_trains_on_evaluation_data_of_a_later_one(straight, tmp_path, monkeypatch):
     """A folder without a split: pretraining leaves out what the stages with labels hold out."""
     write_images(tmp_path / "all", ["a", "b"], 40)
     seen: dict[str, set[str]] = {}
@@ -381,7 +381,7 @@ def test_no_stage_is_trained_on_what_a_later_one_is_judged_by(straight, tmp_path
         assert len(names) == 70 and not names & judged
 
 
-def test_a_broken_image_counts_for_nothing(straight, tmp_path, capsys):
+def test_corrupt_image_is_not_counted(straight, tmp_path, capsys):
     export = straight / "chain/finetune_32/export"
     write_images(tmp_path / "val", ["plain", "stripes", "checks", "rings"], 3)
     assert command("evaluate", export, tmp_path / "val", "--json", tmp_path / "whole.json", "--num-workers", 0) == 0

@@ -25,7 +25,7 @@ def error_of(capsys) -> str:
     return error
 
 
-def test_pretraining_on_a_folder_with_a_broken_jpeg(tmp_path, capsys):
+def test_pretraining_on_a_folder_with_a_corrupt_jpeg(tmp_path, capsys):
     write_images(tmp_path / "photos" / "nested", 20, suffix=".jpg")
     corrupt = tmp_path / "photos" / "nested" / "007.jpg"
     corrupt.write_bytes(corrupt.read_bytes()[:200])

@@ -208,7 +208,7 @@ def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
     [V2 | {"position_bias": "linear_cpb"}, V1 | {"attention": "cosine"}, V2 | {"extra_norm_interval": 2}],
     ids=str,
 )
-def test_what_no_other_library_knows_is_refused(variant, to, tmp_path):
+def test_models_unknown_to_the_other_library_are_refused(variant, to, tmp_path):
     export(tmp_path / "export", **variant)
     with pytest.raises(ValueError, match="use --to native"):
         convert(tmp_path / "export", out_of(tmp_path, to), to, report=quiet)
@@ -221,7 +221,7 @@ def test_padding_that_others_do_in_another_way_is_explained(tmp_path):
         convert(tmp_path / "export", tmp_path / "timm", "timm", report=quiet)
 
 
-def test_what_transformers_cannot_run_is_refused(tmp_path):
+def test_models_that_transformers_cannot_run_are_refused(tmp_path):
     export(tmp_path / "export", image_size=(32, 64), window_size=(4, 8))
     with pytest.raises(ValueError, match="square windows only"):
         convert(tmp_path / "export", tmp_path / "hf", "transformers", report=quiet)

@@ -82,7 +82,7 @@ def chain(tmp_path_factory):
     return folder / "mine"
 
 
-def test_what_a_stage_leaves(chain):
+def test_run_folder_of_a_stage_holds_all_files(chain):
     folder = chain / "detect"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]
@@ -112,7 +112,7 @@ def test_an_encoder_of_another_size_needs_no_flag(chain):
     assert description["trained"]["settings"]["starts_from"] != "scratch"
 
 
-def test_an_export_is_judged_as_the_stage_was(chain, tmp_path):
+def test_evaluating_an_export_repeats_the_result_of_its_stage(chain, tmp_path):
     root, export = chain.parent / "coco", chain / "detect" / "export"
     summary = json.loads((chain / "detect" / "summary.json").read_text())
     found = detection.evaluate_detector(export, str(root), batch_size=2, num_workers=0, precision="fp32")
@@ -177,7 +177,7 @@ def test_several_processes_see_each_image_once(tmp_path, monkeypatch):
     assert share(0, 2) == pytest.approx(whole)
 
 
-def test_what_is_found_is_drawn_and_told(chain):
+def test_detections_are_drawn_and_printed(chain):
     task, view = load_detector(chain / "detect" / "export")
     masks = torch.zeros(2, 80, 120, dtype=torch.bool)
     masks[0, 10:20, 30:50] = True
@@ -218,7 +218,7 @@ def test_interrupt_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
     assert (one / "summary.json").read_text() == (two / "summary.json").read_text()
 
 
-def test_how_it_is_tested_may_change_and_how_it_is_trained_may_not(tmp_path):
+def test_resume_allows_other_test_settings_but_not_other_training_settings(tmp_path):
     write_coco(tmp_path, count=12)
     first = make_job(make_recipe(tmp_path, root=tmp_path), "detect", tmp_path, "no").fingerprint
     tested = make_recipe(tmp_path, ["stages.detect.test.flip=true", "stages.detect.labels.path=" + str(tmp_path)])
@@ -232,7 +232,7 @@ def test_how_it_is_tested_may_change_and_how_it_is_trained_may_not(tmp_path):
         make_job(make_recipe(tmp_path, ["data.path=''"]), "detect", tmp_path, "no")
 
 
-def test_held_out_images_are_not_trained_on_by_any_stage(tmp_path):
+def test_validation_images_are_excluded_from_training_in_all_stages(tmp_path):
     """Without a val some of train are held out, and stages before see neither these nor those of a val."""
     write_coco(tmp_path, count=40, annotations=[annotation(n, 61 + n, 3, (1, 1, 20, 20)) for n in range(1, 40)])
     training, validation, problems = coco_sources(tmp_path, Decoder(), 3, masks=False)
@@ -311,7 +311,7 @@ def test_problems_of_a_recipe_are_named(override, message, tmp_path):
         make_recipe(tmp_path, [f"stages.detect.{override}"])
 
 
-def test_a_judge_that_is_not_installed_is_missed_at_the_start(tmp_path, monkeypatch):
+def test_missing_metric_library_is_an_error_before_training(tmp_path, monkeypatch):
     write_coco(tmp_path, count=12)
     monkeypatch.setitem(sys.modules, "torchmetrics.detection", None)
     with pytest.raises(ValueError, match="average precision needs torchmetrics"):

@@ -176,7 +176,7 @@ def test_predictions_are_not_mixed_with_others(exports, photos, tmp_path, capsys
     assert "holds predictions already: give another --out" in capsys.readouterr().err
 
 
-def test_what_is_not_installed_is_said(exports, photos, tmp_path, capsys, monkeypatch):
+def test_missing_library_is_named_in_the_error(exports, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     task = ["predict", str(exports / "detector"), str(photos), "--least-score", "0", "--out", str(tmp_path / "out")]
     assert main(task) == 2 and "pip install 'simmim[detection]'" in capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_error_names_the_reason_if_no_image_could_be_read(exports, tmp_path, cap
     assert "skipped a corrupt image: " in caplog.text and "none of 1 images" in capsys.readouterr().err
 
 
-def test_nothing_to_show_is_a_mistake(exports, tmp_path, capsys):
+def test_predicting_without_images_is_an_error(exports, tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_bytes(b"nothing")
     assert main(["predict", str(exports / "classifier"), str(tmp_path / "bad"), "--out", str(tmp_path / "out")]) == 2
@@ -218,7 +218,7 @@ def test_all_variants_of_imagenet_v2_by_the_numbers_of_their_folders(exports, tm
     assert capsys.readouterr().out.splitlines() == printed
 
 
-def test_bars_are_as_long_as_shares():
+def test_bar_length_is_proportional_to_probability():
     picture = np.asarray(drawing.draw_ranked(torch.zeros(3, 128, 128), [("all", 1.0), ("half", 0.5), ("none", 0.0)]))
     blue = (picture == (190, 215, 240)).all(axis=2)
     lengths = [int(blue[22 + row * 23 + 16].sum()) for row in range(3)]

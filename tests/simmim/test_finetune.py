@@ -91,7 +91,7 @@ def test_no_layer_ends_above_its_own_rate():
     assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(5e-3 * scale)
 
 
-def test_training_mixes_and_erases_and_judging_does_not():
+def test_mixing_and_erasing_apply_to_training_only():
     batch = {"image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), "label": torch.arange(8) % 4}
     plain = make_classifier()
     with torch.no_grad():

@@ -182,7 +182,7 @@ def test_a_full_disk_does_not_hide_what_was_wrong(folder, tmp_path, monkeypatch,
         (lambda path: path.write_text("[]"), "is no report of a step"),
     ],
 )
-def test_what_is_no_black_box_is_said(make, message, tmp_path, capsys):
+def test_replay_refuses_files_that_are_not_a_nonfinite_dump(make, message, tmp_path, capsys):
     make(tmp_path / "there")
     assert main(["replay", str(tmp_path / "there")]) == 2
     assert message in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_a_plan_on_the_screen(capsys):
     assert "does not work" not in printed
 
 
-def test_what_does_not_fit_says_what_would(capsys):
+def test_plan_suggests_settings_that_fit(capsys):
     command = ["plan", "simmim_swinv2_l", "--stage", "pretrain", "--tflops", "100"]
     command += ["encoder.depths=[1,1,1,1]", "stages.pretrain.micro_batch_size=512"]
     command += ["stages.pretrain.memory.attention_chunks=1"]
@@ -202,7 +202,7 @@ def test_bad_configurations_have_one_message(change, message, capsys):
     assert len(problems) <= 2
 
 
-def test_what_a_stage_starts_from_is_looked_at(tmp_path, capsys):
+def test_plan_checks_the_initial_weights(tmp_path, capsys):
     other = make_encoder("swinv2_tiny", embed_dim=8, depths=(2, 2), num_heads=(1, 2), image_size=32, window_size=4)
     save_encoder(other, tmp_path / "export", about={})
     (tmp_path / "damaged").mkdir()

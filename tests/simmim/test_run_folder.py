@@ -43,7 +43,7 @@ def test_no_commit_is_made_up(tmp_path, monkeypatch):
     assert run_log._commit() is None
 
 
-def test_trackers_are_told_the_metrics(tmp_path):
+def test_trackers_receive_the_metrics(tmp_path):
     recipe = tiny_recipe("stages.pretrain.log.trackers=[tensorboard]")
     folder = stages.run_stage(recipe, "pretrain", tmp_path).parent
     events = EventAccumulator(str(folder / "tiny"))
@@ -91,7 +91,7 @@ def test_a_locked_folder_is_refused_and_says_by_whom(tmp_path):
         pass
 
 
-def test_where_no_locks_are_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_run_continues_on_file_systems_without_locks(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(37, "No locks available")
 

@@ -148,7 +148,7 @@ def test_the_number_is_that_of_every_whole_image_once(done, data):
     assert (both / either).mean() == pytest.approx(summary["validation_mean_iou"], rel=1e-6)
 
 
-def test_an_export_is_judged_as_the_stage_was(done, data):
+def test_evaluating_an_export_repeats_the_result_of_its_stage(done, data):
     summary = json.loads((done / "summary.json").read_text())
     AcceleratorState._reset_state(reset_partial_state=True)
     numbers = evaluate_segmenter(done / "export", str(data), num_workers=0)
@@ -211,7 +211,7 @@ def test_an_encoder_of_pretraining_grows_without_a_flag(data, tmp_path):
     assert around.keys() == state.keys() and all(torch.equal(around[key], state[key]) for key in state)
 
 
-def test_an_average_is_judged_and_exported(data, tmp_path):
+def test_ema_is_evaluated_and_exported(data, tmp_path):
     recipe = make_recipe(data, "stages.segment.ema_decay=0.5", "stages.segment.schedule.epochs=1")
     export = stages.run(recipe, tmp_path)
     saved = load_file(next((export.parent / "checkpoints/step_00000005").glob("*.safetensors")))
@@ -247,7 +247,7 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
         stages.run(make_recipe(tmp_path / "bad"), tmp_path / "other")
 
 
-def test_images_that_are_held_out_are_kept_from_pretraining(tmp_path):
+def test_validation_images_are_excluded_from_pretraining(tmp_path):
     """One folder of images, not all of them with label maps: those to be judged by are seen by no stage."""
     write_data(tmp_path / "one", "", 60, seed=5)
     for number in range(0, 60, 3):
@@ -329,7 +329,7 @@ def test_other_classes_are_refused(done, tmp_path):
         evaluate_segmenter(done / "export", str(tmp_path), num_workers=0)
 
 
-def test_what_is_not_installed_is_said_before_the_training(data, tmp_path, monkeypatch):
+def test_missing_library_is_an_error_before_training(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     with pytest.raises(ValueError, match="needs torchmetrics"):
         stages.run(make_recipe(data), tmp_path)

@@ -97,7 +97,7 @@ def test_only_the_part_for_validation_tests_a_classifier(photos):
     assert where == "stages.finetune.labels.tests" and "gone" in why
 
 
-def test_what_cannot_work_later_is_said_before_anything_is_trained(photos, tmp_path):
+def test_inputs_of_later_stages_are_checked_before_training(photos, tmp_path):
     few = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "labels_per_class": 100}}}
     start = {"finetune": {**finetune(photos / "classes")["finetune"], "init_from": "nowhere"}}
     builtin = {"segment": {**STAGE, "labels": {"path": ""}}}
@@ -120,7 +120,7 @@ def test_stages_with_labels_keep_from_each_other(photos):
     assert len(two) == 2 and two < four and not names(make_datasets(recipe, "supervised").training) & four
 
 
-def test_nothing_is_left(photos):
+def test_no_training_image_left_is_an_error(photos):
     """What is named by a list may be all that there is."""
     later = {"finetune": {**STAGE, "labels": {"path": str(photos / "classes"), "val_path": str(photos / "classes")}}}
     with pytest.raises(
@@ -142,7 +142,7 @@ def test_missing_labels_are_missed_before_anything_is_trained(photos, later, tmp
     assert which.startswith("stages.") and "gone" in why and why.endswith("cannot be excluded from training")
 
 
-def test_images_to_be_judged_by_may_lie_among_the_others(photos):
+def test_validation_images_may_be_inside_the_training_folder(photos):
     """A list of some of the images that a stage is trained on."""
     some = [f"classes/{name}/{number:02d}.png" for number, name in ((0, "a"), (1, "b"), (2, "a"))]
     rows = [f"{file},{file.split('/')[1]}" for file in some]
@@ -163,7 +163,7 @@ def test_objects_too(tmp_path, monkeypatch):
     assert len(judged_by) == 3 and not names(make_datasets(recipe, "pretrain").training) & judged_by
 
 
-def test_a_classifier_is_judged_by_more_than_one_place(photos, tmp_path, capsys):
+def test_classifier_is_evaluated_on_several_test_sets(photos, tmp_path, capsys):
     """Each variant by the numbers of its folders, as ``simmim evaluate`` does; none of it is trained on."""
     for variant in ("imagenetv2-a", "imagenetv2-b"):
         for label, name in enumerate("ab"):

@@ -144,7 +144,7 @@ def is_learning(folder: Path) -> bool:
     return sum(losses[-3:]) < 0.85 * sum(losses[:3])
 
 
-def test_what_a_chain_from_images_to_longer_and_larger_clips_leaves(chain):
+def test_chain_from_images_to_longer_and_larger_clips_writes_all_files(chain):
     for name, size, frames, window in (
         ("pretrain_clips", (32, 32), 4, (2, 4, 4)),
         ("finetune_48", (48, 48), 4, (2, 6, 6)),
@@ -166,7 +166,7 @@ def test_what_a_chain_from_images_to_longer_and_larger_clips_leaves(chain):
     assert page.count("data:image/png") > 8 and "clips/transfer_64" in page
 
 
-def test_the_judge_and_evaluate_agree(chain, videos, capsys):
+def test_stage_evaluation_and_evaluate_command_agree(chain, videos, capsys):
     export = chain / "transfer_64" / "export"
     summary = json.loads((chain / "transfer_64" / "summary.json").read_text())
     numbers = evaluate_classifier(export, str(videos), batch_size=5, num_workers=0)
@@ -193,7 +193,7 @@ def test_probes_see_the_middle_clip(chain, videos, monkeypatch):
     assert rows[-1]["linear"] > 0.8 and seen == {(3, 4, 48, 48)}
 
 
-def test_a_pretraining_of_clips_is_judged_beside_what_learns_nothing(chain):
+def test_pretraining_on_clips_is_compared_with_baselines(chain):
     task = reconstructions.load_video_simmim(chain / "pretrain_clips" / "export")
     source = MovingShapes(4, (32, 32), validation=True)
     view = MiddleClip(CenterCrop((32, 32)), 4, 2)
@@ -217,7 +217,7 @@ def test_a_pretraining_of_clips_is_judged_beside_what_learns_nothing(chain):
 
 
 @pytest.mark.parametrize(("stage", "epochs"), [("pretrain_clips", 1.5), ("finetune_48", 3)])
-def test_what_is_broken_off_ends_the_same_bit_for_bit(stage, epochs, videos, tmp_path):
+def test_resume_after_interruption_is_bitwise_equal(stage, epochs, videos, tmp_path):
     labels = {"labels": {"path": str(videos)}, "ema_decay": 0.5}
     path = written(tmp_path, pretrain_clips={"init_from": "scratch"}, finetune_48=labels)
     changes = [f"stages.{stage}.schedule.epochs={epochs}", f"stages.{stage}.init_from=scratch"]
@@ -326,7 +326,7 @@ def damage(folder: Path) -> dict[str, str]:
     return {"cut": "Invalid data", "empty": "the file is empty", "text": "Invalid data", "torn": "", "noise": ""}
 
 
-def test_what_is_broken_is_named_and_counted_through_a_whole_run(videos, tmp_path, capsys):
+def test_corrupt_videos_are_listed_and_counted_in_a_run(videos, tmp_path, capsys):
     folder = tmp_path / "data"
     for file in sorted(videos.glob("*/*/*.mp4")):
         place = folder / file.relative_to(videos)
