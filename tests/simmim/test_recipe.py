@@ -259,7 +259,7 @@ stages:
     stages = load_recipe(write(text)).stages
     assert (stages["finetune_a"].layer_decay, stages["finetune_b"].layer_decay) == (0.5, 1)
     assert stages["finetune_b"].drop_path == 0.3
-    shared = text.replace("drop_path: 0.3", "labels: {labels.labels_per_class 5}")
+    shared = text.replace("drop_path: 0.3", "labels: {labels_per_class: 5}")
     stages = load_recipe(write(shared), ["stages.finetune_b.labels.labels_per_class=9"]).stages
     assert (stages["finetune_a"].labels.labels_per_class, stages["finetune_b"].labels.labels_per_class) == (5, 9)
     with pytest.raises(ValueError, match="drop_path"):
