@@ -263,8 +263,8 @@ def test_resume_from_the_checkpoint_before_a_damaged_one_is_bitwise_equal(tmp_pa
     flip_a_bit(next((folder / "checkpoints/step_00000010").glob("*.safetensors")))
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path / "damaged")
     printed = capsys.readouterr().out
-    assert "step_00000010 is damaged (shard-00001" in printed and ": skipped" in printed
-    assert f"continues at step 9 from {folder}/checkpoints/step_00000009" in printed
+    assert "step_00000010 is damaged (shard-00001" in printed and "checkpoint skipped: " in printed
+    assert f"resumes at step 9 from {folder}/checkpoints/step_00000009" in printed
     straight = tmp_path / "straight/tiny/pretrain"
     name = "checkpoints/step_00000010"
     one, two = saved_state(straight / name), saved_state(folder / name)
@@ -287,7 +287,7 @@ def test_a_damaged_export_is_written_again(tmp_path):
 def test_changed_settings_need_allow_changes(tmp_path, capsys):
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path)
     slower = tiny_recipe("stages.pretrain.schedule.base_lr=0.01", "stages.pretrain.schedule.epochs=3")
-    with pytest.raises(ValueError, match=r"base_lr: 0\.05 -> 0\.01.*--allow-changes continues it all the same"):
+    with pytest.raises(ValueError, match=r"base_lr: 0\.05 -> 0\.01.*--allow-changes resumes anyway"):
         stages.run_stage(slower, "pretrain", tmp_path)
     stages.run_stage(slower, "pretrain", tmp_path, allow_changes=True)
     printed = capsys.readouterr().out

@@ -103,7 +103,7 @@ def assert_same(out: Path, expected: Path, tolerance: float) -> None:
 
 def test_two_processes_equal_one(one, tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME)
-    assert "2 process(es) x 1 x 4 on cpu (MULTI_CPU)" in printed and printed.count("held-out masked L1") == 1
+    assert "2 process(es) x 1 x 4 on cpu (MULTI_CPU)" in printed and printed.count("validation masked L1") == 1
     for copy in reports(tmp_path):
         assert copy["sent"]["allreduce_"] / copy["weights"] == pytest.approx(10, rel=0.01)  # gradients, once per step
     assert_same(tmp_path, one, 1e-6)

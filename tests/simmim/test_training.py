@@ -248,12 +248,12 @@ def accumulation(batch_size: int, micro_batch_size: int, processes: int, **setti
 
 def test_accumulation_must_divide():
     assert accumulation(2048, 128, 4) == 4
-    with pytest.raises(ValueError, match="take a micro_batch_size of 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(ValueError, match="set micro_batch_size to one of 1, 2, 3, 4, 6, 12"):
         accumulation(24, 5, 2)
-    with pytest.raises(ValueError, match="does not divide among 7 processes"):
+    with pytest.raises(ValueError, match="cannot be divided among 7 processes"):
         accumulation(24, 2, 7)
     mixed = {"augment": Augment(mixup=0.8)}
-    with pytest.raises(ValueError, match=r"take a micro_batch_size of 2, 4, 6, 12$"):
+    with pytest.raises(ValueError, match=r"set micro_batch_size to one of 2, 4, 6, 12$"):
         accumulation(24, 8, 2, **mixed)
     with pytest.raises(ValueError, match="leaves 3 images to each of 8"):
         accumulation(24, 2, 8, **mixed)
@@ -322,7 +322,7 @@ def test_default_precision_is_bf16_on_cpus_with_bf16_instructions(tmp_path, monk
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
     assert distributed.default_precision() is None
     stages.run_stage(tiny_recipe(), "pretrain", tmp_path)  # precision recorded in the run folder
-    assert "done before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
