@@ -72,9 +72,9 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
         assert main(["replay", str(given)]) == 0
         printed = capsys.readouterr().out
         assert "reproduced\n" in printed and "not reproduced" not in printed
-        assert "first module whose output is not finite: encoder.patch_embed.proj (Conv2d)" in printed
-        assert "images whose own loss is not finite: " in printed and PLANTED in printed.splitlines()[-1]
-        assert "gradients that are not finite: " in printed and "none" not in printed
+        assert "first module with a non-finite output: encoder.patch_embed.proj (Conv2d)" in printed
+        assert "images with a non-finite loss: " in printed and PLANTED in printed.splitlines()[-1]
+        assert "non-finite gradients: " in printed and "none" not in printed
 
     # Mended, the step can be done again and is finite.
     Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(folder / PLANTED)
@@ -176,10 +176,10 @@ def test_a_full_disk_does_not_hide_what_was_wrong(folder, tmp_path, monkeypatch,
     ("make", "message"),
     [
         (lambda path: path.mkdir(), "has no nonfinite/step_"),
-        (lambda path: None, "is no report of a step"),
-        (lambda path: path.write_text("{"), "is no report of a step"),
-        (lambda path: path.write_text("{}"), "is no report of a step"),
-        (lambda path: path.write_text("[]"), "is no report of a step"),
+        (lambda path: None, "is not the dump of a step"),
+        (lambda path: path.write_text("{"), "is not the dump of a step"),
+        (lambda path: path.write_text("{}"), "is not the dump of a step"),
+        (lambda path: path.write_text("[]"), "is not the dump of a step"),
     ],
 )
 def test_replay_refuses_files_that_are_not_a_nonfinite_dump(make, message, tmp_path, capsys):
