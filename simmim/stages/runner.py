@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from simmim.training.optim import make_optimizer
 from simmim.training.run_log import RunLog, locked, write_atomically
 
 PREVIEW_IMAGES = 8
+logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, out: Path, *, precision: str | None = None, allow_changes: bool = False) -> Path:
@@ -81,7 +83,8 @@ def run_stage(
     job = make_job(recipe, name, out, accelerator.mixed_precision)
     with locked(folder, is_main=accelerator.is_main_process):
         if is_done(folder, job.fingerprint):
-            accelerator.print(f"{recipe.name}/{name}: finished before, {folder / 'export'}")
+            if accelerator.is_main_process:
+                logger.info(f"{recipe.name}/{name}: finished before, {folder / 'export'}")
             return folder / "export"
         try:
             trained = train(job, folder, accelerator, allow_changes)
