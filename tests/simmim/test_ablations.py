@@ -28,6 +28,7 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_ablations_end_to_end(recipe, tmp_path, capsys):
     command = ["experiment", "ablations", str(recipe), "--out", str(tmp_path)]
     short = ["--variants", "head=inverse_swin", "downsample=4", "--seeds", "0", "1", "2"]
@@ -119,6 +120,7 @@ def test_the_table_reports_only_significant_differences():
     assert "inconclusive" in table[4]
 
 
+@pytest.mark.slow
 def test_data_scaling_end_to_end(recipe, tmp_path, capsys):
     command = ["experiment", "data-scaling", str(recipe), "--out", str(tmp_path)]
     grid = ["--fractions", "0.3", "1", "--sizes", "embed_dim=4", "embed_dim=8", "--lengths", "0.5", "1"]

@@ -181,6 +181,7 @@ def is_compiled(encoder: SwinEncoder) -> bool:
     return compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_blocks_are_compiled_before_the_stage_begins(precision, traced):
     encoder, state = make_small(), torch.get_rng_state()
@@ -213,6 +214,7 @@ def test_without_a_compiler_blocks_are_not_compiled_and_a_warning_is_returned(mo
     assert not messages and not is_compiled(encoder)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_matches_a_plain_one(tmp_path, traced):
     states = []
     for name, is_on in (("plain", "false"), ("compiled", "true")):
@@ -267,6 +269,7 @@ def test_rounds_alternate():
     assert len(times[False]) == attention_backend.ROUNDS
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_selected_backend_and_resumes_with_it(tmp_path, monkeypatch, kernel):
     """Replay uses the cached backend as well, and the recipe may change it."""
     set_times(monkeypatch, 2.0, 1.0)

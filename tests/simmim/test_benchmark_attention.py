@@ -41,6 +41,7 @@ def load_script():
     return module
 
 
+@pytest.mark.slow
 @plainly
 def test_under_the_interpreter():
     pytest.importorskip("triton")
@@ -169,6 +170,7 @@ def test_without_a_gpu_the_script_refuses(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @plainly
 def test_batches_grow_while_they_fit():
     tried = []

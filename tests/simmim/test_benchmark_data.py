@@ -11,6 +11,7 @@ from simmim.benchmarks.data import BATCH, data_speed, format_speeds
 from tests.simmim.test_pack import smooth
 
 
+@pytest.mark.slow
 def test_all_loaders_run(tmp_path, monkeypatch):
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "before"))
     for index in range(BATCH):

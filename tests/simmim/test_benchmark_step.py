@@ -57,6 +57,7 @@ def _mask_token(baseline):
     return baseline.mask_token if own is None else own
 
 
+@pytest.mark.slow
 def test_all_implementations_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("simmim.benchmarks.step.make_task", lambda *_, **__: make_small())
     (tmp_path / "other.py").write_text(OTHER)
@@ -104,6 +105,7 @@ def test_kept_bytes_are_those_of_the_backward_pass():
     assert kept_bytes(step, torch.device("cpu")) == 4 * (70 + 7000)  # the inputs of the product, and exp
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step(traced):
     task = make_small()
     steps = make_steps(task, [], True, 2, "fp32", torch.device("cpu"))

@@ -43,7 +43,7 @@ def test_pretraining_on_a_folder_with_a_corrupt_jpeg(tmp_path, capsys):
         (["data.path=''"], "the recipe names no images: set data.path="),
         (["data.path=builtin:cats"], "the only builtin data is builtin:shapes"),
         (["stages.pretrain.image_size=36"], "mask_patch_size 8 does not divide the image size 36 x 36"),
-        (["stages.pretrain.micro_batch_size=3"], "take a micro_batch_size of 1, 2, 4, 8"),
+        (["stages.pretrain.micro_batch_size=3"], "set micro_batch_size to one of 1, 2, 4, 8"),
         (["stages.pretrain.batch_size=x", "data.pth=1"], "2 problem(s) in demo"),
     ],
 )
@@ -96,6 +96,7 @@ def test_unknown_arguments(capsys):
         pretrain("--out", "x", "extra")
 
 
+@pytest.mark.slow
 def test_the_tool_is_the_command(tmp_path):
     """A separate process: exit code 2 and one line on stderr."""
     command = [sys.executable, str(ROOT / "tools/pretrain.py"), "demo", "data.path=/does/not/exist"]
@@ -105,6 +106,7 @@ def test_the_tool_is_the_command(tmp_path):
     assert not Path(tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_package_is_a_command(tmp_path):
     """``python -m simmim`` is what ``accelerate launch -m simmim`` starts."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -162,6 +162,7 @@ def test_every_container_gives_the_same_samples_and_pixels(containers, kind):
         assert [labelled.label(number) for number in range(len(NAMES))] == [CLASSES.index(n[:3]) for n in SORTED]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar shards", "parquet"])
 def test_samples_do_not_depend_on_the_number_of_workers(containers, kind):

@@ -69,6 +69,7 @@ def metadata(path, to) -> dict:
     return json.loads(files["simmim.json"])
 
 
+@pytest.mark.slow
 @KINDS
 @LAYOUTS
 def test_every_layout_says_its_difference(kind, to, tmp_path):
@@ -96,6 +97,7 @@ def test_there_and_back_is_bit_exact(kind, to, tmp_path):
         assert torch.equal(tensor, back.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_timm_loads_a_base_encoder(tmp_path):
     torch.manual_seed(0)
     encoder = SwinEncoder(make_config("swinv2_base")).eval()
@@ -122,6 +124,7 @@ def test_transformers_opens_its_folder_offline(kind, tmp_path, monkeypatch):
         assert (theirs(images).last_hidden_state - encoder(images).flatten(1, 2)).abs().max() <= LARGEST_DIFFERENCE
 
 
+@pytest.mark.slow
 @KINDS
 def test_exported_programs_take_any_batch(kind, tmp_path):
     encoder = export(tmp_path / "export", **kind)
@@ -153,6 +156,7 @@ encoder.train()(torch.zeros(1, 3, 32, 32)).sum().backward()
 """
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_fresh_process_exports_before_it_has_run_the_encoder(kind, tmp_path):
     """Indices and shift masks are made during the trace then, not taken from what an earlier run left."""
@@ -162,6 +166,7 @@ def test_a_fresh_process_exports_before_it_has_run_the_encoder(kind, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["timm", "official", "onnx"])
 def test_another_geometry_and_more_channels_on_the_way(to, tmp_path):
     export(tmp_path / "export")
@@ -176,6 +181,7 @@ def test_another_geometry_and_more_channels_on_the_way(to, tmp_path):
     assert back.config.reference_windows == ((4, 4), (4, 4))
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_a_difference_is_an_error_and_leaves_nothing(to, tmp_path, monkeypatch, capsys):
     export(tmp_path / "export")
@@ -202,6 +208,7 @@ def test_the_comparison_sees_a_wrong_weight(tmp_path, monkeypatch):
             convert(tmp_path / "export", out_of(tmp_path, to), to, report=quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["timm", "transformers", "official"])
 @pytest.mark.parametrize(
     "variant",

@@ -257,6 +257,7 @@ def test_validation_images_are_excluded_from_training_in_all_stages(tmp_path):
         coco_sources(tmp_path / "few", Decoder(), 3, masks=False)
 
 
+@pytest.mark.slow
 def test_a_plan_on_the_screen(tmp_path, capsys):
     make_recipe(tmp_path, detect=DETECT | {"init_from": "scratch", "masks": False})
     command = ["plan", str(tmp_path / "mine.yaml"), "--memory", "8G", "--tflops", "1", "--classes", "80"]
@@ -265,6 +266,7 @@ def test_a_plan_on_the_screen(tmp_path, capsys):
     assert "mine/detect: swinv2_tiny, 64 x 64 px" in printed and "<- planned" in printed
 
 
+@pytest.mark.slow
 def test_planned_bytes_and_flops_are_those_of_a_step():
     """With as many objects as regions are drawn for: fewer need less, which is not known beforehand."""
     torch.manual_seed(0)
@@ -296,7 +298,7 @@ def test_planned_bytes_and_flops_are_those_of_a_step():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("anchor_px=[8, 16]", "stages.detect.anchor_px has 2 sides, but an encoder of 2 stages gives 3 maps"),
+        ("anchor_px=[8, 16]", "stages.detect.anchor_px has 2 values, but an encoder of 2 stages gives a feature pyramid of 3 maps"),
         ("jitter.scale=[2, 1]", r"scale must be \[low, high\] with low not above high, got 2.0, 1.0"),
         ("jitter.short_px=[]", "at least 1 item"),
         ("jitter.long_px=30", "long_px 30 must be at least the largest short_px, 40"),

@@ -165,6 +165,7 @@ def test_losses_and_detections_equal_torchvision(trained, masks):
             assert torch.allclose(own[key], theirs[key], rtol=1e-5, atol=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"masks": False}, {"cascade": True}], ids=str)
 def test_training_reduces_the_loss_and_reaches_the_encoder(tmp_path, settings):
     model = make_detector(**settings)

@@ -101,6 +101,7 @@ def assert_same(out: Path, expected: Path, tolerance: float) -> None:
     assert images[0] == images[1]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(one, tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME)
     assert "2 process(es) x 1 x 4 on cpu (MULTI_CPU)" in printed and printed.count("validation masked L1") == 1
@@ -170,6 +171,7 @@ def test_resume_of_fine_tuning_with_ema_is_bitwise_equal(kind, tmp_path):
         assert {key.split("/")[0] for key in a} == {"model", "optimizer", "ema"}
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(tmp_path):
     printed = run(2, tmp_path, *PRETRAIN, *SAME, options=("--fail=4",), code=1)
     assert "error (process 1): planted in step 4" in printed

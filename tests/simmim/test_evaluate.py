@@ -84,7 +84,7 @@ def shown_by(capsys, *arguments) -> tuple[list[dict], str]:
 def test_every_image_gets_a_preview_and_a_line(kind, exports, photos, tmp_path, capsys, caplog):
     lines, printed = shown_by(capsys, exports / kind, photos, "--least-score", 0, "--out", tmp_path / "out")
     assert [line["image"].rpartition("/")[2] for line in lines] == list(SIZES)
-    assert printed.startswith("3 image(s)") and "skipped a corrupt image: " in caplog.text and "bad.png" in caplog.text
+    assert "3 image(s)" in printed and "skipped a corrupt image: " in caplog.text and "bad.png" in caplog.text
     for line in lines:
         with Image.open(tmp_path / "out" / line["preview"]) as picture:
             assert min(picture.size) >= 32
@@ -109,8 +109,8 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
     ("arguments", "message"),
     [
         (
-            ["predict", "segmenter", "PHOTOS", "scales=[1]"],
-            "scales: unknown key (known here: short_px, stride, scales, flip, window)",
+            ["predict", "segmenter", "PHOTOS", "zooms=[1]"],
+            "zooms: unknown key (known here: short_px, stride, scales, flip, window)",
         ),
         (["predict", "detector", "PHOTOS", "scales=[1"], "'scales=[1' is not valid YAML"),
         (["predict", "classifier", "PHOTOS", "views=2"], "which have no views"),
@@ -135,7 +135,7 @@ def test_builtin_images_and_a_limit(exports, tmp_path, capsys):
         (["probe", "classifier", "PHOTOS", "views=2"], "simmim probe takes no key=value options, got 'views=2'"),
         (["predict", "classifier", "views=2"], "no data given, only the options views=2"),
         (["evaluate", "segmenter", "PHOTOS", "--batch-size", "4"], "a segmenter processes whole images one by one"),
-        (["evaluate", "detector", "PHOTOS", "scales=[1]"], "scales: unknown key (known here: short_px"),
+        (["evaluate", "detector", "PHOTOS", "zooms=[1]"], "zooms: unknown key (known here: short_px"),
     ],
 )
 def test_mistakes(arguments, message, exports, photos, tmp_path, capsys):

@@ -22,6 +22,7 @@ REFERENCE = {
 MASKS = {8: 4, 16: 8, 32: 30, 64: 40}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", REFERENCE)
 def test_distances_are_those_of_exact_geometry(ratio):
     for size, expected in REFERENCE[ratio].items():
@@ -31,6 +32,7 @@ def test_distances_are_those_of_exact_geometry(ratio):
         assert abs(found.mean() - expected) < 2 * error + 0.01 * expected, (size, ratio)
 
 
+@pytest.mark.slow
 def test_the_band_of_the_paper(tmp_path, capsys):
     sizes, ratios = ("8", "16", "32", "64"), ("0.2", "0.4", "0.6", "0.8")
     command = [
@@ -97,6 +99,7 @@ PLAN = activations.Plan(
 )
 
 
+@pytest.mark.slow
 def test_amplitudes_are_those_of_figure_2(tmp_path, capsys):
     options = ["--depths", "2", "2", "6", "2", "--embed-dim", "16", "--image-size", "32", "--window-size", "4"]
     options += ["--batch-size", "4", "--steps", "20", "--lrs", "0.016", "--seeds", "1", "--out", str(tmp_path)]

@@ -248,6 +248,7 @@ def test_a_completely_full_disk(small_disk, straight):
     assert outcome(out) == straight
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(straight, tmp_path):
     out = tmp_path / "out"
     first = start(out)
@@ -268,6 +269,7 @@ def test_a_second_run_in_the_same_folder_is_refused(straight, tmp_path):
     assert outcome(out) == straight
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_lock_while_its_workers_are_alive(straight, tmp_path):
     out = tmp_path / "out"
     process = start(out, "data.num_workers=2")

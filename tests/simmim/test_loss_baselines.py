@@ -33,6 +33,7 @@ def test_distances_are_those_of_scipy():
         assert not mask[rows, columns].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask_patch_size", "ratio", "expected"), [(4, 0.6, 2.07), (16, 0.6, 7.23), (32, 0.5, 12.3)])
 def test_average_distance_of_the_paper(mask_patch_size, ratio, expected):
     """At 192 px, over 60 masks: the spread of coarse masks is some 3 px."""

@@ -22,6 +22,7 @@ PAINT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PAINT, "kinetics_mini", "video_demo"])
 def test_a_miniature_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -39,7 +40,7 @@ def test_a_miniature_runs_to_its_end(name, tmp_path, monkeypatch, capsys):
         f"stages.{stage}.labels.{key}"
         for stage, its in recipe.stages.items()
         if its.kind != "pretrain"
-        for key in {"segment": ["images=16"], "detect": []}.get(its.kind, ["val_images=8", "shots=null"])
+        for key in {"segment": ["images=16"], "detect": []}.get(its.kind, ["val_images=8", "labels_per_class=null"])
     ]
     compared = any(its.kind != "pretrain" and its.init_from == "scratch" for its in recipe.stages.values())
     command = ["experiment", "label-efficiency"] if compared else ["run"]

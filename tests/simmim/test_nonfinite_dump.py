@@ -86,6 +86,7 @@ def test_a_planted_batch_is_caught_before_the_optimizer_moves_and_done_again(fol
     assert "nonfinite" in [event["event"] for event in events]
 
 
+@pytest.mark.slow
 def test_two_processes_leave_one_box_that_one_process_opens(folder, tmp_path, capsys):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     launch += ["--main_process_port", "0", str(Path(__file__).parents[2] / "tools/pretrain.py")]

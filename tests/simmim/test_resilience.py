@@ -108,6 +108,7 @@ def test_batches_keep_their_size_despite_corrupt_images(everything):
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(alone, by_workers, strict=True))
 
 
+@pytest.mark.slow
 def test_training_finishes_and_lists_corrupt_images(everything, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simmim.data.sources.Images", lambda files, decoder: everything)
     recipe = tiny_recipe(
@@ -167,10 +168,10 @@ def small():
 
 def test_corrupt_image_limit_counts_images_of_all_processes(tmp_path):
     first, second = (RunLog(tmp_path, is_main=main, max_corrupt=2) for main in (True, False))
-    first.corrupt([("a", "x"), ("a", "x"), ("b", "x")])
-    second.corrupt([("b", "x")])
+    first.log_corrupt_images([("a", "x"), ("a", "x"), ("b", "x")])
+    second.log_corrupt_images([("b", "x")])
     with pytest.raises(ValueError, match="3 images could not be read"):
-        second.corrupt([("c", "x")])
+        second.log_corrupt_images([("c", "x")])
 
 
 def test_truncated_shards_are_reported(tmp_path):
@@ -201,6 +202,7 @@ def test_truncated_shards_are_reported(tmp_path):
     assert seen + len(batches.corrupt) == len(images) and 8 <= seen <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_reads_that_hang_time_out(tmp_path, num_workers):
@@ -256,6 +258,7 @@ def test_reader_returns_contents_in_order():
     assert results == [-1 if index == 7 else index for index in range(40)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_worker_memory_does_not_grow(tmp_path):
     """A worker reads many images, including corrupt ones and their replacements."""

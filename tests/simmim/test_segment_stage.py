@@ -163,6 +163,7 @@ def test_evaluating_an_export_repeats_the_result_of_its_stage(done, data):
     assert (larger.short_px, larger.window, larger.stride) == (64, (64, 64), (42, 42))
 
 
+@pytest.mark.slow
 def test_processes_count_every_image_once(done, data, tmp_path):
     script = tmp_path / "judge.py"
     script.write_text(
@@ -243,7 +244,7 @@ def test_bad_data_is_counted_and_named(tmp_path, capsys):
     assert sorted(corrupt) == ["s/training/003.png", "validation/002.png"]
     for file in annotations.glob("validation/*"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of 3 images, .* could be read with its label map"):
+    with pytest.raises(ValueError, match=r"none of 3 images could be read with its label map"):
         stages.run(make_recipe(tmp_path / "bad"), tmp_path / "other")
 
 
@@ -336,6 +337,7 @@ def test_missing_library_is_an_error_before_training(data, tmp_path, monkeypatch
     assert not (tmp_path / "tiny/segment/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_page_and_the_plan(done, capsys):
     page = write_report([done]).read_text()
     for part in (

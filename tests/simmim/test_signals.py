@@ -42,13 +42,14 @@ def send(*numbers: signal.Signals):
     return lambda: [signal.raise_signal(number) for number in numbers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_signal_saves_after_the_step_and_resume_is_bitwise_equal(number, tmp_path, monkeypatch, capsys):
     command = ["pretrain", "demo", "name=tiny", *TINY, "--out", str(tmp_path / "stopped")]
     with monkeypatch.context() as patch:
         at_step(5, send(number), patch)
         assert main(command) == os.EX_TEMPFAIL == 75
-    assert f"simmim: stopped by {number.name} after step 5, which is saved: the same command" in capsys.readouterr().err
+    assert f"simmim: stopped by {number.name} after step 5, which is saved: run the same command" in capsys.readouterr().err
     folder = tmp_path / "stopped/tiny/pretrain"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000005"]
     assert main(command) == 0
@@ -138,6 +139,7 @@ def test_end_of_the_launcher_is_a_reason_to_stop(monkeypatch):
     assert alone.reason() is None
 
 
+@pytest.mark.slow
 def test_data_loader_workers_ignore_signals(tmp_path):
     """Schedulers signal every process of a job, terminals every process of the foreground group."""
     script = (

@@ -167,6 +167,7 @@ def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+@pytest.mark.slow
 def test_resume_after_interrupt_is_bitwise_equal(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     stages.run_stage(tiny_recipe(), "pretrain", straight)
@@ -226,6 +227,7 @@ def test_running_a_finished_stage_again_changes_nothing(tmp_path, capsys):
         stages.run_stage(tiny_recipe(), "pretrain", tmp_path, precision="bf16")
 
 
+@pytest.mark.slow
 def test_other_channels_rectangles_and_normalized_targets_train(tmp_path):
     recipe = tiny_recipe(
         "encoder.in_chans=5",

@@ -90,6 +90,7 @@ def losses_of(model, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_few_steps_reduce_both_losses():
     masked = losses_of(VideoSimMIM(make_video(), MaskGenerator((32, 32), 16, 0.5), **STATISTICS), 35)
     assert masked[-1] < 0.7 * masked[0]

@@ -25,6 +25,7 @@ def run(*arguments: str) -> int:
     return main(["experiment", "window-transfer", *TINY, *arguments])
 
 
+@pytest.mark.slow
 def test_the_table_is_complete_and_drawn(tmp_path, capsys):
     assert run("--out", str(tmp_path / "a")) == 0
     printed = capsys.readouterr().out
@@ -49,13 +50,14 @@ def test_the_table_is_complete_and_drawn(tmp_path, capsys):
             assert json.loads(lines[-1])["step"] == steps
 
 
+@pytest.mark.slow
 def test_an_interrupted_experiment_continues(tmp_path, monkeypatch, capsys):
     assert run("--out", str(tmp_path / "complete")) == 0
     trained = experiment.fit
     calls = []
 
     def interrupted(*arguments, **settings):
-        calls.append(settings["total_steps"])
+        calls.append(arguments[4].total_steps)
         if len(calls) == 4:
             raise KeyboardInterrupt
         trained(*arguments, **settings)
@@ -68,6 +70,7 @@ def test_an_interrupted_experiment_continues(tmp_path, monkeypatch, capsys):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_labelled_folders(tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     for name in ("ants", "bees"):
@@ -115,6 +118,7 @@ def test_mistakes(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "out" / "table.json").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_plan_is_rejected(tmp_path, capsys):
     assert run("--out", str(tmp_path), "--seeds=1") == 0
     assert run("--out", str(tmp_path), "--seeds=1", "--steps=4") == 2

@@ -60,6 +60,7 @@ def test_chunked_attention_equals_reference_attention(window, grid, shifted, kin
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 3, 8])
 @pytest.mark.parametrize("cosine", [True, False])
 def test_chunked_attention_passes_gradcheck(chunks, cosine):
@@ -144,6 +145,7 @@ def test_model_converted_to_bf16_stays_accurate(name):
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
 
 
+@pytest.mark.slow
 def test_chunks_reduce_memory_of_large_windows_fourfold():
     """Chunks alone reduce the peak at least fourfold, for a block of V2-B at 768 px, windows of 24 tokens, bf16."""
     config = make_config("swinv2_base", image_size=768, window_size=24)
@@ -176,6 +178,7 @@ def make_small(**settings) -> SwinEncoder:
     return encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
 @pytest.mark.parametrize("chunks", [1, (8, 2)])
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def outputs_and_gradients(encoder, images):
     return [out.detach(), *(parameter.grad for parameter in encoder.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_compiled_blocks_equal_uncompiled_blocks(checkpointing, traced):
     """Compare in double precision, where rounding is negligible; equal blocks share one compilation."""
@@ -49,6 +50,7 @@ def test_compiled_blocks_equal_uncompiled_blocks(checkpointing, traced):
     assert len(traced) == 4
 
 
+@pytest.mark.slow
 def test_compiled_blocks_in_bf16_differ_by_rounding_only(traced):
     """The gradients, as one vector, differ by less than 4 % from uncompiled bf16 and from fp32."""
     encoder, images = make_small(), torch.randn(3, 3, 36, 36)

@@ -76,6 +76,7 @@ def simmim_state(config: swin.SwinConfig, **options) -> dict[str, torch.Tensor]:
     return state | {name: torch.zeros(1).expand(shape) for name, shape in head.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", PUBLISHED)
 def test_published_simmim_files_are_imported(file, tmp_path):
     expected = swin.make_config("_".join(file.split("_")[:2]), image_size=192, window_size=12)
@@ -147,6 +148,7 @@ def test_missing_tensors_are_listed_by_name(name, seed, tmp_path):
         assert key.replace("_bias_table", "_bias.table") in str(refusal.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("name", ["swinv2_tiny", "swin_tiny"])
 def test_every_single_missing_tensor_is_detected(name, layout, tmp_path):
@@ -170,6 +172,7 @@ def test_unknown_tensors_and_wrong_shapes_are_refused(tmp_path):
         swin.import_encoder(tmp_path / "x.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("name", ["swin_tiny", "swin_base", "swinv2_tiny", "swinv2_base"])
 def test_renaming_round_trips_are_bit_exact(name, layout):

@@ -40,6 +40,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter process")
 def test_all_cases_pass_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
@@ -284,6 +285,7 @@ for program, arguments in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
 def test_kernels_compile_for_sm_90_without_a_gpu(tmp_path):
     """Compile for sm_90 with the assembler of Triton, because the interpreter accepts code that does not compile."""
