@@ -158,7 +158,7 @@ def test_plan_suggests_settings_that_fit(capsys):
     assert main([*command, "--memory", "500M"]) == 1
     assert "more or larger GPUs" in capsys.readouterr().out.splitlines()[-1]
     assert main(["plan", "demo", "--gpus", "3", "--memory", "8G", "--stage", "pretrain", "--tflops", "1"]) == 1
-    assert "batch_size 16 does not divide among 3 processes" in capsys.readouterr().out
+    assert "batch_size 16 cannot be divided among 3 processes" in capsys.readouterr().out
 
 
 BAD = [
@@ -229,7 +229,7 @@ def test_a_batch_that_cannot_be_shared_gets_no_micro_batch(capsys):
     command = ["plan", "demo", "--stage", "pretrain", "--gpus", "3", "--memory", "30M", "--tflops", "1"]
     assert main([*command, "stages.pretrain.batch_size=64", "stages.pretrain.micro_batch_size=64"]) == 1
     printed = capsys.readouterr().out
-    assert "batch_size 64 does not divide among 3" in printed and "micro_batch_size=" not in printed
+    assert "batch_size 64 cannot be divided among 3" in printed and "micro_batch_size=" not in printed
 
 
 def test_a_stage_that_cannot_fit_does_not_start(monkeypatch, tmp_path, capsys):

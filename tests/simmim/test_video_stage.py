@@ -401,7 +401,7 @@ def test_exports_of_clips_are_refused_where_images_are_meant(chain, videos, tmp_
     with pytest.raises(ValueError, match="was pretrained on images: load_simmim is for it"):
         reconstructions.load_video_simmim(chain / "pretrain" / "export")
     for layout, name in (("timm", "a"), ("official", "a.pth")):
-        with pytest.raises(ValueError, match="has no Swin of clips: use --to native, onnx or torch-export"):
+        with pytest.raises(ValueError, match="has no Swin encoder of clips: use --to native, onnx or torch-export"):
             convert(export, tmp_path / name, layout)
     said: list[str] = []
     for layout, name in (("native", "same"), ("torch-export", "a.pt2")):
