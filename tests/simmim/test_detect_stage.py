@@ -298,7 +298,7 @@ def test_planned_bytes_and_flops_are_those_of_a_step():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("anchor_px=[8, 16]", "stages.detect.anchor_px has 2 values, but an encoder of 2 stages gives a feature pyramid of 3 maps"),
+        ("anchor_px=[8, 16]", "anchor_px has 2 values, but an encoder of 2 stages gives a feature pyramid of 3 maps"),
         ("jitter.scale=[2, 1]", r"scale must be \[low, high\] with low not above high, got 2.0, 1.0"),
         ("jitter.short_px=[]", "at least 1 item"),
         ("jitter.long_px=30", "long_px 30 must be at least the largest short_px, 40"),

@@ -49,7 +49,8 @@ def test_signal_saves_after_the_step_and_resume_is_bitwise_equal(number, tmp_pat
     with monkeypatch.context() as patch:
         at_step(5, send(number), patch)
         assert main(command) == os.EX_TEMPFAIL == 75
-    assert f"simmim: stopped by {number.name} after step 5, which is saved: run the same command" in capsys.readouterr().err
+    stopped = f"simmim: stopped by {number.name} after step 5, which is saved: run the same command"
+    assert stopped in capsys.readouterr().err
     folder = tmp_path / "stopped/tiny/pretrain"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000005"]
     assert main(command) == 0
