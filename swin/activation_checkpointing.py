@@ -19,7 +19,7 @@ MAX_WIDTH_RATIO = {torch.ops.aten.mm.default: 16, torch.ops.aten.addmm.default: 
 
 
 def run_checkpointed(block: nn.Module, x: Tensor, checkpointing: Checkpointing) -> Tensor:
-    """Compute ``block(x)`` and save for the backward pass
+    """Compute ``block(x)``, saving only what a mode of activation checkpointing keeps for the backward pass.
 
     - ``none``: all activations;
     - ``selective``: x and the matrix products; norms, softmax and GELU are recomputed;

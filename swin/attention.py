@@ -39,13 +39,13 @@ class WindowAttention(nn.Module):
     """
 
     fused = False
-    """Use the kernel of :mod:`swin.triton_attention`."""
+    """True if the kernel of :mod:`swin.triton_attention` is used."""
     chunks = 1
     """Minimum number of chunks in which attention is computed, see :mod:`swin.chunked_attention`."""
     in_cache = True
-    """On a CPU, use enough chunks that one fits into its cache, which is fastest."""
+    """True if, on a CPU, chunks are small enough to fit into its cache, which is fastest."""
     cosine = False
-    """Similarity is the cosine instead of the dot product."""
+    """True if the similarity is the cosine instead of the dot product."""
 
     def __init__(self, dim: int, num_heads: int, position_bias: PositionBias, *, qkv_bias: bool) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class PatchEmbed(nn.Module):
-    """Embed non-overlapping patches as tokens: one linear layer, then a norm."""
+    """Patch embedding: one linear layer on each non-overlapping patch, then a norm."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve the grid and double the channels; the norm follows the reduction (Swin V2)."""
+    """Downsampling to half the grid and twice the channels; the norm follows the reduction (Swin V2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -107,12 +107,12 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
+        """Merge 2 x 2 tokens: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``, odd sides padded with zeros."""
         return self.norm(self.reduction(merge_2x2(x)))
 
 
 class PreNormPatchMerging(nn.Module):
-    """Halve the grid and double the channels; the norm precedes the reduction (Swin V1)."""
+    """Downsampling to half the grid and twice the channels; the norm precedes the reduction (Swin V1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class PreNormPatchMerging(nn.Module):
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``; an odd side is padded with zeros."""
+        """Merge 2 x 2 tokens: ``(b, h, w, c)`` -> ``(b, ceil(h/2), ceil(w/2), 2c)``, odd sides padded with zeros."""
         return self.reduction(self.norm(merge_2x2(x)))
 
 

@@ -151,7 +151,7 @@ class SwinEncoder(nn.Module):
         return self.encode(self.embed(images))
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Compute the output of every stage before merging: ``(b, c, h, w)`` at strides 4, 8, 16, 32.
+        """Compute the output of every stage before merging: ``(b, c, h, w)`` at strides ``patch_size * 2**i``.
 
         The maps are not normalized; detectors and segmenters have their own norm per map. The last map followed by
         ``norm`` equals :meth:`forward`.

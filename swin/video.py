@@ -56,7 +56,7 @@ class VideoConfig(SwinConfig):
 
 
 class TubeEmbed(nn.Module):
-    """Embed patches of a few frames as tokens: one linear layer, then a norm."""
+    """Patch embedding of clips: one linear layer on each patch of a few frames, then a norm."""
 
     def __init__(self, config: VideoConfig) -> None:
         super().__init__()

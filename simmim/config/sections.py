@@ -91,7 +91,7 @@ class Encoder(Settings):
         None, description="hidden channels of an MLP relative to the channels of its stage"
     )
     extra_norm_interval: int | None = Field(
-        None, ge=0, description="add a norm to the main branch after every so many blocks; 0: none"
+        None, ge=0, description="add a norm to the main branch after every n-th block; 0: none"
     )
     attention: Attention | None = Field(None, description="attention logits: cosine in Swin V2, dot in Swin V1")
     norm: Norm | None = Field(None, description="norm placement: res-post in Swin V2, pre in Swin V1")
@@ -171,7 +171,7 @@ class Memory(Settings):
     )
     attention_chunks: Chunks = Field(
         "auto",
-        description="compute attention in so many chunks, for all encoder stages or each; auto: as memory requires",
+        description="number of chunks of the attention, one value or one per encoder stage; auto: as memory requires",
     )
 
 

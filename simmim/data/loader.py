@@ -274,7 +274,7 @@ def _init_worker(_: int) -> None:
 
 
 def _init_training_worker(worker: int) -> None:
-    """Also ignore signals: the training process needs its workers until its step is done."""
+    """Initialize a training worker, which ignores stop signals: the step in progress still needs its batches."""
     _init_worker(worker)
     ignore_signals()
 

@@ -24,7 +24,7 @@ Job = deque[tuple[Future, int]]
 
 
 class Reader:
-    """Call ``fetch`` for many indices in background threads.
+    """Background threads that call ``fetch`` for many indices.
 
     Args:
         fetch: returns the content of the image with an index; must be thread-safe.

@@ -127,7 +127,7 @@ def plan_stage(recipe: Recipe, name: str, machine: Machine, zero: str, classes: 
 
 
 def memory_problems(plan: StagePlan, task: Task, stage: Stage, machine: Machine, zero: str) -> list[str]:
-    """Return an error that names settings that would fit; an empty list if the stage fits into memory."""
+    """Return a list with one error that names settings that would fit; empty if the stage fits into memory."""
     states = plan.states(zero, machine)
     free = free_bytes(machine.memory, states)
     own = plan.footprints[stage.memory.checkpointing]

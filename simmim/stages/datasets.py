@@ -20,7 +20,7 @@ UNKNOWN = "its evaluation data cannot be excluded from training"
 
 
 def make_datasets(recipe: Recipe, name: str, size: Pair | None = None) -> Datasets:
-    """Open the datasets of a stage, without the evaluation data of other stages and as large as its settings ask for.
+    """Open the datasets of a stage: the number of images that it asks for, none of which other stages are evaluated on.
 
     Images are the same if their files are, however a path is spelled. Label maps of other stages inside an image
     folder are not images.

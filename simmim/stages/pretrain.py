@@ -119,10 +119,10 @@ def images_of_fraction(fraction: float, num_images: int) -> int:
 
 
 def masked_l1_of_predictors(task: SimMIMTask, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Compute the masked L1 loss of trivial predictors and of the model.
+    """Compute the masked L1 loss of the model and of baselines that learn nothing.
 
-    A normalized target leaves trivial predictors nothing to know but its mean, zero. Every frame of a clip is predicted
-    from its own visible pixels: the mask is the same in all frames, so other frames show no more.
+    For a normalized target the only baseline is zero, its mean. The baselines predict every frame of a clip from its
+    own visible pixels: the mask is the same in all frames, so other frames reveal no additional positions.
     """
     result = reconstruction_of(task, batch)
     predictions = {"predict zero": torch.zeros_like(result.target)}

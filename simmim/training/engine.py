@@ -151,7 +151,7 @@ def fit(
 def accumulate_gradients(
     accelerator: Accelerator, model: nn.Module, batches: Iterator[Batch], accumulation: int, log: RunLog
 ) -> list[MicroBatch]:
-    """Run forward and backward of ``accumulation`` micro-batches; the gradients add up to their mean."""
+    """Run forward and backward of ``accumulation`` micro-batches, accumulating the mean gradient."""
     taken = []
     for micro_step in range(accumulation):
         batch = next(batches)

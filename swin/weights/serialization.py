@@ -56,15 +56,6 @@ def load_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_config(folder: Path) -> SwinConfig:
-    """Read the configuration of an exported encoder from its ``encoder.json``.
-
-    Raises:
-        ValueError: see :func:`load_description`, or the file describes no encoder.
-    """
-    return config_from(load_description(folder), Path(folder))
-
-
 def config_from(description: dict[str, Any], folder: Path) -> SwinConfig:
     """Return the encoder configuration of a description that has been read from ``folder``.
 
