@@ -223,7 +223,7 @@ class SimMIM(Task):
         return [*columns, ("error", drawing.error_map(result.prediction, result.target, mask, largest=largest))]
 
     def description(self) -> dict[str, Any]:
-        """Return the settings needed to rebuild the task for reconstruction, as plain JSON, without those of the loss."""
+        """Return the settings that rebuild the task for reconstruction, as plain JSON, without those of the loss."""
         return {
             "mask_patch_size": self.mask_generator.mask_patch_size,
             "mask_ratio": self.mask_generator.mask_ratio,
