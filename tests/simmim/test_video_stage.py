@@ -406,7 +406,7 @@ def test_exports_of_clips_are_refused_where_images_are_meant(chain, videos, tmp_
     said: list[str] = []
     for layout, name in (("native", "same"), ("torch-export", "a.pt2")):
         convert(export, tmp_path / name, layout, report=said.append)
-    assert "torch-export layout, 4 x 48 x 48 px" in said[-1]
+    assert "torch-export format, 4 x 48 x 48 px" in said[-1]
     recipe = load_recipe(str(path), [f"data.path={videos}", "stages.finetune_scratch.video=null"])
     with pytest.raises(ValueError, match=r"expected images, found \d+ videos"):
         run_stage(recipe, "finetune_scratch", tmp_path)
