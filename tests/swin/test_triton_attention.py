@@ -43,7 +43,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter process")
 def test_all_cases_pass_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(Path(__file__))]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
