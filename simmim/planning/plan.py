@@ -73,7 +73,7 @@ class StagePlan(NamedTuple):
     sizes: Sizes
     flops: Flops
     official_flops: int | None
-    """As counted by the official code; None for clips, which it does not count."""
+    """Multiply-adds by the count of the official code; None for clips, which it cannot count."""
     chunks: list[int]
     footprints: dict[str, Footprint]
     """Memory of activations, by checkpointing option."""

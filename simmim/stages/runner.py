@@ -169,6 +169,7 @@ def train(job: Job, folder: Path, accelerator: Accelerator, allow_changes: bool 
     # Train.
     num_workers = num_workers_of(recipe.data, accelerator)
     validation = fixed_batches(job, datasets.validation, job.transforms.evaluation, accelerator)
+    preview = make_preview(job, job.transforms.evaluation, PREVIEW_IMAGES)
     if position.step < job.num_steps:
         with StopRequest() as stop:
             fit(
@@ -214,28 +215,28 @@ def train(job: Job, folder: Path, accelerator: Accelerator, allow_changes: bool 
                 ),
                 stop=stop,
                 validation=validation,
-                preview=make_preview(job, job.transforms.evaluation, PREVIEW_IMAGES),
+                preview=preview,
                 ema=ema,
             )
     if isinstance(validation, Batches):
         log.log_corrupt_images(list(validation.corrupt.items()))
-    return trained_stage(job, task if ema is None else ema.module, validation, log, accelerator)
+    return trained_stage(job, task if ema is None else ema.module, validation, preview, log, accelerator)
 
 
 def trained_stage(
-    job: Job, task: Any, validation: Batches | list, log: RunLog, accelerator: Accelerator
+    job: Job, task: Any, validation: Batches | list, preview: Batch, log: RunLog, accelerator: Accelerator
 ) -> TrainedStage:
     """Gather the weights of a trained task, and make the batches for its evaluation.
 
     Args:
         task: the model to evaluate and export.
-        validation: batches of the evaluation during training; used again unless the final view is another.
+        validation, preview: batches of the evaluation during training; used again unless the final view is another.
     """
-    view, images = job.transforms.evaluation, PREVIEW_IMAGES
+    view = job.transforms.evaluation
     if job.transforms.final is not None:
-        view, images = job.transforms.final, 1
+        view = job.transforms.final
         validation = fixed_batches(job, job.datasets.validation, view, accelerator)
-    preview = make_preview(job, view, images)
+        preview = make_preview(job, view, images=1)
     tests = {path: fixed_batches(job, source, view, accelerator) for path, source in job.datasets.tests.items()}
     weights = full_state_dict(task, accelerator)
     return TrainedStage(task.eval(), weights, job.datasets, validation, preview, tests, log)

@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from simmim.data.loader import Batch
 from simmim.rng import derive_seed
 from simmim.signals import Stopped, StopRequest
 from simmim.training.checkpoint import Checkpoints, State, training_state
@@ -23,8 +24,6 @@ from simmim.training.nonfinite_dump import MicroBatch, write_nonfinite_dump
 from simmim.training.optim import LearningRate
 from simmim.training.run_log import RunLog
 from swin.attention import watch_attention
-
-Batch = dict[str, Any]
 
 
 class NonFiniteLoss(RuntimeError):
